@@ -1,0 +1,134 @@
+"Are the notebooks clean, and do egrpo/*.py and README.md say what the notebooks say? Looks at a copy; writes only when told to."
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+remedy = 'run `make notebooks`'
+
+
+def notebooks(
+    folder:Path=root/'nbs', # Where to look
+)->list: # Paths, sorted
+    "Every notebook, without Jupyter's own checkpoints and what nbdev itself skips."
+    found = sorted(Path(folder).rglob('*.ipynb'))
+    return [p for p in found if not any(part[0] in '._' for part in p.relative_to(folder).parts)]
+
+
+def nbdev(
+    command:str, # nbdev_clean or nbdev_export
+    folder:Path, # A project's top level
+)->None: # Its files are rewritten
+    "Run one of nbdev's commands in `folder`."
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    done = subprocess.run([Path(sys.executable).parent/command], cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f'{command} failed:\n{done.stdout}{done.stderr}')
+
+
+def copy(
+    folder:Path, # Empty, outside the repository
+)->Path: # The same
+    "Copy the notebooks and settings, and nothing exported, into `folder`."
+    for nb in notebooks():
+        to = folder/nb.relative_to(root)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(nb, to)
+    (folder/'egrpo').mkdir()
+    for f in ('settings.ini', 'setup.py', 'egrpo/__init__.py'): shutil.copy(root/f, folder/f)
+    return folder
+
+
+def sources(
+    folder:Path, # A project's top level
+)->dict: # Name from the top level → bytes
+    "The files that nbdev writes: notebooks and modules."
+    files = notebooks(folder/'nbs') + sorted((folder/'egrpo').glob('*.py'))
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def differences(
+    ours:dict, # Name → bytes, as they are
+    fresh:dict, # Name → bytes, as nbdev writes them
+)->list: # One line for each file
+    "What a clean export would change."
+    say = [f'{f}: no notebook writes it: delete it' for f in sorted(ours.keys() - fresh.keys())]
+    say += [f'{f}: not exported: {remedy}' for f in sorted(fresh.keys() - ours.keys())]
+    changed = [f for f in sorted(ours.keys() & fresh.keys()) if ours[f] != fresh[f]]
+    return say + [f'{f}: {"not clean" if f.endswith(".ipynb") else "not what its notebook says"}: {remedy}' for f in changed]
+
+
+def fresh()->dict: # Name from the top level → bytes
+    "The notebooks cleaned and the modules exported from them, in a copy: the working tree is never touched."
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = copy(Path(tmp).resolve())
+        for command in ('nbdev_clean', 'nbdev_export'): nbdev(command, folder)
+        return sources(folder)
+
+
+def check()->list: # One line for each file out of step, empty when all is well
+    "What `make notebooks` would change."
+    say = differences(sources(root), fresh())
+    return say if readme_is_current() else [*say, f'README.md: not what nbs/index.ipynb says: {remedy}']
+
+
+def relink(
+    text:str, # Markdown with links as they work from nbs/
+)->str: # The same from the top level
+    "`../figures/a.png` becomes `figures/a.png`, and `40_x.ipynb` becomes `nbs/40_x.ipynb`; addresses and anchors stay."
+    def move(m):
+        target = m[2]
+        if re.match(r'[a-z]+:|#|/', target): return m[0]
+        return m[1] + (target[3:] if target.startswith('../') else f'nbs/{target}') + m[3]
+    return re.sub(r'(\]\(|(?:src|href)=")([^)"\s]+)([)"])', move, text)
+
+
+def readme(
+    nb:Path=root/'nbs/index.ipynb', # The front page
+)->str: # Markdown
+    "The front page as README.md: nbconvert's Markdown without nbdev's directives, links made to work from the top level."
+    import nbformat
+    from nbconvert import MarkdownExporter
+    page = nbformat.read(nb, 4)
+    page.metadata['language_info'] = {'name': 'python'}
+    for cell in page.cells: cell.source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
+    page.cells = [c for c in page.cells if c.source.strip() and not c.source.startswith('#|')]
+    text, _ = MarkdownExporter().from_notebook_node(page)
+    lines = [line.rstrip() for line in relink(text).strip().split('\n')]
+    note = '<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->'
+    return re.sub(r'\n{3,}', '\n\n', '\n'.join([note, '', *lines])) + '\n'
+
+
+def readme_is_current()->bool: # True also before there is a front page
+    "Does README.md say what nbs/index.ipynb says?"
+    if not (root/'nbs/index.ipynb').exists(): return True
+    return (root/'README.md').exists() and (root/'README.md').read_text(encoding='utf-8') == readme()
+
+
+def exported(
+    path:Path, # A module
+)->bool: # Did nbdev write it?
+    "A module that says it was generated; one written by hand is left alone, and reported by `check`."
+    return 'AUTOGENERATED! DO NOT EDIT!' in path.read_text(encoding='utf-8')
+
+
+def write()->None: # Rewrites what differs in nbs/, egrpo/*.py and README.md
+    "Clean, export, drop modules whose notebook is gone, and write the front page."
+    ours, new = sources(root), fresh()
+    for f in ours.keys() - new.keys():
+        if exported(root/f): (root/f).unlink()
+    for f, content in new.items():
+        if ours.get(f) != content: (root/f).write_bytes(content)
+    if (root/'nbs/index.ipynb').exists(): (root/'README.md').write_text(readme(), encoding='utf-8')
+
+
+if __name__ == '__main__':
+    what = sys.argv[1] if len(sys.argv) > 1 else 'check'
+    if what == 'write': write()
+    elif what == 'readme': (root/'README.md').write_text(readme(), encoding='utf-8')
+    elif what == 'check':
+        if say := check(): sys.exit('\n'.join(say))
+    else: sys.exit(f'sync.py: check, write or readme, got {what}')

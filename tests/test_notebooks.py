@@ -1,0 +1,112 @@
+"Notebooks are the source: they are clean, exported, small, complete and free of what one machine alone knows."
+import json
+import re
+import shutil
+
+import pytest
+import sync
+
+pages = sync.notebooks()
+ids = [p.stem for p in pages]
+every = pytest.mark.parametrize('nb', pages, ids=ids)
+
+
+def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
+def source(cell): return ''.join(cell['source'])
+
+
+def test_there_are_notebooks(): assert pages
+
+
+def test_in_sync():
+    say = sync.check()
+    assert not say, '\n' + '\n'.join(say)
+
+
+@pytest.fixture
+def project(tmp_path):
+    "A copy to spoil, as `sync` sees the repository."
+    folder = sync.copy(tmp_path)
+    for command in ('nbdev_clean', 'nbdev_export'): sync.nbdev(command, folder)
+    return folder
+
+
+@pytest.mark.parametrize('spoil, says', [
+    ('edit', 'egrpo/sigmas.py: not what its notebook says'),
+    ('drop', 'egrpo/sigmas.py: not exported'),
+    ('stray', 'egrpo/stray.py: no notebook writes it'),
+    ('run', 'nbs/00_sigmas.ipynb: not clean'),
+])
+def test_check_notices(project, monkeypatch, spoil, says):
+    monkeypatch.setattr(sync, 'root', project)
+    monkeypatch.setattr(sync.notebooks, '__defaults__', (project/'nbs',))
+    module, nb = project/'egrpo/sigmas.py', project/'nbs/00_sigmas.ipynb'
+    if spoil == 'edit': module.write_text(module.read_text() + '\nanswer = 42\n')
+    if spoil == 'drop': module.unlink()
+    if spoil == 'stray': shutil.copy(module, project/'egrpo/stray.py')
+    if spoil == 'run': nb.write_text(re.sub(r'"execution_count": null', '"execution_count": 7', nb.read_text(), count=1))
+    say = sync.differences(sync.sources(project), sync.fresh())
+    assert len(say) == 1 and say[0].startswith(says), say
+
+
+@every
+def test_title(nb):
+    first = cells(nb)[0]
+    assert first['cell_type'] == 'markdown', f'{nb.name} starts with code: its first cell is the title'
+    assert re.match(r'# \S.*\n+> \S', source(first)), f'{nb.name}: the first cell is `# name` and a line `> what it is`'
+
+
+@every
+def test_fixed_cell_ids(nb):
+    found = [c.get('id') for c in cells(nb)]
+    assert all(found) and len(set(found)) == len(found), f'{nb.name}: each cell has an id of its own'
+
+
+@every
+def test_every_cell_runs(nb):
+    "A cell that never runs is no evidence. What takes long is `#| slow`, and what must fail says so by `test_fail` or `pytest.raises`."
+    skipped = [source(c) for c in cells(nb) if re.search(r'^#\|\s*(eval:\s*false|skip_exec)|skip_exec: true', source(c), re.M)]
+    assert not skipped, f'{nb.name}: {skipped[0]}'
+
+
+@every
+def test_no_error_output(nb):
+    "No cell was saved with a traceback."
+    errors = [o['ename'] for c in cells(nb) for o in c.get('outputs', []) if o['output_type'] == 'error']
+    assert not errors, f'{nb.name}: {errors}'
+
+
+@every
+def test_size(nb):
+    size = nb.stat().st_size
+    assert size <= 600_000, f'{nb.name} has {size//1000} kB: fewer or smaller pictures (dpi 80)'
+
+
+private = re.compile(r'(?<![\w.:/])/(?:work|tmp|root|home|opt|Users|mnt)/[\w.-]+|[A-Z]:\\\\Users')
+
+
+@every
+def test_no_path_of_one_machine(nb):
+    for c in cells(nb):
+        text = source(c) + json.dumps(c.get('outputs', []))
+        found = private.search(re.sub(r'"image/png": "[^"]*"', '', text))
+        assert not found, f'{nb.name}: {found[0]} exists on one machine only'
+
+
+def test_links():
+    "Every relative link and picture of a page leads to a file."
+    for nb in pages:
+        text = '\n'.join(source(c) for c in cells(nb) if c['cell_type'] == 'markdown')
+        text = re.sub(r'`[^`]*`', '', text)
+        for target in re.findall(r'\]\(([^)\s]+)\)', text):
+            if re.match(r'[a-z]+:|#', target): continue
+            assert (nb.parent/target.split('#')[0]).exists(), f'{nb.name}: link to {target}, which is not there'
+
+
+@pytest.mark.parametrize('there, here', [
+    ('![a](../figures/a.png)', '![a](figures/a.png)'),
+    ('[b](40_b.ipynb)', '[b](nbs/40_b.ipynb)'),
+    ('[c](https://example.org/c) [d](#d)', '[c](https://example.org/c) [d](#d)'),
+    ('<img src="../figures/e.png" width="9">', '<img src="figures/e.png" width="9">'),
+])
+def test_relink(there, here): assert sync.relink(there) == here

@@ -1,0 +1,66 @@
+"What `pip install` gives a user: every module, every asset byte for byte, and the command."
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+
+import pytest
+import sync
+
+cfg = ConfigParser(delimiters=['='])
+cfg.read(sync.root/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    "The wheel of a copy, so that nothing is left in the working tree."
+    tmp = tmp_path_factory.mktemp('wheel')
+    for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(sync.root/f, tmp/f)
+    shutil.copytree(sync.root/'egrpo', tmp/'egrpo', ignore=shutil.ignore_patterns('__pycache__'))
+    (tmp/'egrpo/assets/deep/er').mkdir(parents=True)
+    (tmp/'egrpo/assets/deep/er/any.thing').write_bytes(b'packed')
+    build = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', tmp/'dist', tmp]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next((tmp/'dist').glob('*.whl'))) as z: return {n: z.read(n) for n in z.namelist()}
+
+
+def test_holds_every_file(wheel):
+    ours = {p for p in (sync.root/'egrpo').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    for p in ours: assert wheel.get(p.relative_to(sync.root).as_posix()) == p.read_bytes(), f'{p} is not in the wheel as it is here'
+
+
+def test_holds_assets_of_any_depth_and_name(wheel): assert wheel['egrpo/assets/deep/er/any.thing'] == b'packed'
+
+
+def test_holds_nothing_else(wheel):
+    strange = [n for n in wheel if not n.startswith(('egrpo/', f'egrpo-{cfg["version"]}.dist-info/'))]
+    assert not strange, strange
+
+
+def test_names_the_command_and_requirements(wheel):
+    info = f'egrpo-{cfg["version"]}.dist-info'
+    assert 'egrpo = egrpo.cli:main' in wheel[f'{info}/entry_points.txt'].decode()
+    meta = wheel[f'{info}/METADATA'].decode()
+    needs = re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*$', meta, re.M)
+    wanted = 'torch diffusers transformers accelerate peft safetensors numpy scipy scikit-image matplotlib'.split()
+    assert sorted(needs) == sorted([*wanted, 'seaborn', 'pandas', 'fastcore', 'tqdm', 'pillow'])
+    assert set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) == {'dev', 'hpsv2'}
+
+
+def test_constraints_pin_every_requirement():
+    "What `make` installs is decided by constraints.txt alone, on each Python."
+    from packaging.requirements import Requirement
+    lines = (sync.root/'constraints.txt').read_text(encoding='utf-8').splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith('#')]
+    for key in ('requirements', 'dev_requirements'):
+        for need in map(Requirement, cfg[key].split()):
+            for python in ('3.10', '3.11', '3.13'):
+                here = {'python_version': python}
+                pinned = [p for p in pins if p.name == need.name and (p.marker is None or p.marker.evaluate(here))]
+                assert len(pinned) == 1, f'{need.name} on Python {python}: {len(pinned)} pins'
+                version = str(pinned[0].specifier).removeprefix('==')
+                assert need.specifier.contains(version), f'{need.name}: {version} is outside {need.specifier}'
