@@ -1,0 +1,141 @@
+"""Rewards: every way to fail is one line that names reward and remedy, and nothing loads before it is needed."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from egrpo.reward import BUILT_IN, RewardError, RewardSet, get_reward, score
+
+IMAGES, PROMPTS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ['one', 'two', 'three']
+
+
+def brightness(images, prompts): return images.mean((1, 2, 3))
+def broken(images, prompts): raise KeyError('weights')
+def multi_line(images, prompts): raise RuntimeError('first\nsecond')
+
+
+@pytest.mark.parametrize('form', [lambda o: o, torch.Tensor.double, torch.Tensor.half, torch.Tensor.numpy, torch.Tensor.tolist,
+                                  list, tuple, np.asarray])
+def test_any_form_of_scores(form):
+    out = score(lambda i, p: form(brightness(i, p)), IMAGES, PROMPTS)
+    assert out.shape == (3,) and out.dtype == torch.float32 and out.device.type == 'cpu'
+    torch.testing.assert_close(out, brightness(IMAGES, PROMPTS), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('reward, message', [
+    (lambda i, p: [1., float('nan'), 2.], "'mine' gave nan for prompt 'two' \\(1 of 3"),
+    (lambda i, p: [1., 2., float('inf')], "'mine' gave inf for prompt 'three'"),
+    (lambda i, p: torch.tensor([1., 1e300, 1.], dtype=torch.float64), 'gave inf'),
+    (lambda i, p: brightness(i, p)[:2], r'shape \(3,\), one score per image, got \(2,\)'),
+    (lambda i, p: brightness(i, p)[:, None], r'got \(3, 1\)'),
+    (lambda i, p: .5, r'got \(\)'),
+    (lambda i, p: None, 'got NoneType'),
+    (lambda i, p: ['a', 'b', 'c'], 'got list'),
+    (broken, "'mine' raised KeyError on 3 images, the first for prompt 'one'"),
+    (multi_line, 'first second'),
+])
+def test_bad_rewards(reward, message):
+    with pytest.raises(RewardError, match=message) as e: score(reward, IMAGES, PROMPTS, name='mine')
+    assert isinstance(e.value, ValueError) and '\n' not in str(e.value)
+
+
+def test_cause_is_kept():
+    with pytest.raises(RewardError) as e: score(broken, IMAGES, PROMPTS)
+    assert isinstance(e.value.__cause__, KeyError) and 'broken' in str(e.value)
+
+
+def test_interrupt_passes():
+    def interrupted(images, prompts): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): score(interrupted, IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize('images, prompts, message', [
+    (IMAGES, PROMPTS[:2], 'list of 3 strings, one per image, got 2'),
+    (IMAGES, 'one', 'got one string'),
+    (IMAGES[0], PROMPTS, r'\(B,3,H,W\)'),
+    (IMAGES.permute(0, 2, 3, 1), PROMPTS, r'\(B,3,H,W\)'),
+    ((IMAGES * 255).byte(), PROMPTS, 'uint8'),
+    (IMAGES.numpy(), PROMPTS, 'ndarray'),
+])
+def test_bad_batches(images, prompts, message):
+    with pytest.raises(ValueError, match=message): score(brightness, images, prompts)
+
+
+@pytest.mark.parametrize('spec, weights', [
+    ('verifier', dict(verifier=1.)),
+    (' preference+0.5*clip ', dict(preference=1., clip=.5)),
+    ('1e-3*clip + -2*verifier + verifier_strict', dict(clip=1e-3, verifier=-2., verifier_strict=1.)),
+    ('1e+2*clip', dict(clip=100.)),
+])
+def test_weighted_sums(spec, weights):
+    rewards = get_reward(spec)
+    assert rewards.weights == weights and rewards.names == list(weights)
+    assert get_reward(repr(rewards)).weights == weights
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('verifer', 'unknown reward .* choose from verifier, verifier_strict, clip, preference'),
+    ('clip +', 'not a weighted sum'), ('', 'not a weighted sum'), ('+', 'not a weighted sum'), ('clip clip', 'not a weighted sum'),
+    ('clip*0.5', 'not a weighted sum'), ('2**clip', 'not a weighted sum'),
+    ('clip + clip', 'twice'), ('0*clip', 'not 0'), ('1e999*clip', 'finite'),
+    ('nowhere_to_be_found:reward', 'cannot be imported'), ('math:nothing', 'cannot be imported'), ('math:pi', 'is a float'),
+    (None, 'must be a name'), (3, 'must be a name'), ({}, 'name the rewards'), (dict(a=brightness, b=3), "'b' is a int"),
+])
+def test_bad_specs(spec, message):
+    with pytest.raises(ValueError, match=message) as e: get_reward(spec)
+    assert '\n' not in str(e.value)
+
+
+def test_own_rewards():
+    assert get_reward(brightness).names == ['brightness']
+    rewards = RewardSet(dict(a=brightness, b=lambda i, p: -brightness(i, p)), dict(a=2., b=1.))
+    out = rewards(IMAGES, PROMPTS)
+    torch.testing.assert_close(out['a'], -out['b'])
+    assert get_reward(rewards) is rewards
+    with pytest.raises(RewardError, match="'bad'"): get_reward(dict(good=brightness, bad=broken))(IMAGES, PROMPTS)
+
+
+def test_module_in_the_current_folder_is_found_and_nothing_else_loads(tmp_path):
+    (tmp_path/'my_rewards.py').write_text('def flat(images, prompts): return [0.5] * len(prompts)\n')
+    code = ("import sys; sys.path[:] = [o for o in sys.path if o not in ('', '.')]\n"
+            "from egrpo.reward import get_reward; r = get_reward('my_rewards:flat + 2*preference')\n"
+            "print(r.names, [o for o in ('diffusers', 'transformers', 'egrpo.miniature', 'egrpo.shapes') if o in sys.modules])")
+    out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout.strip() == "['my_rewards:flat', 'preference'] []", out.stderr
+
+
+def test_built_in_names(): assert list(BUILT_IN) == ['verifier', 'verifier_strict', 'clip', 'preference']
+
+
+def test_learned_rewards_load_once(monkeypatch):
+    from egrpo import miniature, reward
+    loads = []
+
+    class Scorer:
+        model = torch.nn.Linear(3, 1)
+
+    def load():
+        loads.append(1)
+        return Scorer()
+
+    monkeypatch.setattr(miniature, 'load_clip', load)
+    monkeypatch.setattr(miniature, 'clip_score', lambda scorer, images, prompts: scorer.model(images.mean((2, 3)))[:, 0])
+    reward._load.cache_clear()
+    try:
+        rewards = get_reward('clip')
+        assert not loads
+        out = [rewards(IMAGES, PROMPTS)['clip'] for _ in range(3)]
+        assert len(loads) == 1 and not out[0].requires_grad
+    finally: reward._load.cache_clear()
+
+
+@pytest.mark.parametrize('name', list(BUILT_IN))
+def test_built_in_rewards_know_right_from_wrong(name):
+    "On rendered scenes, with what the package ships."
+    from egrpo.shapes import draw, sample_prompts, sample_scene
+    prompts, rng = sample_prompts(32, seed=0, split='held_out'), np.random.default_rng(0)
+    images = torch.stack([draw(sample_scene(o, rng)) for o in prompts])
+    right, wrong = (get_reward(name)(images, o)[name] for o in (prompts, prompts[1:] + prompts[:1]))
+    assert right.mean() > wrong.mean() and (right > wrong).float().mean() > .75
