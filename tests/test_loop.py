@@ -1,0 +1,183 @@
+"The loop on the shipped miniature: what must hold for every plan, and that each check fails on a planted bug."
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from egrpo import rollout as rollout_module
+from egrpo.methods import egrpo
+from egrpo.plan import Branch, Plan, SDEStep, count_leaves, count_transitions, gradient_nfe, rollout_nfe
+from egrpo.policy import load_policy
+from egrpo.rollout import rollout, transition_log_prob
+from egrpo.sde import ode_step
+from egrpo.sigmas import flow_sigmas
+from egrpo.trainer import TrainConfig, Trainer, evaluate, load_prompts, training_nfe
+
+PROMPTS = ['a red circle', 'two blue squares', 'a green cross left of a yellow triangle']
+SIGMAS = flow_sigmas(10)
+PLANS = {
+    'merged': egrpo(num_steps=16, num_generations=3),
+    'unmerged': egrpo(num_steps=10, tau=0, active_steps=4, num_generations=3),
+    'dance chain': Plan(SIGMAS, (Branch((SDEStep(0, 1, 4),) + tuple(SDEStep(k) for k in range(1, 9))),), .3, 'dance'),
+    'cps window': Plan(SIGMAS, (Branch(tuple(SDEStep(k) for k in range(2, 5)), noises=4),), .8, 'cps'),
+    'tree': Plan(SIGMAS, (Branch((SDEStep(0, 1, 2), SDEStep(3, 2, 2), SDEStep(6, 1, 2))),), .3, 'dance'),
+    'noises by children': Plan(SIGMAS, tuple(Branch((SDEStep(k, 1, 3, weight=1 + k),), noises=2) for k in range(3))),
+}
+
+
+@pytest.fixture(scope='module')
+def policy():
+    "The miniature, on the CPU."
+    return load_policy(device='cpu')
+
+
+@pytest.fixture(params=PLANS, scope='module')
+def walked(request, policy):
+    "A plan and its rollout, with the network evaluations it took."
+    plan, before = PLANS[request.param], policy.nfe
+    out = rollout(policy, policy.encode(PROMPTS), plan, 0, 0)
+    return plan, out, policy.nfe - before
+
+
+def fresh_ratio(policy, out, micro_batch):
+    "The ratio that the update's own forward finds, in its own micro-batches."
+    keep, policy.micro_batch = policy.micro_batch, micro_batch
+    with torch.no_grad(): v = policy.velocity(out.parents, out.plan.sigmas[out.start], policy.encode(PROMPTS)[out.prompt])
+    policy.micro_batch = keep
+    logp, *_ = transition_log_prob(v, out.parents, out.children, out.row, out.start, out.end, out.plan)
+    return (logp - out.log_prob).double().exp()
+
+
+def continues_where_it_should(policy, out, transition):
+    "Does the ODE from a transition's child, at the index where its step ends, arrive at its leaf?"
+    row = out.row[transition]
+    x, cond = out.children[transition][None], policy.encode(PROMPTS)[out.prompt[row]][None]
+    sigmas = out.plan.sigmas
+    with torch.no_grad():
+        for k in range(int(out.end[row]), out.plan.num_steps):
+            x = ode_step(policy.velocity(x, sigmas[k][None], cond), x, sigmas[k].item(), sigmas[k+1].item())
+    return torch.allclose(x[0], out.latents[out.leaf_start[transition]], atol=1e-3, rtol=1e-3)
+
+
+def test_counts(walked):
+    "Leaves, transitions, rows and network evaluations are those the plan predicts."
+    plan, out, nfe = walked
+    predicted = tuple(len(PROMPTS) * f(plan) for f in (count_leaves, count_transitions, gradient_nfe, rollout_nfe))
+    assert (len(out.latents), len(out.children), len(out.parents), nfe) == predicted
+
+
+@pytest.mark.parametrize('micro_batch', [1, 7, 64])
+def test_first_ratio_is_one(policy, walked, micro_batch):
+    "The update's own forward finds the rollout's log-probs, whatever the micro-batch."
+    _, out, _ = walked
+    assert (fresh_ratio(policy, out, micro_batch) - 1).abs().max() < 1e-6
+
+
+def test_first_ratio_sees_bf16_latents(policy):
+    "Planted bug: sampled latents stored in bf16 move the ratio."
+    out = rollout(policy, policy.encode(PROMPTS), PLANS['merged'], 0, 0)
+    out.children = out.children.bfloat16().float()
+    assert (fresh_ratio(policy, out, 64) - 1).abs().max() > 1e-4
+
+
+def test_first_ratio_sees_truncated_timesteps(policy, monkeypatch):
+    "Planted bug: the update feeds int(1000 sigma), the rollout sigma."
+    out = rollout(policy, policy.encode(PROMPTS), PLANS['merged'], 0, 0)
+    velocity = policy.velocity
+    monkeypatch.setattr(policy, 'velocity', lambda x, s, c: velocity(x, (1000 * s).int() / 1000, c))
+    assert (fresh_ratio(policy, out, 64) - 1).abs().max() > 1e-6
+
+
+def test_ode_continues_after_the_merged_step(policy):
+    "Every merged sample's image is the ODE's from k + l."
+    out = rollout(policy, policy.encode(PROMPTS), PLANS['merged'], 0, 0)
+    merged = ((out.end - out.start)[out.row] > 1).nonzero()[::5, 0]
+    assert len(merged) > 5 and all(continues_where_it_should(policy, out, t) for t in merged)
+
+
+def test_ode_continuing_at_the_next_step_is_seen(policy, monkeypatch):
+    "Planted bug, that of the released code: after a merged step the ODE goes on at k + 1."
+    split = rollout_module._split
+    def early(walker, velocity, plan, b, *rest):
+        children = split(walker, velocity, plan, b, *rest)
+        children.k = plan.branches[b].steps[walker.stage].start + 1
+        return children
+    monkeypatch.setattr(rollout_module, '_split', early)
+    plan = Plan(flow_sigmas(16), (Branch((SDEStep(4, 2, 3),)),))
+    out = rollout(policy, policy.encode(PROMPTS), plan, 0, 0)
+    assert not any(continues_where_it_should(policy, out, t) for t in range(len(out.children)))
+
+
+def test_noise_is_shared_and_distinct(walked):
+    "Groups of one prompt start from shared noise; no two children are alike."
+    _, out, _ = walked
+    flat = out.children.flatten(1)
+    assert len(torch.unique(flat, dim=0)) == len(flat)
+    first = (out.start == 0) & (out.prompt == 1)
+    assert first.sum() == 0 or len(torch.unique(out.parents[first].flatten(1), dim=0)) <= max(b.noises for b in out.plan.branches)
+
+
+def test_duplicate_prompts_are_different_groups(policy):
+    "Two equal prompts in a batch have their own noise and their own groups."
+    out = rollout(policy, policy.encode(['a red circle'] * 2), PLANS['unmerged'], 0, 0)
+    assert not torch.equal(out.latents[out.leaf_prompt == 0], out.latents[out.leaf_prompt == 1])
+    assert len(out.group.unique()) == 2 * len(PLANS['unmerged'].branches)
+
+
+def test_a_share_of_the_batch_is_the_same(policy):
+    "A process that has prompts 1 and 2 of the batch computes what one with all of them does."
+    cond = policy.encode(PROMPTS)
+    whole, part = (rollout(policy, cond[ids], PLANS['merged'], 3, 5, prompt_ids=ids) for ids in ([0, 1, 2], [1, 2]))
+    assert_close(part.latents, whole.latents[whole.leaf_prompt > 0], atol=1e-4, rtol=1e-4)
+
+
+SMALL = dict(num_steps=6, active_steps=2, num_generations=4, prompts_per_iteration=2, eval_size=4, device='cpu')
+
+
+def trained(tmp_path, name, **changes):
+    "A small run and its metrics."
+    trainer = Trainer(TrainConfig(out=str(tmp_path/name), **{**SMALL, **changes}))
+    trainer.fit()
+    return trainer, [json.loads(line) for line in (tmp_path/name/'metrics.jsonl').read_text().splitlines()]
+
+
+def test_batch_8x1_equals_1x8(tmp_path):
+    "Micro-batches of 1 and of 64 give the same weights within fp32 rounding, and the same rewards."
+    (a, ma), (b, mb) = (trained(tmp_path, f'm{n}', micro_batch=n, iterations=2) for n in (1, 64))
+    for n, p in a.parameters.items(): assert_close(p, b.parameters[n], atol=2e-5, rtol=0)
+    assert abs(ma[0]['reward/verifier'] - mb[0]['reward/verifier']) < 1e-3
+
+
+VARIANTS = {'full': dict(), 'lora and ema': dict(lora_rank=2, ema_decay=.9), 'kl': dict(beta=.01, inner_epochs=2)}
+
+
+@pytest.mark.parametrize('changes', VARIANTS.values(), ids=VARIANTS)
+def test_resume_equals_straight(tmp_path, changes):
+    "Stopped and resumed, a run ends in the same bits."
+    straight, _ = trained(tmp_path, 'straight', iterations=3, **changes)
+    trained(tmp_path, 'stopped', iterations=1, **changes)
+    resumed, _ = trained(tmp_path, 'stopped', iterations=3, resume=True, **changes)
+    for n, p in straight.parameters.items(): assert torch.equal(p, resumed.parameters[n]), n
+
+
+def test_training_cost_is_predicted(tmp_path):
+    "What a run evaluates is what `training_nfe` says, inner epochs included."
+    trainer, metrics = trained(tmp_path, 'cost', iterations=2, inner_epochs=3, updates_per_iteration=2)
+    assert sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics) == training_nfe(trainer.config)
+
+
+def darkness(images, prompts):
+    "A reward: minus the mean brightness."
+    return -images.mean((1, 2, 3))
+
+
+def test_training_moves_towards_the_reward(tmp_path):
+    "A reward for dark images makes images darker: the sign of the whole chain."
+    settings = {**SMALL, 'num_generations': 8, 'lr': 2e-4, 'iterations': 12, 'eval_size': 32}
+    trainer = Trainer(TrainConfig(out=str(tmp_path/'dark'), **settings), reward=darkness)
+    prompts = load_prompts('shapes', 'held_out', 16)
+    def measured(): return evaluate(trainer.policy, prompts, darkness, num_steps=6).iloc[:, 1].mean()
+    before = measured()
+    trainer.fit()
+    assert measured() > before + .005
