@@ -1,0 +1,304 @@
+"The command line: help that suffices, options that are the configuration, tables that say what the scores say, a repeatable demo."
+import json
+import resource
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from egrpo import cli, plots
+from egrpo.cli import COMMANDS, main
+from egrpo.records import SCALES
+from egrpo.trainer import TrainConfig, Trainer
+
+command = Path(sys.executable).parent/'egrpo'
+small = shlex.split('--num-steps 6 --active-steps 2 --num-generations 4 --prompts-per-iteration 2 --eval-size 8 --device cpu')
+
+
+def run(words, cwd, **kwargs):
+    "The installed command, in a process of its own."
+    return subprocess.run([command, *shlex.split(words)], capture_output=True, text=True, cwd=cwd, timeout=120, **kwargs)
+
+
+def values(path): return pd.read_csv(path).select_dtypes('number')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "A folder with a run of two iterations, and one of a LoRA."
+    folder = tmp_path_factory.mktemp('cli')
+    assert main(['train', *small, '--iterations', '2', '--lr', '1e-3', '--out', str(folder/'full')]) == 0
+    assert main(['train', *small, '--iterations', '1', '--lr', '1e-2', '--lora-rank', '2', '--out', str(folder/'lora')]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty current folder."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('EGRPO_SCALE', raising=False)
+    return tmp_path
+
+
+# ---- help
+
+def test_help_is_fast_and_imports_nothing_heavy():
+    code = '''
+import sys
+from contextlib import suppress
+from egrpo.cli import main
+for words in ([], ['--help'], ['train', '--help'], ['--version']):
+    with suppress(SystemExit): main(words)
+heavy = {'torch', 'numpy', 'pandas', 'matplotlib', 'diffusers', 'transformers', 'accelerate'} & {m.split('.')[0] for m in sys.modules}
+assert not heavy, heavy
+'''
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_suffices(name, capsys):
+    with pytest.raises(SystemExit) as exited: main([name, '--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert exited.value.code == 0
+    assert COMMANDS[name].text in text and f'example: {COMMANDS[name].example}' in text
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_example_parses(name):
+    assert cli.make_parser().parse_args(shlex.split(COMMANDS[name].example)[1:]).command == name
+
+
+def actions(name):
+    "The options of a command."
+    parser = cli.make_parser()
+    return next(a for a in parser._actions if a.dest == 'command').choices[name]._actions[1:]
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_every_option_has_help_and_default(name):
+    for action in actions(name):
+        assert action.help, action.dest
+        known = '(default: ' in action.help or action.nargs == 0 or action.dest in ('lora', 'prompts', 'picture', 'out', 'name')
+        assert known, f'{name} --{action.dest}: {action.help}'
+
+
+def test_scales_named_in_the_help_are_those_there_are(capsys):
+    with suppress(SystemExit): main(['train', '--help'])
+    out = capsys.readouterr().out
+    assert all(name in out for name in SCALES)
+
+
+def test_no_command_prints_the_help(capsys):
+    assert main([]) == 0
+    assert 'egrpo COMMAND' in capsys.readouterr().out
+
+
+# ---- options are the configuration
+
+def other(field):
+    "A value that is not the field's default, and the words for it."
+    default = field.default
+    if field.type is bool: return True, []
+    if 'str' in str(field.type): return 'other', ['other']
+    value = default + .25 if field.type is float else (default or 0) + 3
+    return value, [str(value)]
+
+
+@pytest.mark.parametrize('field', fields(TrainConfig), ids=lambda f: f.name)
+def test_every_field_is_an_option(field):
+    value, words = other(field)
+    assert field.default is not MISSING and value != field.default
+    args = cli.make_parser().parse_args(['train', '--' + field.name.replace('_', '-'), *words])
+    assert cli.given(args, cli.config_options()) == {field.name: value}
+    assert asdict(TrainConfig(**cli.given(args, cli.config_options()))) == {**asdict(TrainConfig()), field.name: value}
+
+
+def test_none_is_a_value():
+    for name, option in cli.config_options().items():
+        if not option.kind.endswith('|None'): continue
+        args = cli.make_parser().parse_args(['train', '--' + name.replace('_', '-'), 'none'])
+        assert cli.given(args, [name]) == {name: None}
+
+
+def dry(words, monkeypatch):
+    "The configuration that `egrpo train` arrives at."
+    seen = []
+    monkeypatch.setattr(cli, 'check_run', lambda config: seen.append(config) or config)
+    assert main(['train', *shlex.split(words), '--dry-run']) == 0
+    return seen[0]
+
+
+def test_a_scale_is_a_preset_that_options_override(here, monkeypatch):
+    assert dry('', monkeypatch) == TrainConfig()
+    assert dry('--scale smoke', monkeypatch) == TrainConfig(**SCALES['smoke'].settings)
+    assert dry('--scale smoke --iterations 7', monkeypatch) == TrainConfig(**{**SCALES['smoke'].settings, 'iterations': 7})
+    monkeypatch.setenv('EGRPO_SCALE', 'mini')
+    assert dry('--tau 0', monkeypatch) == TrainConfig(**{**SCALES['mini'].settings, 'tau': 0.})
+
+
+def test_dry_run_writes_nothing(here, capsys):
+    assert main(['train', '--dry-run', '--iterations', '5']) == 0
+    assert '5 iterations' in capsys.readouterr().out
+    assert not list(here.iterdir())
+
+
+# ---- tables
+
+def test_change_table_says_what_the_scores_say(folder):
+    frame = pd.read_csv(folder/'full/evaluations.csv')
+    before, after = cli.ends(frame)
+    assert (before.iteration.max(), after.iteration.min()) == (0, 2)
+    rows = [line.split() for line in cli.change_table(before, after, 'verifier').splitlines()[2:]]
+    assert [r[0] for r in rows][-1] == 'all' and sum(int(r[1]) for r in rows[:-1]) == int(rows[-1][1]) == len(before)
+    wanted = [before.verifier.mean(), after.verifier.mean(), (after.verifier - before.verifier).mean()]
+    np.testing.assert_allclose([float(x) for x in rows[-1][2:5]], wanted, atol=6e-4)
+    low, high = (float(x.strip('[],')) for x in rows[-1][5:7])
+    assert low <= wanted[2] + 1e-3 and wanted[2] - 1e-3 <= high
+
+
+def test_change_is_paired():
+    "Prompts far apart whose scores all rise alike: the interval of the change is a point, that of the scores is wide."
+    before = pd.DataFrame(dict(prompt=[f'a {c} circle' for c in ('red', 'blue', 'green', 'black')], score=[0., .3, .6, .9]))
+    after = before.assign(score=before.score + .1)
+    assert '+0.100 [+0.100, +0.100]' in cli.change_table(before, after, 'score').splitlines()[-1]
+    assert '[0.450, 0.450]' not in cli.score_table(before)
+
+
+def test_prompts_of_another_world_have_no_categories():
+    assert list(cli.category_rows(['a corgi', 'a red circle'])) == ['all']
+
+
+# ---- the commands
+
+def test_plan(here, capsys):
+    assert main(shlex.split('plan --tau 1.8 --picture deep/plan.png')) == 0
+    lines = capsys.readouterr().out.splitlines()
+    merge = [line.split()[4] for line in lines[2:18]]
+    assert merge[:8] == '1 1 1 2 2 2 2 3'.split() and merge[15] == '='
+    assert float(lines[2].split()[3]) == pytest.approx(2.893) and float(lines[3].split()[3]) == pytest.approx(2.989)
+    assert sum('●' in line for line in lines) == 8
+    assert (here/'deep/plan.png').stat().st_size > 10_000
+
+
+def test_plan_marks_what_cannot_reach_tau(capsys):
+    assert main(shlex.split('plan --tau 2.6 --active-steps 12')) == 2
+    out, err = capsys.readouterr()
+    unreachable = [line.split()[0] for line in out.splitlines()[2:18] if line.split()[4] == '✗']
+    assert unreachable == ['11', '12', '13', '14'] and 'tau 2.6 cannot be reached from step 11 of 16' in err
+
+
+def test_evaluate_gives_the_scores_of_the_training_run(folder):
+    scores = folder/'again.csv'
+    assert main(shlex.split(f'evaluate --model {folder}/full/model --size 8 --num-steps 6 --device cpu --out {scores}')) == 0
+    trained = cli.ends(pd.read_csv(folder/'full/evaluations.csv'))[1]
+    np.testing.assert_allclose(values(scores), trained[['verifier', 'verifier_strict']], atol=1e-4)
+
+
+def test_evaluate_puts_the_lora_in(folder):
+    scores = folder/'lora.csv'
+    assert main(shlex.split(f'evaluate --lora {folder}/lora/model --size 8 --num-steps 6 --device cpu --out {scores}')) == 0
+    before, after = cli.ends(pd.read_csv(folder/'lora/evaluations.csv'))
+    assert (before.verifier - after.verifier).abs().max() > 1e-3
+    np.testing.assert_allclose(values(scores), after[['verifier', 'verifier_strict']], atol=1e-3)
+
+
+def test_sample(here, monkeypatch):
+    drawn, grid = [], plots.image_grid
+    monkeypatch.setattr(plots, 'image_grid', lambda *args, columns: drawn.append((*args, columns)) or grid(*args, columns))
+    words = "sample --prompt 'a red circle' --prompt 'a cat' --images 3 --num-steps 4 --device cpu --out new/grid.png"
+    assert main(shlex.split(words)) == 0
+    images, titles, columns = drawn[0]
+    assert len(images) == 6 and columns == 3 and titles == ['a red circle'] * 3 + ['a cat'] * 3
+    assert min((images[i] - images[j]).abs().max() for i in range(3) for j in range(i)) > .01
+    assert (here/'new/grid.png').stat().st_size > 5_000
+    assert main(shlex.split("sample --prompt 'a red circle' --num-steps 4 --device cpu --seed 1")) == 0
+    assert (drawn[1][0][0] - images[0]).abs().max() > .01 and drawn[1][1][0][0] in '✓✗'
+
+
+def test_train_reports_where_things_are(folder, capsys):
+    assert main(['train', *small, '--iterations', '3', '--lr', '1e-3', '--out', str(folder/'full'), '--resume']) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('     plan') and 'before and after 3 iterations' in out and f'egrpo sample --model {folder}/full/model' in out
+    assert len((folder/'full/metrics.jsonl').read_text().splitlines()) == 3
+
+
+def test_demo(here, capsys):
+    words = shlex.split('demo --scale smoke --device cpu')
+    assert main(words) == 0
+    first, out = json.loads((here/'runs/demo/demo.json').read_text()), capsys.readouterr().out
+    before, after = cli.ends(pd.read_csv(here/'runs/demo/evaluations.csv'))
+    change = (after.verifier - before.verifier).mean()
+    assert first['iterations'] == 2 and first['scores']['verifier']['change']['all'][0] == pytest.approx(change, abs=1e-6)
+    assert out.count('\nall ') == 2 and 'verifier_strict' in out and 'runs/demo/demo.png' in out
+    pixels = plt.imread(here/'runs/demo/demo.png')
+    assert pixels.shape[0] > 600 and pixels.shape[1] > 900
+    assert main([*words, '--minutes', '0.0001']) == 0 # again in the same folder, and stopped by the clock
+    assert json.loads((here/'runs/demo/demo.json').read_text())['iterations'] == 1
+    assert len((here/'runs/demo/metrics.jsonl').read_text().splitlines()) == 1
+
+
+def test_demo_replaces_only_what_a_demo_wrote(here):
+    cli.clear_demo('ours')
+    (here/'ours/model').mkdir()
+    (here/'ours/notes.txt').write_text('mine')
+    assert sorted(p.name for p in cli.clear_demo('ours').iterdir()) == ['demo.json', 'notes.txt']
+    (here/'yours').mkdir()
+    (here/'yours/model').write_text('precious')
+    assert main(shlex.split('demo --scale smoke --out yours')) == 2
+    assert [p.read_text() for p in (here/'yours').iterdir()] == ['precious']
+
+
+def test_demo_shows_the_images_that_were_scored(here):
+    trainer = Trainer(TrainConfig(num_steps=6, active_steps=2, eval_size=12, device='cpu', ema_decay=.9))
+    with torch.no_grad(): # an average that differs from the weights is what is evaluated, and so what is shown
+        for e in trainer.ema.values(): e.mul_(.98)
+    places, frame = cli.shown_places(trainer.eval_prompts, 1), trainer.evaluate()
+    from egrpo.shapes import verify_batch
+    seen = [v.graded for v in verify_batch(cli.images_at(trainer, places), [trainer.eval_prompts[i] for i in places])]
+    np.testing.assert_allclose(seen, frame.verifier.iloc[places], atol=1e-3)
+    assert len(places) == 6 and places != list(range(6))
+
+
+def test_time_limit(monkeypatch):
+    clock = [100.]
+    monkeypatch.setattr(cli.time, 'monotonic', lambda: clock[0])
+    stop = cli.time_is_up(1, began=90)
+    asked = []
+    for clock[0] in (110, 130, 134, 140): asked.append(stop(None)) # noqa: B020 first question after 10 s: 15 s are kept back
+    assert asked == [False, False, False, True]
+
+
+def test_reproduce(here, monkeypatch, capsys):
+    monkeypatch.setenv('EGRPO_FIGURES', str(here/'figures'))
+    assert main(['reproduce']) == 0
+    assert 'Table 4' in capsys.readouterr().out
+    assert main(shlex.split('reproduce entropy_by_step --scale smoke')) == 0
+    assert not (here/'figures').exists() and (here/'runs/smoke/entropy_by_step.json').exists()
+    assert main(shlex.split('reproduce entropy_by_step')) == 0
+    assert json.loads((here/'figures/entropy_by_step.json').read_text())['scale'] == 'mini'
+
+
+# ---- as the shell sees it
+
+def test_installed_command_demonstrates_from_any_folder(tmp_path):
+    done = run('demo --scale smoke', tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'before and after 2 iterations' in done.stdout and (tmp_path/'runs/demo/demo.png').exists()
+    assert 'Warning' not in done.stderr and 'torchvision' not in done.stderr, done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    done = subprocess.run(f'{command} plan | head -n 1', shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.stdout.startswith('step') and not done.stderr, done.stderr

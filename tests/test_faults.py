@@ -1,0 +1,371 @@
+"""What goes wrong by a user's hand or a machine's: one line that names the argument and the remedy, exit code 2, nothing left behind.
+
+Most cases run in this process through `main`; what only a process of its own can show (signals, the environment) is started as one."""
+import json
+import os
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from egrpo import cli
+from egrpo.cli import main
+from egrpo.trainer import Trainer
+
+command = Path(sys.executable).parent/'egrpo'
+small = '--num-steps 6 --active-steps 2 --num-generations 2 --prompts-per-iteration 1 --eval-size 2 --device cpu'
+
+
+def tree(folder):
+    "Everything under a folder: name → bytes, None for a folder."
+    return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in sorted(Path(folder).rglob('*'))}
+
+
+def fails(words, says, capsys, code=2):
+    "Run a command that must fail with one line; returns that line."
+    capsys.readouterr()
+    words = shlex.split(words)
+    assert main(words) == code
+    err = capsys.readouterr().err
+    lines = [line.split('\r')[-1] for line in err.strip().split('\n')]
+    assert lines[-1].startswith(f'egrpo {words[0]}: error: '), err
+    assert says in lines[-1], lines[-1]
+    assert 'Traceback' not in err
+    return lines
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "A current folder with the files the cases name; rewards are found in it."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv('EGRPO_SCALE', raising=False)
+    monkeypatch.delenv('EGRPO_DEBUG', raising=False)
+    (tmp_path/'empty.txt').write_text('')
+    (tmp_path/'blank.txt').write_text('a red circle\n \na blue square\n')
+    (tmp_path/'latin.txt').write_bytes('café'.encode('latin-1'))
+    (tmp_path/'file').write_text('')
+    (tmp_path/'folder').mkdir()
+    yield tmp_path
+    sys.modules.pop('mine', None)
+
+
+def reward(code):
+    "Write a module `mine` with the function `score`."
+    Path('mine.py').write_text(f'import torch\ncalls = []\ndef score(images, prompts):\n    calls.append(len(prompts))\n    {code}\n')
+    sys.modules.pop('mine', None)
+    __import__('importlib').invalidate_caches()
+
+
+@contextmanager
+def one_thread():
+    "Inside: one thread here, as in the processes we start, so that sums are the same to the last bit."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield {**os.environ, 'OMP_NUM_THREADS': '1'}
+    finally: torch.set_num_threads(threads)
+
+
+# ---- bad settings
+
+@pytest.mark.parametrize('words, says', [
+    ('--method dppo', "method must be one of egrpo"),
+    ('--tau -1', 'tau must be a finite number >= 0, got -1.0'),
+    ('--tau nan', 'tau must be a finite number >= 0'),
+    ('--tau 9', 'cannot be reached from step'),
+    ('--tau much', "argument --tau: invalid number value: 'much'"),
+    ('--active-steps 6', 'active_steps must be from 1 to num_steps - 1 = 5'),
+    ('--active-steps 0', 'active_steps must be from 1'),
+    ('--num-generations 1', 'num_generations must be >= 2, got 1'),
+    ('--num-generations 2.5', 'invalid whole number value'),
+    ('--merge-length 9', "from 1 to the schedule's 6 steps, got 9"),
+    ('--kernel euler', 'kernel must be one of flow, dance, cps'),
+    ('--shift 0', 'shift must be a finite number > 0'),
+    ('--noise-level -1', 'noise_level must be a finite number >= 0'),
+    ('--prompts nothing.txt', "prompts: 'nothing.txt' could not be read"),
+    ('--prompts empty.txt', "prompts: 'empty.txt' is empty"),
+    ('--prompts blank.txt', "prompts: line 2 of 'blank.txt' is blank"),
+    ('--prompts latin.txt', "prompts: 'latin.txt' could not be read"),
+    ('--prompts folder', "prompts: 'folder' could not be read"),
+    ('--eval-prompts nothing.txt', "'nothing.txt' could not be read"),
+    ('--reward beauty', "unknown reward 'beauty'"),
+    ('--reward verifier+', "is not a weighted sum of names"),
+    ('--reward nowhere:f', "reward 'nowhere:f' cannot be imported"),
+    ('--eval-rewards beauty', "unknown reward 'beauty'"),
+    ('--combine between', 'combine must be one of after, before'),
+    ('--advantage-std median', 'advantage_std must be one of group, batch, none'),
+    ('--lr 0', 'lr must be > 0'),
+    ('--adam-beta1 1', 'adam_beta1 must be >= 0 and < 1'),
+    ('--iterations 0', 'iterations must be >= 1'),
+    ('--updates-per-iteration 2', 'updates_per_iteration (2) must not exceed'),
+    ('--dtype int4', 'dtype must be one of'),
+    ('--resolution -16', 'resolution must be > 0'),
+    ('--device gpu0', "device 'gpu0' cannot be used"),
+    ('--tracker crystalball', "tracker 'crystalball' is not installed"),
+    ('--scale giant', "unknown scale 'giant'"),
+    ('--resume', "resume: no checkpoint in 'new/run/checkpoint'"),
+    ('--out file', "out: 'file/metrics.jsonl' cannot be written"),
+    ('--out /proc/egrpo/run', 'cannot be written'),
+    ('--out ""', 'out is blank'),
+    ('--learning-rate 1', 'unrecognized arguments: --learning-rate 1'),
+])
+def test_bad_setting(words, says, here, capsys):
+    before = tree(here)
+    lines = fails(f'train {small} --out new/run {words}', says, capsys)
+    assert len(lines) == 1
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize('words, says', [
+    ('sample --prompt ""', 'prompt is blank'),
+    ('sample --images 0', 'images must be >= 1'),
+    ('sample --prompt a --prompts blank.txt', 'prompt and prompts were both given'),
+    ('sample --prompts empty.txt', 'is empty'),
+    ('sample --lora nothing', "lora: 'nothing' does not exist"),
+    ('sample --lora folder', "lora: 'folder' does not fit this model"),
+    ('sample --num-steps 0', 'num_steps'),
+    ('sample --out /proc/grid.png', "--out: '/proc/grid.png' cannot be written"),
+    ('sample --out folder', "'folder' is a folder"),
+    ('evaluate --size 0', 'size must be >= 1'),
+    ('evaluate --rewards beauty', "unknown reward 'beauty'"),
+    ('evaluate --prompts blank.txt', 'line 2'),
+    ('evaluate --model folder', "model 'folder' could not be loaded as a folder"),
+    ('evaluate --out file/scores.csv', 'cannot be written'),
+    ('plan --tau -1', 'tau must be'),
+    ('plan --method dppo', 'method must be one of'),
+    ('plan --picture /proc/plan.png', 'cannot be written'),
+    ('plan --picture plan.unheard', "'plan.unheard' must end in one of .png"),
+    ('sample --out grid', "--out: 'grid' must end in one of .png"),
+    ('reproduce fig99', 'experiment must be one of'),
+    ('reproduce tau --workers -1', 'workers must be >= 0'),
+    ('reproduce tau --scale giant', "unknown scale 'giant'"),
+    ('demo --scale flux', "scale 'flux' is not for the miniature"),
+    ('demo --minutes 0', 'minutes must be > 0'),
+    ('demo --out folder/../file', 'is a file'),
+])
+def test_bad_word_to_another_command(words, says, here, capsys):
+    before = tree(here)
+    assert len(fails(words, says, capsys)) == 1
+    assert tree(here) == before
+
+
+def test_unknown_command(capsys):
+    assert main(['trian']) == 2
+    assert capsys.readouterr().err.startswith("egrpo: error: argument COMMAND [options]: invalid choice: 'trian'")
+
+
+def test_debug_shows_the_traceback(here, monkeypatch):
+    monkeypatch.setenv('EGRPO_DEBUG', '1')
+    with pytest.raises(ValueError, match='tau must be'): main(['plan', '--tau', '-1'])
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def bug(*args): raise TypeError('ours')
+    monkeypatch.setattr(cli, 'plan_table', bug)
+    with pytest.raises(TypeError): main(['plan'])
+
+
+def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
+    def full(*args): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+    monkeypatch.setattr(Trainer, 'step', full)
+    fails(f'train {small} --out new', 'lower --micro-batch', capsys)
+    assert not Path('new').exists()
+
+
+# ---- the hub
+
+def test_hub_id_out_of_reach(here, capsys, monkeypatch):
+    "As in `make test`, where the hub is switched off."
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    before = tree(here)
+    lines = fails(f'train {small} --out new --model nobody/nothing', "model 'nobody/nothing' could not be loaded as a hub id", capsys)
+    assert len(lines) == 1
+    assert tree(here) == before
+
+
+def test_hub_that_never_answers(here, capsys, monkeypatch):
+    "A server that accepts and stays silent: the Hub's own client would wait for ever."
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(cli.limit_hub_waiting, '__defaults__', (.3,))
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        monkeypatch.setattr(huggingface_hub.model_info.__self__, 'endpoint', f'http://127.0.0.1:{server.getsockname()[1]}')
+        began = time.monotonic()
+        try: fails('evaluate --model nobody/nothing', 'could not be loaded as a hub id (is the network up', capsys)
+        finally: huggingface_hub.set_client_factory(_http.default_client_factory)
+    assert time.monotonic() - began < 15
+
+
+# ---- rewards
+
+@pytest.mark.parametrize('code, says', [
+    ('return torch.zeros(len(prompts), 1)', "reward 'mine:score' must return shape (2,), one score per image, got (2, 1)"),
+    ('return 0.5', 'must return shape (2,)'),
+    ('return "good"', 'must return 2 numbers'),
+    ('return torch.full((len(prompts),), float("nan"))', "reward 'mine:score' gave nan for prompt"),
+    ('return [float("inf")] * len(prompts)', "reward 'mine:score' gave inf for prompt"),
+    ('return undefined', "reward 'mine:score' raised NameError"),
+    ('raise OSError("weights.pt is not here: download it")', 'weights.pt is not here: download it'),
+])
+def test_bad_reward(code, says, here, capsys):
+    "Known before the first image is made."
+    reward(code)
+    before = tree(here)
+    assert len(fails(f'train {small} --out new --reward mine:score', says, capsys)) == 1
+    assert {k: v for k, v in tree(here).items() if '__pycache__' not in k} == before
+
+
+def test_reward_that_fails_in_the_first_iteration(here, capsys):
+    "After the evaluation, before anything is learnt: still nothing is left."
+    reward('if len(calls) > 1: raise RuntimeError("no more")\n    return [0.] * len(prompts)')
+    fails(f'train {small} --out deep/new/run --reward mine:score', 'raised RuntimeError', capsys)
+    assert not Path('deep').exists()
+    assert 'no more' in fails(f'train {small} --out folder --reward mine:score', 'raised RuntimeError', capsys)[-1]
+    assert list(Path('folder').iterdir()) == []
+
+
+def test_reward_that_fails_later(here, capsys):
+    "One call tries it, then one per iteration: the checkpoint of the second one is named, whole, and can be gone on from."
+    reward('if len(calls) == 4: raise RuntimeError("no more")\n    return [float(i) for i in range(len(prompts))]')
+    words = f'train {small} --out run --reward mine:score --iterations 3'
+    line = fails(f'{words} --checkpoint-every 1', "raised RuntimeError", capsys)[-1]
+    assert "the last checkpoint is 'run/checkpoint', of iteration 2: go on with --resume" in line
+    reward('return [float(i) for i in range(len(prompts))]')
+    assert main(shlex.split(f'{words} --resume')) == 0
+    assert [json.loads(o)['iteration'] for o in Path('run/metrics.jsonl').read_text().splitlines()] == [0, 1, 2]
+
+
+def test_reward_that_fails_before_a_checkpoint(here, capsys):
+    reward('if len(calls) == 3: raise RuntimeError("no more")\n    return [float(i) for i in range(len(prompts))]')
+    line = fails(f'train {small} --out run --reward mine:score --checkpoint-every 0', 'raised RuntimeError', capsys)[-1]
+    assert "there is no checkpoint yet: delete 'run' to start again" in line
+
+
+# ---- folders and disks
+
+def test_folder_that_holds_a_run(here, capsys):
+    words = f'train {small} --iterations 1 --out run'
+    assert main(shlex.split(words)) == 0
+    before = tree(here)
+    fails(words, "already holds a run: add --resume", capsys)
+    fails(f'{words} --resume --tau 1.8', 'resume: the checkpoint is of another configuration (tau was 2.2, is 1.8)', capsys)
+    fails(f'{words} --resume --lora-rank 2', 'lora_rank was 0, is 2', capsys)
+    fails('demo --scale smoke --out run', 'holds something that is no demo of ours', capsys)
+    assert tree(here) == before
+    weights = Path('run/checkpoint/weights.safetensors')
+    weights.write_bytes(weights.read_bytes()[:1000])
+    fails(f'{words} --resume', "checkpoint 'run/checkpoint' is damaged", capsys)
+
+
+def test_disk_full_before(here, capsys, monkeypatch):
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1000))
+    before = tree(here)
+    fails(f'train {small} --out new/run', 'MiB free, the run needs about', capsys)
+    fails('demo --scale smoke --out new/demo', 'MiB free, the run needs about', capsys)
+    assert tree(here) == before
+
+
+@contextmanager
+def largest_file(size):
+    "Inside: the system refuses to let a file grow beyond `size` bytes, as a full disk would."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_disk_full_in_the_middle(here, capsys):
+    words = f'train {small} --out run --checkpoint-every 1'
+    assert main(shlex.split(f'{words} --iterations 1')) == 0
+    whole = tree(here/'run/checkpoint')
+    with largest_file(100_000):
+        line = fails(f'{words} --iterations 2 --resume', "checkpoint 'run/checkpoint' could not be written", capsys)[-1]
+    assert 'the last checkpoint is' in line and 'of iteration 1' in line
+    assert tree(here/'run/checkpoint') == whole and not Path('run/checkpoint.new').exists()
+    assert main(shlex.split(f'{words} --iterations 2 --resume')) == 0
+
+
+# ---- interruptions
+
+def test_interrupted_before_the_first_iteration(here, monkeypatch, capsys):
+    def interrupted(self): raise KeyboardInterrupt
+    monkeypatch.setattr(Trainer, 'evaluate', interrupted)
+    assert main(shlex.split(f'train {small} --out new/run')) == 130
+    assert capsys.readouterr().err.endswith('\negrpo train: interrupted\n') and not Path('new').exists()
+
+
+@contextmanager
+def started(words, env):
+    "A command in a process of its own, ended at the latest when the block is left."
+    process = subprocess.Popen([command, *shlex.split(words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try: yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close(), process.stderr.close()
+
+
+def wait_for(path, process, seconds=90):
+    "Wait until a running process has made a file."
+    until = time.monotonic() + seconds
+    while not Path(path).exists():
+        assert process.poll() is None and time.monotonic() < until, process.stderr.read() if process.poll() is not None else 'too slow'
+        time.sleep(.02)
+
+
+def metrics(run):
+    "What a run has logged, without its times."
+    lines = [json.loads(o) for o in Path(run, 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in o.items() if not k.startswith('seconds')} for o in lines]
+
+
+def test_killed_run_resumes_to_the_bit(here):
+    words = f'train {small} --checkpoint-every 1 --ema-decay 0.5 --eval-every 0'
+    with one_thread() as env:
+        with started(f'{words} --iterations 500 --out killed', env) as process:
+            wait_for('killed/checkpoint/state.json', process)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        saved = next(p for p in map(Path, ('killed/checkpoint', 'killed/checkpoint.old')) if p.exists())
+        last = json.loads((saved/'state.json').read_text())['iteration'] + 1
+        assert last < 500
+        assert main(shlex.split(f'{words} --iterations {last} --out killed --resume')) == 0
+        assert main(shlex.split(f'{words} --iterations {last} --out straight')) == 0
+    for part in ('weights', 'ema', 'optimizer'):
+        a, b = (load_file(f'{run}/checkpoint/{part}.safetensors') for run in ('killed', 'straight'))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), part
+    killed, straight = metrics('killed'), metrics('straight')
+    assert killed == straight and len(killed) == last
+
+
+def test_ctrl_c_stops_with_a_checkpoint(here):
+    words = f'train {small} --iterations 500 --checkpoint-every 0 --eval-every 0 --out run'
+    with started(words, {**os.environ, 'OMP_NUM_THREADS': '1'}) as process:
+        wait_for('run/metrics.jsonl', process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    state = json.loads(Path('run/checkpoint/state.json').read_text())
+    assert f'stopped after {state["iteration"]} of 500 iterations' in out and 'Traceback' not in err
+    assert len(Path('run/metrics.jsonl').read_text().splitlines()) == state['iteration'] < 500
+    assert Path('run/model/model_index.json').exists() and 'stopping after this iteration' in out + err
+
+
+def test_a_fault_is_one_line_in_the_shell(tmp_path):
+    words = [command, 'train', '--reward', 'math:sqrt', '--out', 'new']
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count('\n') == 1 and done.stderr.startswith("egrpo train: error: reward 'math:sqrt' raised TypeError"), done.stderr
+    assert not list(tmp_path.iterdir())
