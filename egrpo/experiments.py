@@ -34,7 +34,7 @@ def cell_key(
     config:TrainConfig, # A run
 )->str: # 16 hexadecimal digits
     "What a run depends on, as a hash."
-    text = json.dumps({k: v for k, v in asdict(config).items() if k not in WHERE}, sort_keys=True)
+    text = json.dumps({k: v for k, v in asdict(config).items() if k not in WHERE and v is not None}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 # %% ../nbs/32_experiments.ipynb #e5a438c3

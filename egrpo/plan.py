@@ -83,8 +83,11 @@ class Plan:
     branches:tuple # Its `Branch`es; those with as many noises share their rollout up to their first stochastic step
     noise_level:float=0.7 # a of the kernel, > 0 where there is a stochastic step (E-GRPO's 0.7)
     kernel:str='flow' # Kernel of every stochastic step: flow, dance or cps
+    strides:tuple=(1,) # Strides of the ODE after a branch's last stochastic step, >= 1; one image per leaf and stride
 
     def __post_init__(self):
+        if not self.strides or min(self.strides) < 1:
+            raise ValueError(f"strides must be one or more numbers >= 1, got {self.strides}: 1 is exact")
         if self.kernel not in KERNELS: raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         if not self.branches: raise ValueError("branches is empty: a plan needs at least one Branch (Branch() is a plain ODE rollout)")
         for b in self.branches: _check_branch(b, self.num_steps - 1)
@@ -109,9 +112,9 @@ def rollout_nfe(
     T, total = plan.num_steps, 0
     for n in {b.noises for b in plan.branches}: # the shared anchors
         total += n * max(b.steps[0].start + 1 if b.steps else T for b in plan.branches if b.noises == n)
-    for b in plan.branches: # then every branch on its own
-        stops = [s.start + 1 for s in b.steps[1:]] + [T]
-        total += sum(w * (stop - s.end) for w, s, stop in zip(b.widths[1:], b.steps, stops))
+    for b in plan.branches: # then every branch on its own, to its next stochastic step and at last to the images
+        total += sum(w * (after.start + 1 - s.end) for w, s, after in zip(b.widths[1:], b.steps, b.steps[1:]))
+        if b.steps: total += b.leaves * sum(math.ceil((T - b.steps[-1].end) / stride) for stride in plan.strides)
     return total
 
 def gradient_nfe(
@@ -125,7 +128,7 @@ def count_leaves(
     plan:Plan, # The plan of one prompt
 )->int: # Images
     "Images a rollout of one prompt ends in."
-    return sum(b.leaves for b in plan.branches)
+    return len(plan.strides) * sum(b.leaves for b in plan.branches)
 
 def count_transitions(
     plan:Plan, # The plan of one prompt
@@ -148,7 +151,8 @@ def describe(
     branches = ' · '.join(map(_branch_text, plan.branches))
     counts = f"{count_leaves(plan)} images, {count_transitions(plan)} trained transitions"
     nfe = f"nfe {rollout_nfe(plan)} + {gradient_nfe(plan)} with gradient"
-    return f"{plan.num_steps} steps, {plan.kernel} kernel, noise {plan.noise_level:g} | {branches} | {counts}, {nfe}"
+    strides = '' if plan.strides == (1,) else f", then strides {', '.join(map(str, plan.strides))}"
+    return f"{plan.num_steps} steps, {plan.kernel} kernel, noise {plan.noise_level:g}{strides} | {branches} | {counts}, {nfe}"
 
 # %% ../nbs/03_plan.ipynb #0a1f9f70
 def _heights(
@@ -177,6 +181,8 @@ def _draw_branch(
                 color=color(std), lw=1.4 if s.weight else .6, solid_capstyle='round')
         ys, x = children, s.end
     ax.hlines(ys, x, plan.num_steps, color='.7', lw=1)
+    for stops in (range(x, plan.num_steps, stride) for stride in plan.strides if stride > 1 and branch.steps):
+        ax.plot(stops, [row] * len(stops), '|', color='.5')
 
 # %% ../nbs/03_plan.ipynb #5299b232
 def plot_plan(

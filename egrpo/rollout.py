@@ -7,7 +7,7 @@ __all__ = ['addressed_noise', 'Rollout', 'transition_mean', 'transition_log_prob
 
 # %% ../nbs/20_rollout.ipynb #f8167058
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ class Rollout:
     weight:Tensor # (M,) weight in the loss; 0 = not trained
     leaf_start:Tensor # (M,) first leaf below the transition
     leaf_count:Tensor # (M,) number of leaves below it
-    latents:Tensor # (L,C,H,W) clean latents
-    leaf_prompt:Tensor # (L,) index of the leaf's prompt
+    latents:Tensor # (S·L,C,H,W) clean latents: all leaves for the plan's first stride, then for the next
+    leaf_prompt:Tensor # (S·L,) index of the image's prompt
 
 # %% ../nbs/20_rollout.ipynb #1c7830de
 @dataclass
@@ -53,6 +53,7 @@ class _Walker:
     latents:Tensor # (N,C,H,W) latents of the nodes
     k:int=0 # They are at `sigmas[k]`
     stage:int=0 # Stochastic steps taken so far
+    stride:int=1 # Schedule steps that one ODE step covers; above 1 only after the last stochastic step
 
 # %% ../nbs/20_rollout.ipynb #09040e28
 def _roots(
@@ -96,7 +97,7 @@ class _Trace:
     "What a rollout collects on its way."
     rows:list = field(default_factory=list) # (parents, mean, prompt, start, end) per stochastic step
     transitions:list = field(default_factory=list) # (children, row, log-prob, group, weight, leaf start, leaf count) per stochastic step
-    leaves:dict = field(default_factory=dict) # (prompt, branch) -> clean latents
+    leaves:dict = field(default_factory=dict) # (stride, prompt, branch) -> clean latents
     num_rows:int = 0 # Rows so far
 
     def add(self,
@@ -123,7 +124,7 @@ def _split(
     first_leaf:int, # Index of the branch's first leaf
     noise, # noise(prompt, *address) -> (C,H,W)
     trace:_Trace, # Is added to
-)->_Walker: # The children, at the end of the step
+)->list: # A walker with the children, at the end of the step; one for each stride if it was the last step
     "Take a branch's stochastic step: `children` samples of every node, recorded as one group of transitions."
     step, N, device = plan.branches[b].steps[walker.stage], len(walker.latents), velocity.device
     prompt, start, end = (torch.full((N,), i, device=device) for i in (walker.prompt, step.start, step.end))
@@ -134,7 +135,8 @@ def _split(
     logp, *_ = transition_log_prob(velocity, walker.latents, children, row, start, end, plan)
     leaves = range(first_leaf, first_leaf + plan.branches[b].leaves)
     trace.add((walker.latents, mean, prompt, start, end), (children, row, logp), step.weight, leaves)
-    return _Walker(walker.prompt, [b], children, step.end, walker.stage + 1)
+    last = walker.stage + 1 == len(plan.branches[b].steps)
+    return [_Walker(walker.prompt, [b], children, step.end, walker.stage + 1, n) for n in (plan.strides if last else (1,))]
 
 # %% ../nbs/20_rollout.ipynb #dfdc7519
 def _leaving(
@@ -156,11 +158,12 @@ def _advance(
     "One step of a walker: split off the branches that are stochastic here, take the ODE step with the rest."
     leaving = _leaving(walker, plan)
     rest = [b for b in walker.branches if b not in leaving]
-    out = [_split(walker, velocity, plan, b, first_leaf[walker.prompt, b], noise, trace) for b in leaving]
+    out = [new for b in leaving for new in _split(walker, velocity, plan, b, first_leaf[walker.prompt, b], noise, trace)]
     if rest:
-        x = ode_step(velocity, walker.latents, plan.sigmas[walker.k].item(), plan.sigmas[walker.k + 1].item())
-        if walker.k + 1 < plan.num_steps: out.append(_Walker(walker.prompt, rest, x, walker.k + 1, walker.stage))
-        else: trace.leaves.update({(walker.prompt, b): x for b in rest})
+        k = min(walker.k + walker.stride, plan.num_steps)
+        x = ode_step(velocity, walker.latents, plan.sigmas[walker.k].item(), plan.sigmas[k].item())
+        if k < plan.num_steps: out.append(replace(walker, branches=rest, latents=x, k=k))
+        else: trace.leaves.update({(walker.stride, walker.prompt, b): x for b in rest})
     return out
 
 # %% ../nbs/20_rollout.ipynb #97619ff0
@@ -171,9 +174,9 @@ def _check_plans(
     "One plan per prompt; they may differ in their branches only."
     plans = [plans] * n if isinstance(plans, Plan) else list(plans)
     if len(plans) != n: raise ValueError(f"plans must be one Plan or one for each of the {n} prompts, got {len(plans)}")
-    a = plans[0]
-    if any(p.kernel != a.kernel or p.noise_level != a.noise_level or not torch.equal(p.sigmas, a.sigmas) for p in plans):
-        raise ValueError("plans of one rollout must have the same sigmas, kernel and noise_level: make one rollout for each")
+    def frame(p): return p.sigmas.tolist(), p.kernel, p.noise_level, p.strides
+    if any(frame(p) != frame(plans[0]) for p in plans):
+        raise ValueError("plans of one rollout must have the same sigmas, kernel, noise_level and strides: make one rollout for each")
     return plans
 
 # %% ../nbs/20_rollout.ipynb #e794a4ea
@@ -205,8 +208,8 @@ def _collect(
     policy, # Gives device and latent shape
 )->Rollout: # The rollout
     "Join what a rollout noted to flat tensors."
-    latents = torch.cat([trace.leaves[o] for o in order])
-    leaf_prompt = torch.tensor([p for p, _ in order]).repeat_interleave(torch.tensor(counts)).to(policy.device)
+    latents = torch.cat([trace.leaves.get((n, *o), trace.leaves.get((1, *o))) for n in plan.strides for o in order])
+    leaf_prompt = torch.tensor([p for p, _ in order]).repeat_interleave(torch.tensor(counts)).repeat(len(plan.strides)).to(policy.device)
     empty, none = latents.new_zeros(0, *policy.latent_shape), torch.zeros(0, dtype=torch.long, device=policy.device)
     rows = [torch.cat(x) for x in zip(*trace.rows)] or [empty, empty, none, none, none]
     transitions = [torch.cat(x) for x in zip(*trace.transitions)] or [empty, none, none.float(), none, none.float(), none, none]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from egrpo import cli
+from egrpo import cli, policy
 from egrpo.cli import main
 from egrpo.trainer import Trainer
 
@@ -198,7 +198,7 @@ def test_hub_that_never_answers(here, capsys, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import _http
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(cli.limit_hub_waiting, '__defaults__', (.3,))
+    monkeypatch.setattr(policy.limit_hub_waiting, '__defaults__', (.3,))
     with socket.create_server(('127.0.0.1', 0)) as server:
         monkeypatch.setattr(huggingface_hub.model_info.__self__, 'endpoint', f'http://127.0.0.1:{server.getsockname()[1]}')
         began = time.monotonic()

@@ -1,8 +1,11 @@
 "The loop on the shipped miniature: what must hold for every plan, and that each check fails on a planted bug."
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from egrpo import rollout as rollout_module
@@ -23,6 +26,7 @@ PLANS = {
     'cps window': Plan(SIGMAS, (Branch(tuple(SDEStep(k) for k in range(2, 5)), noises=4),), .8, 'cps'),
     'tree': Plan(SIGMAS, (Branch((SDEStep(0, 1, 2), SDEStep(3, 2, 2), SDEStep(6, 1, 2))),), .3, 'dance'),
     'noises by children': Plan(SIGMAS, tuple(Branch((SDEStep(k, 1, 3, weight=1 + k),), noises=2) for k in range(3))),
+    'two strides': Plan(SIGMAS, tuple(Branch((SDEStep(k, 2, 3),)) for k in range(3)), strides=(1, 3)),
 }
 
 
@@ -100,9 +104,9 @@ def test_ode_continuing_at_the_next_step_is_seen(policy, monkeypatch):
     "Planted bug, that of the released code: after a merged step the ODE goes on at k + 1."
     split = rollout_module._split
     def early(walker, velocity, plan, b, *rest):
-        children = split(walker, velocity, plan, b, *rest)
+        (children,) = split(walker, velocity, plan, b, *rest)
         children.k = plan.branches[b].steps[walker.stage].start + 1
-        return children
+        return [children]
     monkeypatch.setattr(rollout_module, '_split', early)
     plan = Plan(flow_sigmas(16), (Branch((SDEStep(4, 2, 3),)),))
     out = rollout(policy, policy.encode(PROMPTS), plan, 0, 0)
@@ -116,6 +120,19 @@ def test_noise_is_shared_and_distinct(walked):
     assert len(torch.unique(flat, dim=0)) == len(flat)
     first = (out.start == 0) & (out.prompt == 1)
     assert first.sum() == 0 or len(torch.unique(out.parents[first].flatten(1), dim=0)) <= max(b.noises for b in out.plan.branches)
+
+
+def test_strides_are_compared_each_among_its_own(policy):
+    "A leaf's images by stride 1 and by stride 3 are normalised apart, then added: a stride whose images all score low changes nothing."
+    from egrpo.advantage import group_advantages
+    plan = PLANS['two strides']
+    trainer = Trainer(TrainConfig(**SMALL), policy, method=lambda: plan)
+    out = rollout(policy, policy.encode(PROMPTS), plan, 0, 0)
+    rewards = torch.rand(len(out.latents), generator=torch.Generator().manual_seed(0))
+    advantages, _ = trainer.advantages(out, {'verifier': rewards})
+    assert_close(advantages, sum(group_advantages(r[out.leaf_start], out.group) for r in rewards.chunk(2)))
+    shifted, _ = trainer.advantages(out, {'verifier': torch.cat([rewards.chunk(2)[0], rewards.chunk(2)[1] - 5])})
+    assert_close(shifted, advantages, atol=1e-4, rtol=1e-4)
 
 
 def test_duplicate_prompts_are_different_groups(policy):
@@ -159,6 +176,19 @@ def test_resume_equals_straight(tmp_path, changes):
     trained(tmp_path, 'stopped', iterations=1, **changes)
     resumed, _ = trained(tmp_path, 'stopped', iterations=3, resume=True, **changes)
     for n, p in straight.parameters.items(): assert torch.equal(p, resumed.parameters[n]), n
+
+
+def test_two_processes_end_in_the_same_weights(tmp_path):
+    "Two processes share the prompts of every iteration and arrive where one does, but for the order of sums."
+    options = [f'--{k.replace("_", "-")}={v}' for k, v in dict(SMALL, iterations=2).items()]
+    for n in (1, 2):
+        launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', '-m', 'egrpo', 'train']
+        done = subprocess.run([*launcher, *options, f'--out={tmp_path/str(n)}'], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path/str(n)/'checkpoint'/'weights.safetensors') for n in (1, 2))
+    start = load_policy(device='cpu').parameters()
+    assert max((one[n] - p).abs().max() for n, p in start.items()) > 1e-4 # it has moved
+    for n in one: assert_close(two[n], one[n], atol=2e-5, rtol=0)
 
 
 def test_training_cost_is_predicted(tmp_path):
