@@ -145,7 +145,7 @@ class Experiment:
     title:str # What it reproduces
     notebook:str # Where it is told and drawn
     cells:Callable # scale -> dict: setting -> list of TrainConfigs, a seed each; empty for a closed form
-    data:Callable # dict: setting -> list of results -> the record's data
+    data:Callable # (dict: setting -> list of results, scale) -> the record's data; 'nfe' in it is added to that of the cells
 
 def reproduce(
     name:str, # A name in `EXPERIMENTS`
@@ -161,8 +161,11 @@ def reproduce(
     results = run_cells([c for cs in cells.values() for c in cs], workers, store)
     in_order = iter(results)
     by_setting = {setting: [next(in_order) for _ in cs] for setting, cs in cells.items()}
-    seeds, nfe, seconds = list(scale.seeds) if cells else [], sum(r['nfe'] for r in results), sum(r['seconds'] for r in results)
-    return save_record(path or name, experiment.data(by_setting), scale=scale.name, seeds=seeds, nfe=nfe, wall_time=seconds,
+    seeds, began = list(scale.seeds) if cells else [], time.perf_counter()
+    data = experiment.data(by_setting, scale)
+    nfe = sum(r['nfe'] for r in results) + data.pop('nfe', 0)
+    seconds = sum(r['seconds'] for r in results) + time.perf_counter() - began
+    return save_record(path or name, data, scale=scale.name, seeds=seeds, nfe=nfe, wall_time=round(seconds, 1),
                        command=f'egrpo reproduce {name} --scale {scale.name}')
 
 # %% ../nbs/32_experiments.ipynb #468d6073
@@ -170,6 +173,7 @@ TAUS = (0., 1.8, 2.0, 2.2, 2.6) # Table 4 of E-GRPO
 
 def _entropy_data(
     results:dict, # Empty: there are no cells
+    scale, # A `Scale`: the closed form is the same at all
 )->dict: # The record's data
     "Entropies of single and merged steps, and the merge lengths of Table 4's thresholds, for 16 steps, shift 3, noise level 0.7."
     sigmas, lengths = flow_sigmas(16, 3.), (1, 2, 4, 6)
@@ -204,6 +208,7 @@ def _against(
 
 def _grid_data(
     results:dict, # tau -> list of results
+    scale, # A `Scale`
 )->dict: # The record's data
     "Scores of every setting, its differences from tau 2.2, and every cell."
     best, kept = results['2.2'], ('config', 'scores', 'nfe', 'seconds', 'ratio_error', 'reward')
