@@ -211,3 +211,13 @@ def test_training_moves_towards_the_reward(tmp_path):
     before = measured()
     trainer.fit()
     assert measured() > before + .005
+
+
+def test_tracker_gets_what_the_log_has(tmp_path):
+    "Tensorboard, through accelerate: rewards, ratio and evaluations arrive under the names of metrics.jsonl."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    _, metrics = trained(tmp_path, 'tracked', iterations=2, tracker='tensorboard')
+    (events,) = {p.parent for p in tmp_path.rglob('events.out.tfevents.*') if EventAccumulator(str(p.parent)).Reload().Tags()['scalars']}
+    log = EventAccumulator(str(events)).Reload()
+    assert [e.value for e in log.Scalars('reward/verifier')] == pytest.approx([m['reward/verifier'] for m in metrics])
+    assert {'ratio_error', 'grad_norm', 'eval/verifier_strict'} <= set(log.Tags()['scalars'])
