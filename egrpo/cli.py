@@ -96,7 +96,7 @@ def add_own(
 # %% ../nbs/35_cli.ipynb #5e936676
 GROUPS = {
     'model': 'model lora_rank resolution guidance device dtype micro_batch',
-    'method': 'method num_steps shift tau active_steps merge_length num_generations noise_level kernel stride',
+    'method': 'method num_steps shift tau active_steps first_step merge_length num_generations noise_level kernel stride',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
     'optimisation': 'iterations updates_per_iteration inner_epochs clip_range beta lr weight_decay adam_beta1 adam_beta2 '
                     'max_grad_norm ema_decay',
@@ -345,8 +345,8 @@ def say(
     "Print, in the main process only."
     if os.environ.get('RANK', '0') == '0': print(*texts, flush=True)
 
-# %% ../nbs/35_cli.ipynb #123b609b
-PLAN_OPTIONS = 'method tau num_steps shift active_steps merge_length noise_level kernel stride num_generations'.split()
+# %% ../nbs/35_cli.ipynb #6695e2aa
+PLAN_OPTIONS = 'method tau num_steps shift active_steps first_step merge_length noise_level kernel stride num_generations'.split()
 
 def plan_lengths(
     settings, # A method's settings as attributes, as `method_settings` gives them
@@ -355,7 +355,8 @@ def plan_lengths(
     from egrpo.entropy import fixed_lengths, merge_lengths
     from egrpo.sigmas import flow_sigmas
     if settings.merge_length is not None: return fixed_lengths(settings.num_steps, settings.merge_length).tolist()
-    return merge_lengths(flow_sigmas(settings.num_steps, settings.shift), settings.tau, settings.noise_level, settings.kernel).tolist()
+    lengths = merge_lengths(flow_sigmas(settings.num_steps, settings.shift), settings.tau, settings.noise_level, settings.kernel).tolist()
+    return lengths if settings.first_step is None else [n or settings.num_steps - 1 - k for k, n in enumerate(lengths)]
 
 def plan_table(
     settings, # A method's settings as attributes, as `method_settings` gives them
@@ -363,11 +364,12 @@ def plan_table(
     "Every step of the schedule: its noise level, its entropy alone and merged."
     from egrpo.entropy import step_entropy
     from egrpo.sigmas import flow_sigmas
-    sigmas, lengths = flow_sigmas(settings.num_steps, settings.shift), plan_lengths(settings)
+    sigmas, lengths, first = flow_sigmas(settings.num_steps, settings.shift), plan_lengths(settings), settings.first_step or 0
     def entropy(k, length): return f'{step_entropy(sigmas, length, settings.noise_level, kernel=settings.kernel)[k]:.3f}'
     def row(k, length):
         none = '=' if k == settings.num_steps - 1 else '✗'
-        merged = [str(length), entropy(k, length), '●' if k < settings.active_steps else ''] if length else [none, '', '']
+        active = '●' * (first <= k < first + settings.active_steps)
+        merged = [str(length), entropy(k, length), active] if length else [none, '', '']
         return [str(k), f'{sigmas[k]:.4f}', f'{1000 * sigmas[k]:.1f}', entropy(k, 1), *merged]
     rows = [row(k, length) for k, length in enumerate(lengths)]
     return table([['step', 'sigma', 'timestep', 'entropy', 'merge', 'merged entropy', 'active'], *rows])

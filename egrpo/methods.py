@@ -17,21 +17,23 @@ def _check_counts(
     num_steps:int, # T, denoising steps
     active_steps:int, # Active steps, to be in 1…T-1
     num_generations:int, # G, samples per group, to be >= 2
+    first_step:int=0, # The first active step, to be >= 0
 ):
     "Refuse counts that no anchor with groups can have."
-    if not 1 <= active_steps <= num_steps - 1:
-        allowed = f"from 1 to num_steps - 1 = {num_steps - 1}"
+    if first_step < 0: raise ValueError(f"first_step must be >= 0, got {first_step}: 0 is where the noise is")
+    if not 1 <= active_steps <= num_steps - 1 - first_step:
+        allowed = f"from 1 to num_steps - 1 = {num_steps - 1}" + f" - first_step {first_step}" * (first_step > 0)
         raise ValueError(f"active_steps must be {allowed}, got {active_steps}: the last step is never stochastic")
     if num_generations < 2:
         raise ValueError(f"num_generations must be >= 2, got {num_generations}: a group of one has nothing to compare with")
 
 def _check_lengths(
-    lengths:list, # Merge length of every active step; 0 = cannot be reached
+    lengths:dict, # Active step -> its merge length; 0 = cannot be reached
     asked:str, # What was asked for, e.g. `tau 9.0`
     num_steps:int, # T, denoising steps
 ):
     "Refuse what some active steps cannot reach, and name them."
-    short = [k for k, length in enumerate(lengths) if length == 0]
+    short = [k for k, length in lengths.items() if length == 0]
     if not short: return
     steps = f"step{'s' * (len(short) > 1)} {', '.join(map(str, short))} of {num_steps}"
     remedy = f"lower it, or set active_steps to {short[0]}" if short[0] else "lower it"
@@ -43,6 +45,7 @@ def egrpo(
     shift:float=3.0, # Shift of the schedule, > 0 (the paper's 3)
     tau:float=2.2, # Entropy threshold on exp(h/d), h/d in nats per latent element, >= 0; 0 merges nothing
     active_steps:int=8, # Steps that are made stochastic, one at a time: the first ones, 1…T-1; the paper takes half
+    first_step:int|None=None, # The first one, >= 0; given, steps that cannot reach `tau` merge as far as they can; None = 0, refuse such
     num_generations:int=12, # G, samples per group, >= 2 (the paper's 12)
     noise_level:float=0.7, # a of the kernel, > 0 (the paper's 0.7)
     kernel:str='flow', # Kernel of the stochastic step: flow (the paper's), dance or cps
@@ -50,12 +53,13 @@ def egrpo(
     stride:int=1, # Schedule steps per ODE step after the stochastic one, >= 1; 1 is exact (the paper's)
 )->Plan: # The plan of one prompt
     "E-GRPO (arXiv 2601.00423, Algorithm 1): an ODE anchor with one group per active step, its stochastic step merged by entropy."
-    _check_counts(num_steps, active_steps, num_generations)
-    sigmas = flow_sigmas(num_steps, shift)
+    _check_counts(num_steps, active_steps, num_generations, first_step or 0)
+    sigmas, active = flow_sigmas(num_steps, shift), range(first_step or 0, (first_step or 0) + active_steps)
     lengths = merge_lengths(sigmas, tau, noise_level, kernel) if merge_length is None else fixed_lengths(num_steps, merge_length)
-    lengths = lengths[:active_steps].tolist()
+    lengths = {k: int(lengths[k]) for k in active}
+    if first_step is not None: lengths = {k: l or num_steps - 1 - k for k, l in lengths.items()}
     _check_lengths(lengths, f"merge_length {merge_length}" if merge_length else f"tau {tau}", num_steps)
-    return Plan(sigmas, tuple(Branch((SDEStep(k, l, num_generations),)) for k, l in enumerate(lengths)), noise_level, kernel, (stride,))
+    return Plan(sigmas, tuple(Branch((SDEStep(k, l, num_generations),)) for k, l in lengths.items()), noise_level, kernel, (stride,))
 
 # %% ../nbs/22_methods.ipynb #feb44b0b
 METHODS = {'egrpo': egrpo}

@@ -47,6 +47,7 @@ class TrainConfig:
     shift:float = 3.0 # Shift of the noise schedule
     tau:float = 2.2 # Entropy threshold for merging, >= 0; 0 merges nothing
     active_steps:int|None = None # Steps that are made stochastic: the first ones; here and below None = as the method was published
+    first_step:int|None = None # The first active step; steps that cannot reach tau are then merged as far as they may, not refused
     merge_length:int|None = None # Merge every active step to this length instead of by tau
     stride:int|None = None # Schedule steps per ODE step after the last stochastic one; 1 is exact, 2 costs half
     num_generations:int = 12 # Samples per group G, >= 2
@@ -72,7 +73,7 @@ class TrainConfig:
     lora_rank:int = 0 # Rank of the LoRA that is trained; 0 = the whole transformer
     resolution:int|None = None # Side of the images in pixels; None = what the VAE was made for
     guidance:float = 3.5 # Guidance embedding, for models that take one
-    eval_prompts:str|None = None # Text file of evaluation prompts; None = held-out shapes prompts, or the training file's own
+    eval_prompts:str|None = None # Text file of evaluation prompts, or shapes_tuning; None = held-out shapes prompts, or the training file's
     eval_size:int = 256 # Prompts of an evaluation
     eval_every:int = 50 # Iterations between evaluations; 0 = before and after only
     eval_rewards:str = 'verifier + verifier_strict' # What an evaluation measures
@@ -160,12 +161,13 @@ def describe_run(
 
 # %% ../nbs/24_trainer.ipynb #8e46fa76
 def load_prompts(
-    source:str='shapes', # 'shapes' or a text file, one prompt a line
+    source:str='shapes', # 'shapes', 'shapes_tuning' (other training prompts, to choose settings on), or a text file, one prompt a line
     split:str='train', # Split of the shapes prompts: train or held_out
     n:int=4096, # How many shapes prompts, >= 1; a file is read whole
 )->list: # Prompts
     "Prompts of the miniature world or of a file."
     if source == 'shapes': return sample_prompts(n, seed=0, split=split)
+    if source == 'shapes_tuning': return sample_prompts(n, seed=1, split='train')
     try: lines = Path(source).read_text(encoding='utf-8').splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"prompts: {source!r} could not be read ({e}): name a text file with one prompt a line") from e
@@ -344,7 +346,7 @@ class Trainer:
         source = c.eval_prompts or c.prompts
         self.prompts, self.eval_prompts = load_prompts(c.prompts), load_prompts(source, 'held_out', c.eval_size)[:c.eval_size]
         self.reward = get_reward(reward or c.reward)
-        self.eval_reward = get_reward(c.eval_rewards if source == 'shapes' else reward or c.reward)
+        self.eval_reward = get_reward(c.eval_rewards if source in ('shapes', 'shapes_tuning') else reward or c.reward)
 
     def _load_policy(self):
         "The policy that the configuration names."
