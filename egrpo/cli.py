@@ -8,12 +8,12 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'SAM
            'Parser', 'Command', 'make_parser', 'explain', 'set_environment', 'complain', 'main', 'table',
            'show_interval', 'category_rows', 'score_names', 'show_mean', 'score_table', 'change_table', 'ends',
            'change_tables', 'given', 'check_file', 'check_picture', 'save_picture', 'try_reward', 'check_device', 'say',
-           'plan_lengths', 'plan_table', 'plan_cost', 'run_plan', 'add_plan', 'add_lora', 'load_sampler',
-           'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample', 'run_evaluate', 'save_scores',
-           'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'preset', 'check_out', 'check_run',
-           'run_train', 'ready', 'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo', 'shown_places',
-           'images_at', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo',
-           'add_demo', 'run_reproduce', 'add_reproduce']
+           'run_methods', 'plan_lengths', 'plan_table', 'steps_table', 'plan_cost', 'run_plan', 'add_plan', 'add_lora',
+           'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
+           'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'preset',
+           'published', 'check_out', 'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up',
+           'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config',
+           'run_demo', 'report_demo', 'add_demo', 'run_reproduce', 'add_reproduce']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -96,7 +96,8 @@ def add_own(
 # %% ../nbs/35_cli.ipynb #5e936676
 GROUPS = {
     'model': 'model lora_rank resolution guidance device dtype micro_batch',
-    'method': 'method num_steps shift tau active_steps first_step merge_length num_generations noise_level kernel stride',
+    'method': 'method num_steps shift num_generations noise_level kernel stride tau active_steps first_step merge_length window '
+              'train_share keep pruned_steps',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
     'optimisation': 'iterations updates_per_iteration inner_epochs clip_range beta lr weight_decay adam_beta1 adam_beta2 '
                     'max_grad_norm ema_decay',
@@ -128,7 +129,7 @@ class Command:
     text:str # What it does, in a sentence
     example:str # A line that works
 
-COMMANDS = dict.fromkeys(['demo', 'train', 'evaluate', 'sample', 'plan', 'reproduce'])
+COMMANDS = dict.fromkeys(['demo', 'train', 'evaluate', 'sample', 'methods', 'plan', 'reproduce'])
 
 def make_parser()->Parser: # The parser of the whole command line
     "All commands with their options."
@@ -345,8 +346,20 @@ def say(
     "Print, in the main process only."
     if os.environ.get('RANK', '0') == '0': print(*texts, flush=True)
 
-# %% ../nbs/35_cli.ipynb #6695e2aa
-PLAN_OPTIONS = 'method tau num_steps shift active_steps first_step merge_length noise_level kernel stride num_generations'.split()
+# %% ../nbs/35_cli.ipynb #a0e029bd
+def run_methods(
+    args, # Parsed arguments
+):
+    "egrpo methods: print the table."
+    from egrpo.methods import METHODS, describe_method
+    rows = [describe_method(name) for name in METHODS]
+    say(table([list(rows[0]), *[list(row.values()) for row in rows]]))
+    say('\nat their published settings; nfe = network evaluations of a prompt and iteration. Next: egrpo plan --method NAME')
+
+COMMANDS['methods'] = Command(run_methods, lambda parser: None, 'List the methods: what each samples, compares and costs.', 'egrpo methods')
+
+# %% ../nbs/35_cli.ipynb #42af2ae4
+PLAN_OPTIONS = 'method seed'.split() + GROUPS['method'].split()[1:]
 
 def plan_lengths(
     settings, # A method's settings as attributes, as `method_settings` gives them
@@ -374,6 +387,16 @@ def plan_table(
     rows = [row(k, length) for k, length in enumerate(lengths)]
     return table([['step', 'sigma', 'timestep', 'entropy', 'merge', 'merged entropy', 'active'], *rows])
 
+def steps_table(
+    plan, # A `Plan`
+)->str: # Lines
+    "Every step of the schedule: its noise level, its entropy, and whether the plan samples and trains it."
+    from egrpo.entropy import step_entropy
+    entropies, steps = step_entropy(plan.sigmas, 1, plan.noise_level, kernel=plan.kernel), [s for b in plan.branches for s in b.steps]
+    marks = {s.start: '●' if s.weight else '○' for s in steps} | {plan.num_steps - 1: '='}
+    rows = [[str(k), f'{s:.4f}', f'{1000 * s:.1f}', f'{e:.3f}', marks.get(k, '')] for k, (s, e) in enumerate(zip(plan.sigmas, entropies))]
+    return table([['step', 'sigma', 'timestep', 'entropy', 'active'], *rows])
+
 # %% ../nbs/35_cli.ipynb #6c05335e
 def plan_cost(
     plan, # A `Plan`
@@ -393,8 +416,10 @@ def run_plan(
     check_picture(args.picture, '--picture')
     settings = {name: config_options()[name].default for name in PLAN_OPTIONS} | given(args, PLAN_OPTIONS) # needs no trainer
     method = settings.pop('method')
-    say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
-    plan = make_plan(method, **settings)
+    merging = 'tau' in method_settings(method)
+    if merging: say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
+    plan = make_plan(method, args.iteration, **settings)
+    if not merging: say(steps_table(plan))
     say(f'\n{describe(plan)}\n{plan_cost(plan)}')
     if args.picture: say('picture:', save_picture(plot_plan(plan).figure, args.picture))
 
@@ -402,7 +427,9 @@ def add_plan(
     parser:Parser, # The command's parser
 ):
     "Options of egrpo plan."
-    add_fields(parser.add_argument_group('plan'), PLAN_OPTIONS)
+    group = parser.add_argument_group('plan')
+    add_fields(group, PLAN_OPTIONS)
+    add_own(group, Option('iteration', 'int', 0, 'Training iteration, for methods whose plan changes with it'))
     add_own(parser.add_argument_group('output'), Option('picture', 'str', None, 'Draw the plan as a timeline into this file', 'FILE'))
 
 # %% ../nbs/35_cli.ipynb #bbecd387
@@ -578,6 +605,13 @@ def preset(
     name = name or os.environ.get('EGRPO_SCALE')
     return dict(get_scale(name).settings) if name else {}
 
+def published(
+    method, # A name in `egrpo.methods.METHODS`
+)->dict: # Fields of `TrainConfig`
+    "Clip range, KL weight and scale of the advantages as a method was published; nothing for a method that is not there."
+    from egrpo.methods import PUBLISHED
+    return PUBLISHED.get(method, {})
+
 def check_out(
     out:str, # A run's folder
     resume:bool=False, # May it hold a run?
@@ -608,7 +642,8 @@ def run_train(
 ):
     "egrpo train: train a model."
     from egrpo.trainer import TrainConfig, Trainer, describe_run
-    config = check_run(TrainConfig(**{**preset(args.scale), **given(args, config_options())}))
+    chosen = {**preset(args.scale), **given(args, config_options())}
+    config = check_run(TrainConfig(**{**published(chosen.get('method', TrainConfig.method)), **chosen}))
     say(describe_run(config))
     if args.dry_run: return
     with run_folder(config.out):
@@ -701,17 +736,6 @@ def shown_places(
     rows = category_rows(prompts)
     return rows['all'][:6 * n] if len(rows) == 1 else [i for kind, places in rows.items() if kind != 'all' for i in places[:n]]
 
-def images_at(
-    trainer, # A `Trainer`
-    places:list, # Places of evaluation prompts
-):
-    "The images an evaluation makes at these places, with the weights as they are now."
-    from egrpo.rollout import rollout
-    from egrpo.trainer import ode_plan, swapped
-    policy, plan = trainer.policy, ode_plan(trainer.config.num_steps, trainer.config.shift)
-    cond = policy.encode([trainer.eval_prompts[i] for i in places])
-    with swapped(trainer.parameters, trainer.ema): return policy.decode(rollout(policy, cond, plan, 'sample', 0, prompt_ids=places).latents)
-
 # %% ../nbs/35_cli.ipynb #b071b498
 def stack_pictures(
     figures:list, # matplotlib figures, from top to bottom
@@ -783,6 +807,7 @@ def run_demo(
 ):
     "egrpo demo: train on the miniature and show before and after."
     began = time.monotonic()
+    from egrpo.experiments import images_at
     from egrpo.trainer import Trainer, describe_run
     config, out = demo_config(args), check_demo(args.out)
     check_run(replace(config, resume=True)) # an earlier demo in the folder is no obstacle
@@ -842,7 +867,8 @@ def run_reproduce(
     scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini').name
     path = Path('runs/smoke', f'{args.name}.json') if scale == 'smoke' else record_path(args.name)
     check_file(path, 'record')
-    reproduce(args.name, scale, args.workers, path=path)
+    only = [o.strip() for o in args.only.split(',')] if args.only else None
+    reproduce(args.name, scale, args.workers, path=path, partial=args.partial, only=only)
     say(f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}')
 
 def add_reproduce(
@@ -852,7 +878,9 @@ def add_reproduce(
     parser.add_argument('name', nargs='?', metavar='NAME', help='Which figure or table; none lists them')
     add_own(parser.add_argument_group('run'),
             Option('scale', 'str', None, 'smoke, mini, gpu or flux (default: EGRPO_SCALE, else mini)', 'NAME'),
-            Option('workers', 'int', 1, 'Worker processes, each with one thread; 0 runs in this process'))
+            Option('workers', 'int', 1, 'Worker processes, each with one thread; 0 runs in this process'),
+            Option('partial', 'bool', False, 'Run nothing: write the record from the runs that are finished'),
+            Option('only', 'str', None, 'Some of the settings, separated by commas', 'A,B'))
 
 COMMANDS['reproduce'] = Command(run_reproduce, add_reproduce, "Run the experiment behind a paper's figure or table and write its record.",
                                 'egrpo reproduce tau --scale mini --workers 2')

@@ -265,8 +265,9 @@ def test_demo_shows_the_images_that_were_scored(here):
     with torch.no_grad(): # an average that differs from the weights is what is evaluated, and so what is shown
         for e in trainer.ema.values(): e.mul_(.98)
     places, frame = cli.shown_places(trainer.eval_prompts, 1), trainer.evaluate()
+    from egrpo.experiments import images_at
     from egrpo.shapes import verify_batch
-    seen = [v.graded for v in verify_batch(cli.images_at(trainer, places), [trainer.eval_prompts[i] for i in places])]
+    seen = [v.graded for v in verify_batch(images_at(trainer, places), [trainer.eval_prompts[i] for i in places])]
     np.testing.assert_allclose(seen, frame.verifier.iloc[places], atol=1e-3)
     assert len(places) == 6 and places != list(range(6))
 
