@@ -880,7 +880,7 @@ def add_reproduce(
             Option('scale', 'str', None, 'smoke, mini, gpu or flux (default: EGRPO_SCALE, else mini)', 'NAME'),
             Option('workers', 'int', 1, 'Worker processes, each with one thread; 0 runs in this process'),
             Option('partial', 'bool', False, 'Run nothing: write the record from the runs that are finished'),
-            Option('only', 'str', None, 'Some of the settings, separated by commas', 'A,B'))
+            Option('only', 'str', None, 'Some of the settings, separated by commas (default: all)', 'A,B'))
 
 COMMANDS['reproduce'] = Command(run_reproduce, add_reproduce, "Run the experiment behind a paper's figure or table and write its record.",
                                 'egrpo reproduce tau --scale mini --workers 2')

@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 
 from .advantage import combine_advantages, transition_values, zero_variance_groups
 from .checkpoint import check_same_run, load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
-from .loss import loss_metrics, policy_loss
-from .methods import make_plan
+from .loss import guard_logratio, loss_metrics, policy_loss
+from .methods import make_plan, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
 from .policy import load_policy
 from .reward import get_reward
-from .rollout import Rollout, rollout, transition_log_prob, transition_mean
+from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
 from .sde import gaussian_kl
 from .shapes import sample_prompts
 from .sigmas import flow_sigmas
@@ -50,9 +50,13 @@ class TrainConfig:
     first_step:int|None = None # The first active step; steps that cannot reach tau are then merged as far as they may, not refused
     merge_length:int|None = None # Merge every active step to this length instead of by tau
     stride:int|None = None # Schedule steps per ODE step after the last stochastic one; 1 is exact, 2 costs half
-    num_generations:int = 12 # Samples per group G, >= 2
+    num_generations:int|None = None # Samples per group G, >= 2; BranchGRPO's leaves
     noise_level:float|None = None # Noise level of the stochastic steps
     kernel:str|None = None # Stochastic step: flow, dance or cps
+    window:int|None = None # Stochastic steps in a row (MixGRPO, Flow-GRPO-Fast)
+    train_share:float|None = None # Share of the steps that is trained, drawn anew in every iteration (DanceGRPO)
+    keep:float|None = None # Width pruning: share of the last steps' samples that is trained, the best and the worst (BranchGRPO)
+    pruned_steps:int|None = None # Depth pruning: late steps that are sampled, not trained (BranchGRPO)
     prompts:str = 'shapes' # 'shapes' (the miniature world's training prompts) or a text file, one prompt a line
     prompts_per_iteration:int = 4 # Prompts in one iteration, of all processes together
     iterations:int = 300 # Training iterations
@@ -131,10 +135,14 @@ def training_nfe(
     config:TrainConfig, # The configuration
     iterations:int|None=None, # Iterations; None = the configuration's
 )->int: # Network evaluations, rollout and gradient together
-    "What training costs, without the KL's reference and without evaluations."
-    plan = make_plan(config.method, **asdict(config))
-    per_prompt = rollout_nfe(plan) + config.inner_epochs * gradient_nfe(plan)
-    return (iterations or config.iterations) * config.prompts_per_iteration * per_prompt
+    "What training costs without evaluations: at most, where a plan keeps a share of siblings."
+    c, n = config, iterations or config.iterations
+    def per_prompt(i):
+        "Network evaluations of iteration `i`, per prompt; those of the KL's reference are counted as with gradient."
+        plan = make_plan(c.method, i, **asdict(c))
+        return rollout_nfe(plan) + c.inner_epochs * gradient_nfe(plan) * (2 if c.beta else 1)
+    moves = 'iteration' in method_settings(c.method)
+    return c.prompts_per_iteration * (sum(map(per_prompt, range(n))) if moves else n * per_prompt(0))
 
 # %% ../nbs/24_trainer.ipynb #d0504cc3
 def _describe_iteration(
@@ -262,6 +270,17 @@ def _reference_kl(
         mean_ref, _ = transition_mean(velocity, out.parents[rows], out.start[rows], out.end[rows], out.plan)
     return gaussian_kl(mean, mean_ref, std)
 
+def _log_ratio(
+    out:Rollout, # The rollout
+    picked:Tensor, # (M,) bool, m transitions
+    logp:Tensor, # (m,) their log-prob under the policy
+    mean:Tensor, # (m,C,H,W) mean of their step under the policy
+    std:Tensor, # (m,1,1,1) its standard deviation
+)->Tensor: # (m,) logarithm of the ratio of the new to the old probability, nats per latent element
+    "The logratio that the plan asks for."
+    old = out.log_prob[picked]
+    return guard_logratio(logp, old, mean, out.means[out.row[picked]], std) if out.plan.guard else logp - old
+
 def rows_loss(
     policy, # The policy
     cond, # Conditions, a row per prompt
@@ -269,7 +288,7 @@ def rows_loss(
     rows:Tensor, # (r,) indices of this micro-batch's rows, increasing
     advantages:Tensor, # (M,) advantages
     config:TrainConfig, # Gives clip_range and beta
-)->tuple: # loss (scalar), then per trained transition of the rows: log-prob (m,), index (m,), KL (m,)
+)->tuple: # loss (scalar), then per trained transition of the rows: logratio (m,), index (m,), KL (m,)
     "The loss of some rows' trained transitions, summed, not averaged."
     picked = torch.isin(out.row, rows) & (out.weight > 0)
     local = torch.searchsorted(rows, out.row[picked])
@@ -277,9 +296,10 @@ def rows_loss(
     parents, start, end = out.parents[rows], out.start[rows], out.end[rows]
     velocity = policy.velocity(parents, sigma, c)
     logp, mean, std = transition_log_prob(velocity, parents, out.children[picked], local, start, end, out.plan)
-    loss = policy_loss(logp, out.log_prob[picked], advantages[picked], config.clip_range)
+    logratio = _log_ratio(out, picked, logp, mean[local], std[local])
+    loss = policy_loss(logratio, torch.zeros_like(logratio), advantages[picked], config.clip_range)
     kl = _reference_kl(policy, sigma, c, out, rows, mean, std)[local] if config.beta else torch.zeros_like(logp)
-    return (out.weight[picked] * (loss + config.beta * kl)).sum(), logp.detach(), picked.nonzero()[:, 0], kl.detach()
+    return (out.weight[picked] * loss + config.beta * kl).sum(), logratio.detach(), picked.nonzero()[:, 0], kl.detach()
 
 # %% ../nbs/24_trainer.ipynb #f183f62b
 def check_writable(
@@ -377,9 +397,9 @@ class Trainer:
         c, weights, groups, below = self.config, self.reward.weights, out.group.cpu(), (out.leaf_start.cpu(), out.leaf_count.cpu())
         by_stride = zip(*[r.chunk(len(out.plan.strides)) for r in rewards.values()])
         values = [{k: transition_values(r, *below) for k, r in zip(rewards, rs)} for rs in by_stride]
-        advantages = sum(combine_advantages(v, weights, groups, when=c.combine, std=c.advantage_std, clip=c.advantage_clip) for v in values)
+        advantages = sum(combine_advantages(v, weights, groups, when=c.combine, std=c.advantage_std) for v in values)
         total = sum(weights[k] * v[k] for v in values for k in v)
-        return advantages.to(self.policy.device), zero_variance_groups(total, groups)
+        return advantages.clamp(-c.advantage_clip, c.advantage_clip).to(self.policy.device), zero_variance_groups(total, groups)
 
     def update(self,
         cond, # Conditions, a row per prompt
@@ -387,7 +407,7 @@ class Trainer:
         advantages:Tensor, # (M,) advantages, 0 = as good as its group
     )->dict: # Metrics of the update, see the table below
         "Train on a rollout: an optimiser step for each share of the prompts, `inner_epochs` times over."
-        seen, norms, first = [], [], 0
+        out, seen, norms, first = prune(out, advantages), [], [], 0
         trained = torch.unique(out.row[out.weight > 0])
         shares = torch.arange(len(cond), device=out.row.device).tensor_split(self.config.updates_per_iteration)
         for share in shares * self.config.inner_epochs:
@@ -399,16 +419,16 @@ class Trainer:
 
     def _update_metrics(self,
         out:Rollout, # The rollout
-        seen:list, # (log-probs, their transitions, their KL) per micro-batch
+        seen:list, # (logratios, their transitions, their KL) per micro-batch
         first:int, # How many micro-batches the first update had
         grad_norm:float, # Mean gradient norm of the updates
     )->dict: # Metrics of the update
         "Metrics over all updates of an iteration; `ratio_error` over the first one."
-        logp, which, kl = (torch.cat(x) for x in zip(*seen))
-        steps, old, clip = out.start[out.row[which]], out.log_prob[which], self.config.clip_range
-        by_step = {int(k): loss_metrics(logp[steps == k], old[steps == k], clip) for k in steps.unique()}
-        n = sum(len(logp) for logp, *_ in seen[:first])
-        metrics = dict(loss_metrics(logp, old, clip), ratio_error=loss_metrics(logp[:n], old[:n], clip)['ratio_error'])
+        logratio, which, kl = (torch.cat(x) for x in zip(*seen))
+        steps, n = out.start[out.row[which]], sum(len(o) for o, *_ in seen[:first])
+        def metrics_of(x): return loss_metrics(x, torch.zeros_like(x), self.config.clip_range)
+        by_step = {int(k): metrics_of(logratio[steps == k]) for k in steps.unique()}
+        metrics = dict(metrics_of(logratio), ratio_error=metrics_of(logratio[:n])['ratio_error'])
         return dict(metrics, kl=float(kl.mean()), grad_norm=grad_norm, by_step=by_step)
 
     def _gradient(self,
@@ -416,7 +436,7 @@ class Trainer:
         out:Rollout, # The rollout
         rows:Tensor, # (r,) the update's rows
         advantages:Tensor, # (M,) advantages
-    )->list: # (log-probs, their transitions, their KL) per micro-batch
+    )->list: # (logratios, their transitions, their KL) per micro-batch
         "Gradient of the mean loss over the rows' transitions, of all processes together, in micro-batches."
         total = self._total((torch.isin(out.row, rows) & (out.weight > 0)).sum())
         self.optimizer.zero_grad()
