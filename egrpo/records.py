@@ -30,7 +30,7 @@ class Scale:
 # %% ../nbs/30_records.ipynb #ef2b4369
 SCALES = {o.name: o for o in (
     Scale('smoke', (0,), dict(iterations=2, prompts_per_iteration=1, num_generations=2, eval_size=8), dict(eval_size=12)),
-    Scale('mini', (0, 1, 2, 3, 4), dict(iterations=100, num_generations=8, stride=2, eval_every=50), dict(iterations=240)),
+    Scale('mini', (0, 1, 2, 3, 4), dict(iterations=100, num_generations=8, stride=2, eval_every=25), dict(iterations=240)),
     Scale('gpu', (0, 1, 2, 3, 4), dict(iterations=300, prompts_per_iteration=16, eval_size=512), dict()),
     Scale('flux', (0,), dict(model='black-forest-labs/FLUX.1-dev', iterations=300, prompts_per_iteration=8, lr=2e-6,
                              inner_epochs=1, resolution=720, guidance=3.5, micro_batch=4, eval_size=400), dict()),
