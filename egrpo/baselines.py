@@ -85,7 +85,7 @@ def dance_grpo(
     seed:int=0, # Addresses which steps
     iteration:int=0, # Addresses which steps
 )->Plan: # The plan of one prompt
-    "DanceGRPO (arXiv 2505.07818): chains from one shared noise, stochastic in every step but the last, a random share of the steps trained."
+    "DanceGRPO (arXiv 2505.07818): chains from one shared noise, stochastic in every step but the last, a random share of them trained."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
     if not 0 < train_share <= 1: raise ValueError(f"train_share must be above 0 and at most 1, got {train_share}: 0.6 is published")
     trained = random_order(num_steps - 1, seed, iteration)[:max(1, int((num_steps - 1) * train_share + 1e-9))]

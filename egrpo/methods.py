@@ -101,7 +101,8 @@ def _steps_text(
     "Which steps are stochastic, and how many of them are trained."
     steps = [s for b in plan.branches for s in b.steps]
     trained = sum(s.weight > 0 for s in steps)
-    order = 'one at a time' if len(plan.branches) > 1 else 'in a row'
+    most = max(len(b.steps) for b in plan.branches)
+    order = 'in a row' if len(plan.branches) == 1 else 'one at a time' if most == 1 else f'{most} at a time'
     return f"{len(steps)} of {plan.num_steps}, {order}" + f", {trained} trained" * (trained < len(steps))
 
 def describe_method(

@@ -13,6 +13,8 @@ from itertools import accumulate, groupby
 from operator import mul
 
 import matplotlib.pyplot as plt
+import torch
+from matplotlib.colors import ListedColormap
 from torch import Tensor
 
 from .sde import KERNELS, step_std
@@ -202,7 +204,7 @@ def _draw_branch(
         children = _heights(width, row, height)
         ax.hlines(ys, x, s.start, color='.7', lw=1)
         ax.plot([[s.start] * width, [s.end] * width], [[ys[i // s.children] for i in range(width)], children],
-                color=color(std), lw=1.4 if s.weight else .5, ls='-' if s.keep == 1 else ':', solid_capstyle='round')
+                color=color(std), lw=1.4 if s.weight else .6, ls='-' if s.keep == 1 else ':', solid_capstyle='round')
         ys, x = children, s.end
     ax.hlines(ys, x, plan.num_steps, color='.7', lw=1)
     for stops in (range(x, plan.num_steps, stride) for stride in plan.strides if stride > 1 and branch.steps):
@@ -215,9 +217,9 @@ def plot_plan(
 )->plt.Axes: # The axes
     "Draw a plan as a timeline, a row per branch: grey ODE, coloured stochastic steps (colour: their standard deviation)."
     if ax is None: _, ax = plt.subplots(figsize=(7, .5 + .42 * max(3, len(plan.branches))))
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), 'plasma_r')
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), ListedColormap(plt.get_cmap('plasma_r')(torch.linspace(.2, 1, 256).numpy())))
     for row, b in enumerate(plan.branches): _draw_branch(ax, b, plan, row, scale.to_rgba)
     ax.set(xlim=(-.3, plan.num_steps + .3), ylim=(len(plan.branches) - .4, -.6), xlabel='denoising step (noise → image)', ylabel='branch',
-           xticks=range(0, plan.num_steps + 1, max(1, plan.num_steps // 16)), yticks=range(len(plan.branches)))
+           xticks=range(0, plan.num_steps + 1, max(1, plan.num_steps // 10)), yticks=range(len(plan.branches)))
     plt.colorbar(scale, ax=ax, label='std of the noise', pad=.01)
     return ax

@@ -42,7 +42,7 @@ from .sigmas import flow_sigmas
 class TrainConfig:
     "Everything a run depends on."
     model:str = 'miniature' # 'miniature', a folder, or a hub id such as black-forest-labs/FLUX.1-dev
-    method:str = 'egrpo' # Name in `egrpo.methods.METHODS`
+    method:str = 'egrpo' # Method, one of those that `egrpo methods` lists
     num_steps:int = 16 # Denoising steps T
     shift:float = 3.0 # Shift of the noise schedule
     tau:float = 2.2 # Entropy threshold for merging, >= 0; 0 merges nothing

@@ -79,7 +79,7 @@ def one_thread():
 # ---- bad settings
 
 @pytest.mark.parametrize('words, says', [
-    ('--method dppo', "method must be one of egrpo"),
+    ('--method dppo', "method must be one of flow_grpo"),
     ('--tau -1', 'tau must be a finite number >= 0, got -1.0'),
     ('--tau nan', 'tau must be a finite number >= 0'),
     ('--tau 9', 'cannot be reached from step'),
@@ -111,7 +111,7 @@ def one_thread():
     ('--dtype int4', 'dtype must be one of'),
     ('--resolution -16', 'resolution must be > 0'),
     ('--device gpu0', "device 'gpu0' cannot be used"),
-    ('--tracker crystalball', "tracker 'crystalball' is not installed"),
+    ('--tracker crystalball', "tracker must be one of"),
     ('--scale giant', "unknown scale 'giant'"),
     ('--resume', "resume: no checkpoint in 'new/run/checkpoint'"),
     ('--out file', "out: 'file/metrics.jsonl' cannot be written"),
