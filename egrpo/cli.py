@@ -13,7 +13,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'SAM
            'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'preset',
            'published', 'check_out', 'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up',
            'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config',
-           'run_demo', 'report_demo', 'add_demo', 'run_reproduce', 'add_reproduce']
+           'run_demo', 'report_demo', 'add_demo', 'run_reproduce', 'add_reproduce', 'run_claims']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -129,7 +129,7 @@ class Command:
     text:str # What it does, in a sentence
     example:str # A line that works
 
-COMMANDS = dict.fromkeys(['demo', 'train', 'evaluate', 'sample', 'methods', 'plan', 'reproduce'])
+COMMANDS = dict.fromkeys(['demo', 'train', 'evaluate', 'sample', 'methods', 'plan', 'reproduce', 'claims'])
 
 def make_parser()->Parser: # The parser of the whole command line
     "All commands with their options."
@@ -884,3 +884,14 @@ def add_reproduce(
 
 COMMANDS['reproduce'] = Command(run_reproduce, add_reproduce, "Run the experiment behind a paper's figure or table and write its record.",
                                 'egrpo reproduce tau --scale mini --workers 2')
+
+# %% ../nbs/35_cli.ipynb #cc6cf673
+def run_claims(
+    args, # Parsed arguments
+):
+    "egrpo claims: print every claim with its verdict."
+    from egrpo.claims import claims_text
+    say(claims_text())
+
+COMMANDS['claims'] = Command(run_claims, lambda parser: None, "List the E-GRPO paper's claims, its numbers, ours, and whether they hold.",
+                             'egrpo claims')

@@ -7,9 +7,9 @@ __all__ = ['WHERE', 'FALL', 'SEEDS_NEEDED', 'TAUS', 'HELD_OUT', 'TAU', 'MERGE_LE
            'LEARNING_RATES', 'PAPER_COLUMNS', 'EXPERIMENTS', 'cell_key', 'fixed_places', 'hacked_places', 'images_at',
            'run_cell', 'store_dir', 'cell_path', 'save_strip', 'load_strip', 'load_cell', 'save_cell', 'run_cells',
            'iteration_nfe', 'iterations_for', 'with_budget', 'summarize', 'paired_seeds', 'contrast', 'held_out_curve',
-           'training_curve', 'run_cost', 'grid_data', 'verdict', 'Experiment', 'reproduce', 'grid', 'learning_rate',
-           'shared_iteration', 'real_share', 'hacking', 'contrast_hacked', 'show', 'score_table', 'difference_table',
-           'cost_table', 'said', 'seeds_of', 'find_record']
+           'training_curve', 'training_rise', 'run_cost', 'grid_data', 'verdict', 'Experiment', 'reproduce', 'grid',
+           'learning_rate', 'shared_iteration', 'real_share', 'hacking', 'contrast_hacked', 'show', 'score_table',
+           'difference_table', 'cost_table', 'said', 'seeds_of', 'find_record']
 
 # %% ../nbs/32_experiments.ipynb #065f592f
 import hashlib
@@ -372,6 +372,14 @@ def training_curve(
     cuts = [c for c in np.array_split(np.arange(rewards.shape[1]), parts) if len(c)]
     return [(float(c.mean()) + .5, *bootstrap_interval(rewards[:, c].mean(1))) for c in cuts]
 
+def training_rise(
+    results:list, # Results of one setting, a seed each
+)->np.ndarray: # (S,) last quarter minus first quarter
+    "How far the training reward of each seed rose."
+    rewards = np.array([r['reward'] for r in results])
+    quarter = max(1, rewards.shape[1] // 4)
+    return rewards[:, -quarter:].mean(1) - rewards[:, :quarter].mean(1)
+
 def run_cost(
     results:list, # Results of one setting, a seed each
 )->dict: # iterations, nfe and seconds of a run
@@ -394,12 +402,16 @@ def grid_data(
 )->dict: # The record's data
     "Scores of every setting, its differences from `best`, its curves, its cost, and its cells."
     if best not in results: raise ValueError(f"no cell of the setting {best!r}, with which all are compared, is finished: run more cells")
-    rewards = list(results[best][0]['scores'])
+    rewards, own = list(results[best][0]['scores']), {r['config']['seed'] for r in results[best]}
+    others = {k: rs for k, rs in results.items() if k != best and own & {r['config']['seed'] for r in rs}}
     return dict(
         best=best, settings={k: summarize(rs) for k, rs in results.items()},
-        against_best={k: _against(results[best], rs) for k, rs in results.items() if k != best},
+        against_best={k: _against(results[best], rs) for k, rs in others.items()},
         held_out={k: {r: held_out_curve(rs, r) for r in rewards} for k, rs in results.items()},
-        training={k: training_curve(rs) for k, rs in results.items()}, cost={k: run_cost(rs) for k, rs in results.items()},
+        training={k: training_curve(rs) for k, rs in results.items()},
+        training_rise={k: bootstrap_interval(training_rise(rs)) for k, rs in results.items()},
+        rise_against_best={k: paired_interval(*map(training_rise, paired_seeds(results[best], rs))) for k, rs in others.items()},
+        cost={k: run_cost(rs) for k, rs in results.items()},
         ratio_error=max(r['ratio_error'] for rs in results.values() for r in rs),
         cells={k: {r['config']['seed']: r['key'] for r in rs} for k, rs in results.items()})
 
@@ -576,7 +588,7 @@ def _method_data(
 )->dict: # The record's data
     "A grid against E-GRPO, also at equal iterations."
     data, best = grid_data(results, 'egrpo'), results['egrpo']
-    at = {k: shared_iteration(rs, best) for k, rs in results.items() if k != 'egrpo'}
+    at = {k: shared_iteration(results[k], best) for k in data['against_best']}
     equal = {k: dict(iteration=i, against_best=_against(best, results[k], i)) for k, i in at.items() if i}
     return data | dict(equal_iterations=equal, lr={k: rs[0]['config']['lr'] for k, rs in results.items()})
 

@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'INK', 'GREY', 'PALE', 'STYLE', 'NOT_REWARDS', 'COSTS', 'style', 'save_figure', 'spread_labels',
            'plot_entropy', 'plot_merge_lengths', 'learning_curve', 'load_metrics', 'total_nfe', 'plot_learning',
            'plot_metric', 'ratio_by_step', 'plot_ratio', 'plot_scores', 'plot_rewards', 'plot_training',
-           'plot_categories', 'image_grid', 'plot_before_after']
+           'plot_categories', 'image_grid', 'plot_before_after', 'plot_side_by_side']
 
 # %% ../nbs/31_plots.ipynb #d5833817
 import json
@@ -600,4 +600,30 @@ def plot_before_after(
         _title(ax, prompts[i], 32, 2)
         if verdicts is not None:
             for x, passed in zip((w, 2*w + gap), verdicts[i]): _verdict(ax, x - .5, h - .5, bool(passed))
+    return axes
+
+# %% ../nbs/31_plots.ipynb #452ab03d
+@style()
+def plot_side_by_side(
+    images:dict, # Name -> (N,3,H,W) images in [0, 1] of the same prompts and noise, a column each
+    prompts, # (N,) prompts, a row each
+    passed=None, # Name -> (N,) did the image pass? Marks where given
+    figure=None, # Figure or subfigure to fill; None makes one
+)->np.ndarray: # (N,M) Axes
+    "The same prompts and noise after several models."
+    pixels = {k: _pixels(v, f'images[{k!r}]') for k, v in images.items()}
+    if any(len(v) != len(prompts) for v in pixels.values()):
+        raise ValueError(f"images must be one per prompt, got {[len(v) for v in pixels.values()]} for {len(prompts)} prompts")
+    n, m = len(prompts), len(pixels)
+    figure = figure or plt.figure(figsize=(2.2 + .9*m, .3 + .88*n))
+    axes = figure.subplots(n, m, squeeze=False, gridspec_kw=dict(wspace=.04, hspace=.04))
+    for j, (name, column) in enumerate(pixels.items()):
+        axes[0, j].set_title(name, fontsize=8, loc='center')
+        for i, ax in enumerate(axes[:, j]):
+            ax.imshow(column[i])
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if passed and name in passed: _verdict(ax, column.shape[2] - .5, column.shape[1] - .5, bool(passed[name][i]))
+    for ax, prompt in zip(axes[:, 0], prompts):
+        ax.set_ylabel('\n'.join(textwrap.wrap(prompt, 26)), fontsize=8, rotation=0, ha='right', va='center')
     return axes
