@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['all_steps', 'exploration_plan', 'Exploration', 'sample_steps', 'moved', 'roughness', 'explore', 'spread', 'add_noise',
            'noise_on_result', 'sign_flips', 'reliability', 'chain_plan', 'redraw_chains', 'redraw_scores',
-           'redraw_advantages', 'gaussian_std', 'largest_safe_tau', 'landing_shares', 'guard_tau', 'describe_guard']
+           'redraw_advantages', 'credit_shares', 'gaussian_std', 'largest_safe_tau', 'landing_shares', 'guard_tau',
+           'describe_guard']
 
 # %% ../nbs/25_exploration.ipynb #28a03658
 import math
@@ -171,12 +172,14 @@ def _redraw_noise(
     shape:tuple, # (C,H,W)
     address:tuple, # What the rollout's noise belongs to
     prompt:int, # The prompt's number
-    k:int, # The step
-    kept:int|None, # The step whose noise is kept; None = all
+    k:int, # The step that needs noise
+    at:int|None, # The step that is redrawn around; None = none
+    keep:str, # What is kept: 'step' or 'past'
     G:int, # Chains
 )->Tensor: # (G,C,H,W)
     "Noise of a step: the rollout's own if it is kept, else of an address of the redraw."
-    where = address if kept in (None, k) else (*address, 'redraw', kept)
+    kept = at is None or k == at or (keep == 'past' and k < at)
+    where = address if kept else (*address, 'redraw', at)
     return torch.stack([addressed_noise(shape, *where, prompt, 0, k, c) for c in range(G)])
 
 # %% ../nbs/25_exploration.ipynb #11e38ae4
@@ -203,17 +206,19 @@ def redraw_chains(
     cond, # Conditions, a row per prompt
     plan:Plan, # From `chain_plan`: one branch, n stochastic steps, G chains
     *address, # What the noise belongs to: integers and strings
+    keep:str='step', # What a step's redraw keeps: the noise of the 'step' alone, or of its 'past' as well
     ids:list|None=None, # The prompts' numbers in the noise address; None = 0, 1, …
-)->Tensor: # (P,1+n,G,C,H,W) clean latents: the chains, then for each step the chains that keep its noise alone
-    "Walk a group of chains once, and once per stochastic step with the noise of all other steps redrawn."
+)->Tensor: # (P,1+n,G,C,H,W) clean latents: the chains, then for each step the chains redrawn around it
+    "Walk a group of chains once, and once per stochastic step with the noise of other steps redrawn."
+    if keep not in ('step', 'past'): raise ValueError(f"keep must be 'step' or 'past', got {keep!r}")
     (branch,), shape, k = plan.branches, policy.latent_shape, 0
     ends, G, P = {s.start: s.end for s in branch.steps}, branch.leaves, len(cond)
-    versions = [(p, kept) for p in ids or range(P) for kept in (None, *ends)]
+    versions = [(p, at) for p in ids or range(P) for at in (None, *ends)]
     roots = [addressed_noise(shape, *address, p, 'root', 0) for p, _ in versions]
     x = torch.stack(roots).to(policy.device).repeat_interleave(G, 0)
     c = cond[torch.arange(P, device=policy.device).repeat_interleave(len(x) // P)]
     while k < plan.num_steps:
-        fresh = [_redraw_noise(shape, address, p, k, kept, G) for p, kept in versions] if k in ends else None
+        fresh = [_redraw_noise(shape, address, p, k, at, keep, G) for p, at in versions] if k in ends else None
         end = ends.get(k, k + 1)
         x, k = _chain_step(policy, x, c, plan, k, end, torch.cat(fresh).to(x) if fresh else None), end
     return x.view(P, 1 + len(ends), G, *shape)
@@ -225,14 +230,15 @@ def redraw_scores(
     plan:Plan, # From `chain_plan`
     rewards, # A `RewardSet` (`egrpo.reward.get_reward`)
     seed:int=0, # Addresses the noise
+    keep:str='step', # What a step's redraw keeps: the noise of the 'step' alone, or of its 'past' as well
     batch:int=8, # Prompts at once, >= 1: bounds memory, changes nothing else
-)->dict: # Name -> (P,1+n,G) scores of the chains, then of those that keep one step's noise
+)->dict: # Name -> (P,1+n,G) scores of the chains, then of those redrawn around each step
     "Score a group of chains and its redraws."
     if batch < 1: raise ValueError(f"batch must be >= 1 prompt, got {batch}")
     parts = []
     for first in range(0, len(prompts), batch):
         part = prompts[first:first + batch]
-        latents = redraw_chains(policy, policy.encode(part), plan, 'credit', seed, ids=list(range(first, first + len(part))))
+        latents = redraw_chains(policy, policy.encode(part), plan, 'credit', seed, keep=keep, ids=list(range(first, first + len(part))))
         shape = latents.shape[:3]
         scores = rewards(policy.decode(latents.flatten(0, 2)), [p for p in part for _ in range(shape[1] * shape[2])])
         parts.append({n: s.view(shape) for n, s in scores.items()})
@@ -244,6 +250,14 @@ def redraw_advantages(
     "Advantages as training would compute them, in the group and in each redraw."
     groups = torch.arange(scores[..., 0].numel()).repeat_interleave(scores.shape[-1])
     return group_advantages(scores.flatten(), groups).view(scores.shape)
+
+# %% ../nbs/25_exploration.ipynb #83bb020a
+def credit_shares(
+    advantages:Tensor, # (P,1+n,G) from `redraw_advantages` of scores with keep='past'
+)->Tensor: # (P,n) share of each step, estimated; they sum to 1 where rewards differ
+    "What share of the reward's variance each step of a chain is responsible for, given what came before it."
+    settled = reliability(advantages[:, :1], advantages[:, 1:])
+    return settled.diff(dim=1, prepend=torch.zeros_like(settled[:, :1]))
 
 # %% ../nbs/25_exploration.ipynb #83d0beba
 def _gaussian_slope(

@@ -14,6 +14,7 @@ from .entropy import merge_lengths
 from egrpo.exploration import (
     all_steps,
     chain_plan,
+    credit_shares,
     exploration_plan,
     explore,
     gaussian_std,
@@ -145,6 +146,12 @@ def _credit(
     numbers = dict(flips=sign_flips(a[:, :1], a[:, 1:]), reliability=reliability(a[:, :1], a[:, 1:]))
     return {n: dict(all=bootstrap_interval(v.mean(1)), by_step=[bootstrap_interval(o) for o in v.T]) for n, v in numbers.items()}
 
+def _shares(
+    scores, # (P,1+n,G) scores of a chain and of redraws that keep the past
+)->dict: # by_step: (mean, low, high) for each step
+    "Which share of a reward each step of a chain is responsible for."
+    return dict(by_step=[bootstrap_interval(o) for o in credit_shares(redraw_advantages(scores)).T])
+
 def _growth(
     scores:dict, # Chain -> (P,1+n,G) scores of one reward
 )->dict: # 'b over a' -> (mean, low, high)
@@ -172,12 +179,15 @@ def credit_data(
     "How ambiguous advantages are in chains of several stochastic steps (E-GRPO, Fig. 3)."
     size, policy, prompts = _setup('credit', scale)
     G, rewards = size['generations'], get_reward(REWARDS)
-    scores = {n: redraw_scores(policy, prompts, chain_plan(num_generations=G, **o), rewards) for n, o in CHAINS.items()}
+    plans = {n: chain_plan(num_generations=G, **o) for n, o in CHAINS.items()}
+    scores = {n: redraw_scores(policy, prompts, plan, rewards) for n, plan in plans.items()}
+    past = {n: redraw_scores(policy, prompts, plans[n], rewards, keep='past') for n in ('4 steps', '8 steps')}
     merged, _ = _span_scores(policy, prompts, rewards, G)
     def level(s): return dict(variance=bootstrap_interval(spread(s)), mean=bootstrap_interval(s.mean(1)))
     return dict(prompts=len(prompts), generations=G, seed=0, nfe=policy.nfe, chains=CHAINS,
                 credit={n: {c: _credit(s[n]) | level(s[n][:, 0]) for c, s in scores.items()} for n in rewards.names},
                 merged={n: {c: level(s[n]) for c, s in merged.items()} for n in rewards.names},
+                shares={n: {c: _shares(s[n]) for c, s in past.items()} for n in rewards.names},
                 growth={n: _growth({c: s[n] for c, s in scores.items()}) for n in rewards.names},
                 advantages={c: _rounded(redraw_advantages(s['preference']).transpose(0, 1), 3) for c, s in scores.items()})
 
@@ -188,15 +198,18 @@ def _merging_steps()->list: # (start, length)
     "Steps whose noise is measured."
     return [(k, l) for k, l in all_steps(16, range(1, 15)) if l <= 8]
 
-def _allowed(
+def _guard(
     steps:list, # (start, length)
     change:list, # (mean, low, high) of the score against the ODE's, for each
     margin:float=MARGIN, # Largest loss, > 0
-)->torch.Tensor: # (16,15) bool; steps not measured are not allowed
-    "Which steps lose less than the margin, beyond doubt."
-    allowed = torch.zeros(16, 15, dtype=torch.bool)
-    for (k, l), (_, low, _) in zip(steps, change): allowed[k, l - 1] = low >= -margin
-    return allowed
+)->dict: # mean, low, high: (tau, the step that decides)
+    "Largest tau whose steps lose less than the margin, judged by the means and by either end of the intervals."
+    out = {}
+    for name, end in dict(mean=0, low=1, high=2).items():
+        allowed = torch.zeros(16, 15, dtype=torch.bool) # what was not measured is not allowed
+        for (k, l), o in zip(steps, change): allowed[k, l - 1] = o[end] >= -margin
+        out[name] = largest_safe_tau(allowed, flow_sigmas())
+    return out
 
 def merging_noise_data(
     results:dict, # Empty: nothing is trained
@@ -208,11 +221,10 @@ def merging_noise_data(
     rewards = RewardSet({**get_reward('verifier').rewards, 'roughness': roughness})
     found = explore(policy, prompts, exploration_plan(steps, 1), rewards, batch=8)
     change = {n: [paired_interval(found.ode[n], s) for s in found.scores[n][..., 0].T] for n in rewards.names}
-    tau, step = largest_safe_tau(_allowed(steps, change['verifier']), sigmas)
     gaussian = dict(data_std=.5, ode=gaussian_std([]), all_stochastic=gaussian_std(all_steps()), std=[gaussian_std([o]) for o in steps])
-    return dict(prompts=len(prompts), seed=0, steps=steps, nfe=found.nfe, change=change, margin=MARGIN, guard=dict(tau=tau, step=step),
-                ode={n: bootstrap_interval(found.ode[n]) for n in rewards.names}, gaussian=gaussian,
-                share=[landing_shares(sigmas)[k, l - 1] for k, l in steps])
+    ode, share = {n: bootstrap_interval(found.ode[n]) for n in rewards.names}, [landing_shares(sigmas)[k, l - 1] for k, l in steps]
+    return dict(prompts=len(prompts), seed=0, steps=steps, nfe=found.nfe, ode=ode, change=change, share=share, gaussian=gaussian,
+                margin=MARGIN, guard=_guard(steps, change['verifier']))
 
 # %% ../nbs/31_measurements.ipynb #eeaaef27
 MEASUREMENTS = { # name -> title, notebook, function

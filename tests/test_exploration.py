@@ -14,6 +14,7 @@ from egrpo.exploration import (
     add_noise,
     all_steps,
     chain_plan,
+    credit_shares,
     exploration_plan,
     explore,
     gaussian_std,
@@ -107,12 +108,14 @@ def test_redraws_find_each_step_s_share(kernel, noise):
     np.testing.assert_allclose(rho, shares, atol=.04)
     np.testing.assert_allclose(flips, np.arccos(shares) / math.pi, atol=.03)
     assert abs(rho.sum() - 1) < .06 and shares.max() - shares.min() > .1
+    past = redraw_advantages(redraw_scores(policy, ['a'] * 600, plan, linear, keep='past', batch=200)['sum'])
+    np.testing.assert_allclose(credit_shares(past).mean(0), shares, atol=.04)
 
 
 def test_redraws_notice_a_planted_bug(monkeypatch):
     "Were the kept noise redrawn too, the advantages before and after would have nothing in common."
     whole = exploration._redraw_noise
-    def redraw_all(shape, where, p, k, kept, G): return whole(shape, where, p, k, None if kept is None else -1, G)
+    def redraw_all(shape, where, p, k, at, keep, G): return whole(shape, where, p, k, None if at is None else -1, keep, G)
     monkeypatch.setattr(exploration, '_redraw_noise', redraw_all)
     a = redraw_advantages(redraw_scores(policy, ['a'] * 200, chain_plan(1, num_generations=8), linear, batch=200)['sum'])
     assert abs(reliability(a[:, :1], a[:, 1:]).mean()) < .1
