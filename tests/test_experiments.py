@@ -1,0 +1,185 @@
+"""Cells are run once, kept whole, found again and compared seed by seed; workers die with their parent."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from egrpo import experiments as ex
+from egrpo.records import get_scale, load_record
+from egrpo.trainer import TrainConfig
+
+FIGURES = Path(__file__).parent.parent/'figures'
+CELLS = sorted((FIGURES/'cells').glob('*.json'))
+TINY = dict(num_steps=4, active_steps=2, num_generations=2, prompts_per_iteration=1, iterations=1, eval_size=12, device='cpu', tau=0.,
+            reward='preference', eval_rewards='preference + verifier')
+
+
+def cell(scores, seed=0, reward=(0., 1.)):
+    "A finished cell by hand: scores before and after."
+    before, after = (np.array(o, dtype=float) for o in scores)
+    return dict(config=dict(seed=seed), scores={'preference': {0: before, 5: after}}, reward=list(reward), nfe=10, train_seconds=1.,
+                seconds=1., ratio_error=0., key=f'k{seed}')
+
+
+# ---- the committed store
+@pytest.mark.parametrize('path', CELLS, ids=lambda p: p.stem)
+def test_committed_cell(path):
+    found = ex.load_cell(path)
+    assert ex.cell_key(TrainConfig(**found['config'])) == path.stem, 'not what its name says: a field of TrainConfig has changed'
+    assert path.stat().st_size < 30_000 and found['ratio_error'] < 1e-6
+    if 'shown' in found:
+        assert path.with_suffix('.png').stat().st_size <= 60_000
+        assert len(found['images']) == len(found['shown']['prompts']) == len(found['shown']['saw'])
+
+
+@pytest.mark.parametrize('name', [n for n in ex.EXPERIMENTS if (FIGURES/f'{n}.json').exists()])
+def test_cells_of_a_record_are_kept(name):
+    def keys(o): return [k for v in o.values() for k in keys(v)] if isinstance(o, dict) else [o]
+    record = load_record(FIGURES/f'{name}.json')
+    assert set(keys(record['data'].get('cells', {}))) <= {p.stem for p in CELLS}
+
+
+# ---- running
+def test_workers_and_failures(tmp_path):
+    good, bad = TrainConfig(**TINY, seed=1), TrainConfig(**TINY, prompts='nothing.txt')
+    with pytest.raises(ValueError, match="1 cells failed, the last with .*'nothing.txt' could not be read"):
+        ex.run_cells([bad, good], 1, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [f'{ex.cell_key(good)}.json'] # seed 1: no images
+    apart, here = ex.load_cell(ex.cell_path(good, tmp_path)), ex.run_cell(good)
+    assert apart['reward'] == here['reward'] and apart['nfe'] == here['nfe']
+    for name, scores in here['scores'].items():
+        for i, values in scores.items(): np.testing.assert_array_equal(np.array(values) / 1000, apart['scores'][name][int(i)])
+
+
+def test_continues_where_it_stopped(tmp_path, monkeypatch):
+    ran = []
+    def stub(config):
+        ran.append(config.seed)
+        if len(ran) == 2: raise KeyboardInterrupt
+        return dict(config=asdict(config), scores={}, key='')
+    monkeypatch.setattr(ex, 'run_cell', stub)
+    configs = [TrainConfig(**TINY, seed=s) for s in (2, 0, 1)]
+    with pytest.raises(KeyboardInterrupt): ex.run_cells(configs, 0, tmp_path)
+    assert ran == [0, 1] and len(list(tmp_path.iterdir())) == 1 # first seeds first; the interrupted one is not kept
+    assert len(ex.run_cells(configs + configs, 0, tmp_path)) == 6 and ran == [0, 1, 1, 2]
+
+
+LONG = """
+from egrpo.experiments import run_cells
+from egrpo.trainer import TrainConfig
+if __name__ == '__main__': run_cells([TrainConfig(**{settings!r}, seed=s) for s in (1, 2)], 2, {store!r})
+"""
+
+
+def children(pid):
+    "Processes whose parent it is, and theirs."
+    own = [int(o) for task in Path(f'/proc/{pid}/task').glob('*/children') for o in task.read_text().split()]
+    return own + [o for p in own for o in children(p)]
+
+
+@pytest.mark.skipif(not Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').exists(), reason='needs Linux')
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGINT], ids=lambda s: s.name)
+def test_no_orphans(tmp_path, how):
+    script = tmp_path/'long.py'
+    script.write_text(LONG.format(settings=TINY | dict(iterations=100_000), store=str(tmp_path/'store')))
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def wait_for(condition):
+        end = time.monotonic() + 120
+        while not condition() and time.monotonic() < end: time.sleep(.2)
+        return condition()
+    try:
+        assert wait_for(lambda: len(children(parent.pid)) >= 2)
+        time.sleep(3)
+        below = children(parent.pid)
+        parent.send_signal(how)
+        parent.wait(60)
+        assert wait_for(lambda: not any(alive(p) for p in below))
+    finally:
+        for p in [parent.pid, *children(parent.pid)]:
+            if alive(p): os.kill(p, signal.SIGKILL)
+    assert not (tmp_path/'store').exists() or not list((tmp_path/'store').iterdir())
+
+
+def alive(pid):
+    "Is the process there, and more than a zombie?"
+    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError: return False
+
+
+def test_a_damaged_cell_is_named(tmp_path):
+    path = ex.cell_path(TrainConfig(**TINY), tmp_path)
+    path.write_text('{"config": {')
+    with pytest.raises(ValueError, match=f'{path.name} is no finished cell'): ex.run_cells([TrainConfig(**TINY)], 0, tmp_path)
+
+
+# ---- statistics
+def test_seeds_are_paired():
+    a = [cell(([0, 0], [s, s]), s) for s in (0, 1, 2)]
+    b = [cell(([0, 0], [s + .5, s + .5]), s) for s in (2, 0, 1, 7)]
+    assert ex.contrast(b, a, 'preference') == (.5, .5, .5) # by place in the list it would be wider, and off
+    unpaired = [dict(o, config=dict(seed=i)) for i, o in enumerate(b)]
+    assert ex.contrast(unpaired, a, 'preference')[1] < .5
+
+
+def test_partial_grid_leaves_out_what_cannot_be_compared():
+    data = ex.grid_data(dict(a=[cell(([0, 0], [1, 1]))], b=[cell(([0, 0], [1, 1]), seed=3)]), 'a')
+    assert data['against_best'] == {} and set(data['settings']) == {'a', 'b'}
+
+
+def test_verdict_follows_the_intervals():
+    assert ex.verdict([(-1, -2, -.1), (-1, -2, 0.)], 5) == 'undecided' # touching 0 is not below it
+    assert ex.verdict([], 5) == 'undecided'
+    assert ex.verdict([(1, .5, 2)], 4).startswith('undecided (4 of 5')
+
+
+def test_hacking_is_found():
+    scores = {'preference': {0: np.full(4, .5), 9: np.array([.6, .6, .4, .6])},
+              'verifier': {0: np.full(4, .9), 9: np.array([.7, .9, .7, .81])}}
+    found = ex.hacking([dict(scores=scores)])
+    assert found['hacked'][0] == .25 and found['fell'][0] == .5
+
+
+# ---- the grids
+@pytest.fixture
+def rates(monkeypatch): monkeypatch.setattr(ex, 'learning_rate', lambda name, scale: 1e-4)
+
+
+@pytest.mark.parametrize('name', ['tau', 'merge_length', 'active_steps', 'kernels', 'methods'])
+def test_budgets_are_equal(name, rates):
+    scale, base = get_scale('mini'), TrainConfig(**get_scale('mini').settings)
+    budget = base.iterations * ex.iteration_nfe(base)
+    for setting, cells in ex.EXPERIMENTS[name].cells(scale).items():
+        assert [c.seed for c in cells] == list(scale.seeds)
+        for c in cells[:1]:
+            spent = sum(ex.iteration_nfe(c, i) for i in range(c.iterations))
+            assert abs(spent - budget) <= ex.iteration_nfe(c, c.iterations), (setting, spent, budget)
+
+
+def test_default_is_one_cell_everywhere(rates):
+    scale = get_scale('mini')
+    same = dict(tau='2.2', merge_length='adaptive', active_steps='first 8', kernels='flow')
+    keys = {ex.cell_key(ex.EXPERIMENTS[n].cells(scale)[s][0]) for n, s in same.items()}
+    assert len(keys) == 1 # Table 1 names the published advantage besides, which is the default: the same run
+    assert {ex.cell_key(ex.EXPERIMENTS['methods'].cells(scale)['egrpo'][0])} == keys
+
+
+def test_learning_rates_come_from_their_record(tmp_path, monkeypatch):
+    monkeypatch.setenv('EGRPO_FIGURES', str(tmp_path))
+    with pytest.raises(ValueError, match='run `egrpo reproduce lr --scale mini` first'): ex.learning_rate('egrpo', get_scale('mini'))
+    (tmp_path/'lr.json').write_text(json.dumps(dict(
+        name='lr', data=dict(chosen=dict(egrpo=2e-4)), scale='mini', seeds=[100], wall_time=1., nfe=1, command='egrpo reproduce lr',
+        device='cpu', versions=dict(python='', torch='', egrpo=''))))
+    assert ex.learning_rate('egrpo', get_scale('mini')) == 2e-4
+    with pytest.raises(ValueError, match='no lr is chosen for egrpo at scale gpu'): ex.learning_rate('egrpo', get_scale('gpu'))
+
+
+def test_partial_reproduction_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ex, 'run_cell', lambda config: pytest.fail('ran a cell'))
+    with pytest.raises(ValueError, match='no cell of the experiment is finished'): ex.reproduce('tau', 'smoke', 0, tmp_path, partial=True)
