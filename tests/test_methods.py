@@ -124,6 +124,18 @@ def test_as_many_are_kept_as_counted(n, keep, seed):
     if not mask.all(): assert scores[~mask].max() <= scores[mask].max() and scores[~mask].min() >= scores[mask].min()
 
 
+def test_weights_are_the_surrogates(policy, monkeypatch):
+    "A step's weight multiplies its surrogate and leaves the KL alone, as in the code of TempFlow-GRPO and GRPO-Guard."
+    monkeypatch.setattr(trainer_module, '_reference_kl', lambda policy, sigma, c, out, rows, *_: torch.ones(len(rows)))
+    p = Plan(flow_sigmas(5), (Branch((SDEStep(1, 1, 4, weight=3.),)),))
+    trainer = Trainer(TrainConfig(**SMALL, beta=.5), policy, method=lambda: p)
+    _, cond, out, _, _ = trainer.sample(0)
+    for advantage_of_all, expected in ((0., .5), (2., 3 * -2. + .5)):
+        advantages = torch.full((len(out.row),), advantage_of_all)
+        total, *_ = trainer_module.rows_loss(policy, cond, out, torch.arange(len(out.parents)), advantages, trainer.config)
+        assert_close(total.item() / len(out.row), expected, rtol=1e-5, atol=1e-6)
+
+
 # ---- equivalent configurations
 
 def update_of(policy, p, rewards_of):
@@ -345,6 +357,14 @@ def test_train_starts_from_what_was_published(monkeypatch):
     flow = configured('train --method flow_grpo --beta 0 --scale mini', monkeypatch)
     assert (flow.advantage_std, flow.beta, flow.clip_range) == ('batch', 0, 1e-4)
     assert vars(configured('train', monkeypatch)) == vars(plain)
+
+
+def test_group_size_is_the_methods_own():
+    "A configuration that names no group size leaves it as published; one that does has its way."
+    sizes = {name: make_plan(name, **vars(TrainConfig())).branches[0].leaves for name in METHODS}
+    assert sizes == dict(flow_grpo=24, dance_grpo=12, mix_grpo=12, tempflow_grpo=24, branch_grpo=16, g2rpo=12, grpo_guard=24,
+                         flow_grpo_fast=24, egrpo=12)
+    assert {make_plan(name, **vars(TrainConfig(num_generations=8))).branches[0].leaves for name in METHODS} == {8}
 
 
 @every_method
