@@ -164,7 +164,7 @@ def flops_of_recording(
     model, # A FluxTransformer2DModel on the meta device
     image:int, # Image tokens
     text:int, # Text tokens
-    every:tuple=(1, 4, 16, 32) # Recorded: one image query of so many
+    every:tuple # Recorded: one image query of so many
 )->dict: # forward: FLOPs of a forward pass, attention: of these in attention, added: every -> FLOPs of recording
     "Arithmetic of a forward pass and of what recording every block adds to it."
     from torch.utils.flop_counter import FlopCounterMode
@@ -269,7 +269,8 @@ def attention_benchmark(
 )->dict: # threads, clock, attention, memory, forward, flops, and gpu where there is one
     "What attention entropy costs: time, memory, and a forward pass recorded."
     tokens, heads, rounds, sizes, batch = SIZES['smoke' if scale == 'smoke' else 'mini']
+    every = (1, 16) if scale == 'smoke' else (1, 4, 16, 32)
     data = dict(threads=1, clock='processor time (GPU: wall time)', attention=_attention_part((1, heads, tokens, 128), rounds),
                 memory=_memory_part(sizes, heads), forward=_miniature_part(batch, 3 * rounds),
-                flops=dict(model='FLUX.1-dev', image=4096, text=512, **flops_of_recording(_flux('meta'), 4096, 512)))
+                flops=dict(model='FLUX.1-dev', image=4096, text=512, **flops_of_recording(_flux('meta'), 4096, 512, every)))
     return data | (dict(gpu=_gpu_part(rounds)) if torch.cuda.is_available() and scale != 'smoke' else {})
