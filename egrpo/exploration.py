@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .advantage import group_advantages
-from .entropy import landing_noise, merge_lengths, step_entropy
+from .entropy import landing_noise, step_entropy
 from .plan import Branch, Plan, SDEStep
 from .rollout import addressed_noise, rollout
 from .sde import ode_step, sde_sample, sde_step
