@@ -193,5 +193,5 @@ def test_credit_record_agrees_with_itself():
 def test_a_tampered_credit_record_would_be_noticed():
     data = load_record('credit')['data']
     a = torch.tensor(data['advantages']['8 steps']).transpose(0, 1)
-    a[:, 1:3] *= -1
-    assert abs(sign_flips(a[:, :1], a[:, 1:]).mean() - data['credit']['preference']['8 steps']['flips']['all'][0]) > .01
+    a[:, 1:3] = a[:, :1] # as if two of the eight steps had the reward to themselves
+    assert abs(sign_flips(a[:, :1], a[:, 1:]).mean() - data['credit']['preference']['8 steps']['flips']['all'][0]) > .05
