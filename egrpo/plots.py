@@ -615,15 +615,16 @@ def plot_side_by_side(
     if any(len(v) != len(prompts) for v in pixels.values()):
         raise ValueError(f"images must be one per prompt, got {[len(v) for v in pixels.values()]} for {len(prompts)} prompts")
     n, m = len(prompts), len(pixels)
-    figure = figure or plt.figure(figsize=(2.2 + .9*m, .3 + .88*n))
-    axes = figure.subplots(n, m, squeeze=False, gridspec_kw=dict(wspace=.04, hspace=.04))
+    figure = figure or plt.figure(figsize=(2.2 + .9*m, .3 + 1.05*n))
+    axes = figure.subplots(n, m, squeeze=False, gridspec_kw=dict(wspace=.04, hspace=.02))
     for j, (name, column) in enumerate(pixels.items()):
         axes[0, j].set_title(name, fontsize=8, loc='center')
         for i, ax in enumerate(axes[:, j]):
             ax.imshow(column[i])
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            if passed and name in passed: _verdict(ax, column.shape[2] - .5, column.shape[1] - .5, bool(passed[name][i]))
+            if passed and name in passed: # below the image, not on it: an object may be in the corner
+                ax.set_xlabel('✓' if passed[name][i] else '✗', color=COLORS[2] if passed[name][i] else COLORS[1], labelpad=1, fontsize=9)
     for ax, prompt in zip(axes[:, 0], prompts):
         ax.set_ylabel('\n'.join(textwrap.wrap(prompt, 26)), fontsize=8, rotation=0, ha='right', va='center')
     return axes
