@@ -1,8 +1,8 @@
 """Every method on the shipped miniature: its cost as predicted, its first ratio 1, its numbers those of the authors' programs.
 
-Constants stand with repository, file and commit. Most were printed by running that program's own functions. Four were not: G²RPO's advantages
-(its loop, read and run again), TempFlow-GRPO's 1.73 and Flow-GRPO-Fast's window (read), and GRPO-Guard's ratio (its formula, evaluated). None of
-their code is here."""
+Constants stand with repository, file and commit. Most were printed by running that program's own functions. Four were not:
+G²RPO's advantages (its loop, read and run again), TempFlow-GRPO's 1.73 and Flow-GRPO-Fast's window (read), and GRPO-Guard's
+ratio (its formula, evaluated). None of their code is here."""
 import ast
 import inspect
 from dataclasses import fields
