@@ -199,8 +199,9 @@ def g2rpo(
     noise_level:float=0.7, # a of the kernel, > 0
     kernel:str='flow', # Kernel of the stochastic step: flow, dance or cps
     strides:tuple=(1, 2), # Granularities: strides of the ODE after the stochastic step, >= 1
+    stride:int=1, # What they are multiples of, >= 1; 1 is exact, 2 costs half, as for the other methods
 )->Plan: # The plan of one prompt
     "G²RPO (arXiv 2510.01982): one stochastic step at a time from an ODE anchor, judged at several strides."
     check_counts(num_steps, active_steps, num_generations)
     branches = (Branch((SDEStep(k, 1, num_generations),)) for k in range(active_steps))
-    return Plan(flow_sigmas(num_steps, shift), tuple(branches), noise_level, kernel, tuple(strides))
+    return Plan(flow_sigmas(num_steps, shift), tuple(branches), noise_level, kernel, tuple(stride * s for s in strides))
