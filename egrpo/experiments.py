@@ -706,9 +706,10 @@ def said(
 
 def seeds_of(
     data:dict, # A record's data
-)->int: # Seeds that every setting has
-    "How many seeds a comparison of all settings rests on."
-    return len(set.intersection(*map(set, data['seeds_finished'].values())))
+    settings:tuple|None=None, # The settings compared; None = all
+)->int: # Seeds that each of them has
+    "How many seeds a comparison rests on."
+    return len(set.intersection(*(set(seeds) for k, seeds in data['seeds_finished'].items() if settings is None or k in settings)))
 
 def find_record(
     name:str, # A name in `EXPERIMENTS`
