@@ -51,7 +51,8 @@ def best(
         if not others: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
         closest = max(others, key=lambda k: others[k][0])
         own = data['settings'][data['best']][reward]['after']
-        return f"{data['best']} {show(own)}; {closest} {show(others[closest], '+')}", verdict(others.values(), seeds_of(data, over and (data['best'], *over)))
+        seeds = seeds_of(data, over and (data['best'], *over))
+        return f"{data['best']} {show(own)}; {closest} {show(others[closest], '+')}", verdict(others.values(), seeds)
     return judge
 
 def training_best(
