@@ -103,9 +103,11 @@ def explores(
 def ambiguous(
     data:dict, # Data of the record of Fig. 3
 )->tuple: # What we saw, verdict
-    "With several consecutive stochastic steps the sign of a step's advantage is often an accident of the others; with one never."
-    flips = {n: c['flips']['all'] for n, c in data['credit']['preference'].items() if n != 'DanceGRPO'}
-    several = positive(*(v for n, v in flips.items() if n != '1 step'))
+    "With several consecutive stochastic steps more than half of an advantage is an accident of the others; with one nothing is."
+    credit = {n: c for n, c in data['credit']['preference'].items() if n != 'DanceGRPO'}
+    flips = {n: c['flips']['all'] for n, c in credit.items()}
+    reliable = [c['reliability']['all'] for n, c in credit.items() if n != '1 step']
+    several = positive(*((.5 - m, .5 - high, .5 - low) for m, low, high in reliable))
     return 'signs that flip: ' + '; '.join(f'{n} {show(v)}' for n, v in flips.items()), several
 
 def entropy_falls(
