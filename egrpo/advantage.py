@@ -196,11 +196,11 @@ def keep_extremes(
 def sample_weights(
     groups:Tensor, # (M,) integer ids of what is to be weighed alike (the prompt of each transition)
     per:str='sample', # Equal weight per 'sample' or per 'prompt'
-)->Tensor: # (M,) fp32 weights with mean 1
-    "Loss weights for groups of unequal size."
+)->Tensor: # (M,) fp32: 1 per sample, or what makes those of a prompt add up to 1
+    "Loss weights for groups of unequal size; the loss is divided by their sum, over all processes."
     if per not in ('sample', 'prompt'): raise ValueError(f"per must be 'sample' or 'prompt', got {per!r}: choose one of them")
     groups = torch.as_tensor(groups)
     weights = torch.ones(groups.shape, device=groups.device)
     if per == 'sample': return weights
     index, num = _group_index(groups, weights)
-    return len(weights) / (num * _sum_by(weights, index, num)[index])
+    return 1 / _sum_by(weights, index, num)[index]

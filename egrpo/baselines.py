@@ -6,9 +6,7 @@
 __all__ = ['chain', 'random_order', 'check_counts', 'flow_grpo', 'grpo_guard', 'dance_grpo', 'mix_grpo', 'flow_grpo_fast',
            'tempflow_grpo', 'branch_grpo', 'g2rpo']
 
-# %% ../nbs/21_baselines.ipynb #3d6388d8
-import math
-
+# %% ../nbs/21_baselines.ipynb #ff0edb26
 from .plan import Branch, Plan, SDEStep
 from .rollout import addressed_noise
 from .sde import step_std
@@ -155,7 +153,7 @@ def tempflow_grpo(
 def branch_grpo(
     num_steps:int=20, # T, denoising steps, >= 2
     shift:float=3.0, # Shift of the schedule, > 0
-    num_generations:int=16, # Leaves, a power of 2, >= 2
+    num_generations:int=16, # Leaves, >= 2; a split has two children, or another prime factor of it
     noise_level:float=0.3, # eta of the kernel, > 0
     kernel:str='dance', # Kernel of the stochastic steps: flow, dance or cps
     split_every:int=3, # Steps from one split to the next, >= 1; the first one splits
@@ -165,29 +163,38 @@ def branch_grpo(
     iteration:int=0, # Says where the pruned steps are
 )->Plan: # The plan of one prompt
     "BranchGRPO (arXiv 2509.06040): a tree that splits in two at a few early steps, optionally pruned in width and depth."
-    splits = [split_every * i for i in range(max(1, math.ceil(math.log2(max(1, num_generations)))))]
-    _check_tree(num_steps, num_generations, splits, pruned_steps, slide_every)
-    first = max(num_steps - 2 - pruned_steps - iteration // slide_every, splits[-1] - 1) # the first pruned step
+    splits = {split_every * i: fan for i, fan in enumerate(_prime_factors(num_generations))}
+    _check_tree(num_steps, num_generations, splits, split_every, pruned_steps, slide_every)
+    first = max(num_steps - 2 - pruned_steps - iteration // slide_every, max(splits) - 1) # the first pruned step
     def step(k):
         "Step k: a split or not, pruned or not."
         pruned = first <= k < first + pruned_steps
-        return SDEStep(k, 1, 1 + (k in splits), float(not pruned), keep if k > splits[-1] else 1.)
+        return SDEStep(k, 1, splits.get(k, 1), float(not pruned), keep if k > max(splits) else 1.)
     return Plan(flow_sigmas(num_steps, shift), (Branch(tuple(map(step, range(num_steps - 1)))),), noise_level, kernel)
+
+def _prime_factors(
+    n:int, # A whole number
+)->list: # Its prime factors, increasing; none below 2
+    "What a tree's splits multiply to its leaves."
+    first = next((f for f in range(2, n + 1) if n % f == 0), None)
+    return [first, *_prime_factors(n // first)] if first else []
 
 def _check_tree(
     num_steps:int, # T, denoising steps
     num_generations:int, # Leaves
-    splits:list, # Indices of the steps that split
+    splits:dict, # Index of a step that splits -> its children
+    split_every:int, # Steps between two of them
     pruned_steps:int, # Steps that are not trained
     slide_every:int, # Iterations between two places of them
 ):
     "Refuse a tree that cannot be."
-    if num_generations != 2**len(splits):
-        raise ValueError(f"num_generations must be a power of 2, got {num_generations}: every split doubles the leaves")
-    if splits[-1] > num_steps - 2 or len(set(splits)) < len(splits):
-        raise ValueError(f"splits at {splits} do not fit {num_steps} steps: lower num_generations or split_every, or raise num_steps")
-    if not 0 <= pruned_steps <= num_steps - 2 - splits[-1]:
-        raise ValueError(f"pruned_steps must be from 0 to {num_steps - 2 - splits[-1]}, the steps after the last split, got {pruned_steps}")
+    if num_generations < 2: raise ValueError(f"num_generations must be >= 2, got {num_generations}: a tree of one leaf compares nothing")
+    if split_every < 1: raise ValueError(f"split_every must be >= 1 step, got {split_every}: 3 is published")
+    last = max(splits)
+    if last > num_steps - 2:
+        raise ValueError(f"splits at {list(splits)} do not fit {num_steps} steps: lower num_generations or split_every, or raise num_steps")
+    if not 0 <= pruned_steps <= num_steps - 2 - last:
+        raise ValueError(f"pruned_steps must be from 0 to {num_steps - 2 - last}, the steps after the last split, got {pruned_steps}")
     if slide_every < 1: raise ValueError(f"slide_every must be >= 1 iteration, got {slide_every}: 30 is published")
 
 # %% ../nbs/21_baselines.ipynb #dd76ad7c

@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'SAM
            'Parser', 'Command', 'make_parser', 'explain', 'set_environment', 'complain', 'main', 'table',
            'show_interval', 'category_rows', 'score_names', 'show_mean', 'score_table', 'change_table', 'ends',
            'change_tables', 'given', 'check_file', 'check_picture', 'save_picture', 'try_reward', 'check_device', 'say',
-           'run_methods', 'plan_lengths', 'plan_table', 'steps_table', 'plan_cost', 'run_plan', 'add_plan', 'add_lora',
+           'run_methods', 'plan_lengths', 'plan_table', 'steps_table', 'plan_cost', 'run_plan', 'add_plan',
            'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
            'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'preset',
            'published', 'check_out', 'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up',
@@ -36,7 +36,7 @@ from types import SimpleNamespace
 class Option:
     "A field of `TrainConfig`, or a command's own setting, as an option."
     name:str # The field's name, such as num_steps; the option is --num-steps
-    kind:str # Its annotation: int, float, str, bool, int|None or str|None
+    kind:str # Its annotation: int, float, str or bool, perhaps with |None
     default:object # Its default
     text:str # What it is: the field's comment
     shown:str='' # What stands for its value in the help; N, X or TEXT by its kind if not given
@@ -74,7 +74,7 @@ def add_option(
 ):
     "Give a parser an option."
     flag, text = '--' + option.name.replace('_', '-'), option.text.replace('%', '%%').replace('None', 'none')
-    if option.kind == 'bool': return parser.add_argument(flag, action='store_true', default=default, help=text)
+    if option.kind.startswith('bool'): return parser.add_argument(flag, action='store_true', default=default, help=text)
     shown = option.shown or {'int': 'N', 'float': 'X', 'str': 'TEXT'}[option.kind.removesuffix('|None')]
     if option.default is not None or '|None' in option.kind: text += f' (default: {show_default(option.default)})'
     parser.add_argument(flag, type=converter(option.kind), default=default, metavar=shown, help=text)
@@ -95,11 +95,13 @@ def add_own(
 
 # %% ../nbs/35_cli.ipynb #5e936676
 GROUPS = {
-    'model': 'model lora_rank resolution guidance device dtype micro_batch',
+    'model': 'model lora_rank lora_from resolution guidance',
+    'device and memory': 'device dtype micro_batch gradient_checkpointing vae_tiling text_encoders embeddings',
     'method': 'method num_steps shift num_generations noise_level kernel stride tau active_steps first_step merge_length window '
               'train_share keep pruned_steps',
+    'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
-    'optimisation': 'iterations updates_per_iteration inner_epochs clip_range beta lr weight_decay adam_beta1 adam_beta2 '
+    'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr weight_decay adam_beta1 adam_beta2 '
                     'max_grad_norm ema_decay',
     'evaluation': 'eval_prompts eval_size eval_every eval_rewards',
     'run': 'out resume checkpoint_every tracker seed',
@@ -436,32 +438,19 @@ def add_plan(
 COMMANDS['plan'] = Command(run_plan, add_plan, 'Show which steps explore, how they are merged to reach tau, and the cost of a rollout.',
                            'egrpo plan --tau 1.8 --picture plan.png')
 
-# %% ../nbs/35_cli.ipynb #79dbe9fe
-SAMPLE_OPTIONS = 'model resolution guidance num_steps shift device dtype micro_batch seed'.split()
-
-def add_lora(
-    pipeline, # A FluxPipeline
-    folder, # Folder with pytorch_lora_weights.safetensors, or that file
-):
-    "Load a trained LoRA into a pipeline, or say why not."
-    folder = str(folder)
-    if not Path(folder).exists(): raise ValueError(f"lora: {folder!r} does not exist: name the folder `model` of a run with lora_rank > 0")
-    try: pipeline.load_lora_weights(folder)
-    except Exception as e: # diffusers, peft and safetensors raise what they like
-        why = ' '.join(str(e).split())[:200]
-        raise ValueError(f"lora: {folder!r} does not fit this model ({why}): name the model it was trained on with --model") from e
-    if not getattr(pipeline.transformer, 'peft_config', None): raise ValueError(f"lora: {folder!r} has nothing for this transformer")
+# %% ../nbs/35_cli.ipynb #f42773aa
+SAMPLE_OPTIONS = 'model resolution guidance num_steps shift device dtype micro_batch vae_tiling text_encoders seed'.split()
 
 def load_sampler(
     config, # A `TrainConfig`
     lora=None, # Folder of a LoRA to put in
 ):
     "A policy to sample from."
-    from egrpo.policy import load_policy
+    from egrpo.policy import load_lora, load_policy
     check_device(config.device)
-    policy = load_policy(config.model, config.device, config.dtype, None, resolution=config.resolution, guidance=config.guidance,
-                         micro_batch=config.micro_batch)
-    if lora: add_lora(policy.pipeline, lora)
+    same = 'resolution guidance micro_batch vae_tiling text_encoders'.split()
+    policy = load_policy(config.model, config.device, config.dtype, None, **{name: getattr(config, name) for name in same})
+    if lora: load_lora(policy.pipeline, lora, 'lora')
     return policy
 
 # %% ../nbs/35_cli.ipynb #0a145322

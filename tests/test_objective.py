@@ -65,10 +65,10 @@ def equal_oracle(m):
 
 
 def weights_oracle(m):
-    "A prompt's samples weigh together 1/J of the whole, whatever their number."
+    "A prompt's samples weigh 1 together, whatever their number."
     groups = torch.tensor([3] * 16 + [1] * 8 + [9] * 4)
     w = m.sample_weights(groups, per='prompt')
-    for o in (3, 1, 9): assert_close(w[groups == o].sum(), torch.tensor(28 / 3))
+    for o in (3, 1, 9): assert_close(w[groups == o].sum(), torch.tensor(1.))
     assert_close(m.sample_weights(groups), torch.ones(28))
 
 
