@@ -36,7 +36,7 @@ setup(
     package_data={'egrpo': ['assets/**/*']},
     include_package_data=False,
     install_requires=listed('requirements'),
-    extras_require={'dev': listed('dev_requirements'), 'hpsv2': listed('hpsv2_requirements')},
+    extras_require={'dev': listed('dev_requirements'), 'hpsv2': listed('hpsv2_requirements'), 'ocr': listed('ocr_requirements')},
     entry_points={'console_scripts': listed('console_scripts'), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

@@ -1,0 +1,405 @@
+"""Published rewards on small random weights, against computations that share nothing with them: torch's own layers, by the published names.
+What the package hpsv2 itself says is in test_hpsv2.py."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from egrpo.reward import RewardError, get_reward
+from egrpo.reward_models import (
+    IMAGE_REWARD_MEAN,
+    IMAGE_REWARD_STD,
+    REWARD_MODELS,
+    ClipReward,
+    ImageReward,
+    OcrReward,
+    RewardModel,
+    cut_out,
+    fit_in,
+    load_clip,
+    load_reward,
+    load_tokenizer,
+    read_weights,
+    to_safetensors,
+)
+from egrpo.small_rewards import SMALL_REWARDS, save_small_reward
+
+IMAGES = torch.rand(5, 3, 48, 32, generator=torch.Generator().manual_seed(0))
+PROMPTS = ['a cat', 'Two dogs, on a red sofa!', 'a cat', 'x' * 200, 'caf\u00e9 \U0001f600']
+TIGHT = dict(atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope='module')
+def places(tmp_path_factory):
+    "Name -> folder with small weights."
+    folder = tmp_path_factory.mktemp('rewards')
+    return {name: save_small_reward(name, folder/name) for name in SMALL_REWARDS}
+
+
+def norm(w, name, x, eps=1e-5): return F.layer_norm(x, x.shape[-1:], w[f'{name}.weight'], w[f'{name}.bias'], eps)
+def linear(w, name, x): return F.linear(x, w[f'{name}.weight'], w[f'{name}.bias'])
+
+
+def attention(q, k, v, heads, causal=False):
+    "Attention by its formula, in fp64."
+    def apart(x): return x.double().unflatten(-1, (heads, -1)).transpose(1, 2)
+    q, k, v = apart(q), apart(k), apart(v)
+    logits = q @ k.mT / math.sqrt(q.shape[-1])
+    if causal: logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), -math.inf)
+    return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2).float()
+
+
+def quick_gelu(x): return x * torch.sigmoid(1.702 * x)
+
+
+# --- CLIP in open_clip's layout: HPS
+
+def open_clip_tower(w, before, x, causal=False, act=F.gelu):
+    "Blocks of open_clip."
+    for i in range(2):
+        name = f'{before}transformer.resblocks.{i}'
+        h = norm(w, f'{name}.ln_1', x)
+        q, k, v = F.linear(h, w[f'{name}.attn.in_proj_weight'], w[f'{name}.attn.in_proj_bias']).chunk(3, -1)
+        x = x + linear(w, f'{name}.attn.out_proj', attention(q, k, v, 16, causal))
+        x = x + linear(w, f'{name}.mlp.c_proj', act(linear(w, f'{name}.mlp.c_fc', norm(w, f'{name}.ln_2', x))))
+    return x
+
+
+def open_clip_cosine(w, pixels, ids, act=F.gelu):
+    "Cosine of images and texts; a text's vector is that of its highest id."
+    x = F.conv2d(pixels, w['visual.conv1.weight'], stride=14).flatten(2).mT
+    x = torch.cat([w['visual.class_embedding'].expand(len(x), 1, -1), x], 1) + w['visual.positional_embedding']
+    x = open_clip_tower(w, 'visual.', norm(w, 'visual.ln_pre', x), act=act)
+    image = norm(w, 'visual.ln_post', x[:, 0]) @ w['visual.proj']
+    y = w['token_embedding.weight'][ids] + w['positional_embedding'][:ids.shape[1]]
+    y = norm(w, 'ln_final', open_clip_tower(w, '', y, causal=True, act=act))
+    text = y[torch.arange(len(y)), ids.argmax(-1)] @ w['text_projection']
+    return F.cosine_similarity(image, text)
+
+
+def byte_ids(prompts, length=77):
+    "Ids of the small CLIP tokenizer: a character is a token, the last of a word another one; padded with zeros, as open_clip does."
+    import re
+
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    marks = {b: i for i, b in enumerate(bytes_to_unicode())}
+    out = torch.zeros(len(prompts), length, dtype=torch.long)
+    for row, prompt in zip(out, prompts):
+        ids = [512]
+        for word in re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+", prompt.lower()):
+            data = [marks[b] for b in word.encode()]
+            ids += [*data[:-1], data[-1] + 256]
+        ids = [*ids[:length - 1], 513]
+        row[:len(ids)] = torch.tensor(ids)
+    return out
+
+
+@pytest.mark.parametrize('name', ['hpsv2.1', 'hpsv2.0'])
+def test_hps_is_the_cosine_of_an_open_clip(places, name):
+    w = read_weights(places[name]/REWARD_MODELS[name].file)
+    ours = RewardModel(name, str(places[name]))(IMAGES, PROMPTS)
+    pixels, ids = fit_in(IMAGES, 28), byte_ids(PROMPTS)
+    assert_close(ours, open_clip_cosine(w, pixels, ids), **TIGHT)
+    wrongs = dict(act=open_clip_cosine(w, pixels, ids, quick_gelu), cut=open_clip_cosine(w, cut_out(IMAGES, 28), ids),
+                  text=open_clip_cosine(w, pixels, ids.roll(1, 0)))
+    for what, wrong in wrongs.items(): assert (ours - wrong).abs().max() > 1e-4, f'the oracle would not notice another {what}'
+
+
+def test_versions_of_hps_have_files_of_their_own(places):
+    a, b = (RewardModel(o, str(places[o]))(IMAGES, PROMPTS) for o in ('hpsv2.1', 'hpsv2.0'))
+    assert (a - b).abs().max() > 1e-3
+    assert REWARD_MODELS['hpsv2.1'].file == 'HPS_v2.1_compressed.pt' and REWARD_MODELS['hpsv2.0'].file == 'HPS_v2_compressed.pt'
+
+
+# --- CLIP in transformers' layout: PickScore, aesthetic
+
+def clip_tower(w, before, x, causal=False, act=F.gelu):
+    "Blocks of transformers' CLIP."
+    for i in range(2):
+        name = f'{before}.encoder.layers.{i}'
+        h = norm(w, f'{name}.layer_norm1', x)
+        q, k, v = (linear(w, f'{name}.self_attn.{o}_proj', h) for o in 'qkv')
+        x = x + linear(w, f'{name}.self_attn.out_proj', attention(q, k, v, 16, causal))
+        x = x + linear(w, f'{name}.mlp.fc2', act(linear(w, f'{name}.mlp.fc1', norm(w, f'{name}.layer_norm2', x))))
+    return x
+
+
+def clip_image(w, pixels, act=F.gelu):
+    "Image vectors of length 1."
+    e = 'vision_model.embeddings'
+    x = F.conv2d(pixels, w[f'{e}.patch_embedding.weight'], stride=14).flatten(2).mT
+    x = torch.cat([w[f'{e}.class_embedding'].expand(len(x), 1, -1), x], 1) + w[f'{e}.position_embedding.weight']
+    x = clip_tower(w, 'vision_model', norm(w, 'vision_model.pre_layrnorm', x), act=act)
+    return F.normalize(norm(w, 'vision_model.post_layernorm', x[:, 0]) @ w['visual_projection.weight'].T, dim=-1)
+
+
+def clip_text(w, ids):
+    "Text vectors of length 1, taken at the first end mark."
+    y = w['text_model.embeddings.token_embedding.weight'][ids] + w['text_model.embeddings.position_embedding.weight'][:ids.shape[1]]
+    y = norm(w, 'text_model.final_layer_norm', clip_tower(w, 'text_model', y, causal=True))
+    return F.normalize(y[torch.arange(len(y)), (ids == 513).int().argmax(-1)] @ w['text_projection.weight'].T, dim=-1)
+
+
+def test_pickscore_is_a_cosine(places):
+    "Its own code: exp(logit_scale)·cosine, with a scale of 100 after training; ours leaves the scale out, as the papers' tables do."
+    w = read_weights(places['pickscore']/'model.safetensors')
+    ours = RewardModel('pickscore', str(places['pickscore']))(IMAGES, PROMPTS)
+    image, text = clip_image(w, cut_out(IMAGES, 28)), clip_text(w, byte_ids(PROMPTS))
+    assert_close(ours, (image * text).sum(-1), **TIGHT)
+    scaled = torch.exp(w['logit_scale']) * (text @ image.T).diag()
+    assert_close(ours * torch.exp(w['logit_scale']), scaled, atol=1e-3, rtol=1e-5)
+    assert (ours - (clip_image(w, cut_out(IMAGES, 28), quick_gelu) * text).sum(-1)).abs().max() > 1e-4
+
+
+def test_aesthetic_is_a_head_on_the_image_vector(places):
+    "Five linear layers without activations are one matrix and one vector."
+    w, h = read_weights(places['aesthetic']/'model.safetensors'), read_weights(places['aesthetic']/'aesthetic-model.pth')
+    matrix, vector = np.eye(24), np.zeros(24)
+    for i in (0, 2, 4, 6, 7):
+        weight, bias = h[f'layers.{i}.weight'].double().numpy(), h[f'layers.{i}.bias'].double().numpy()
+        matrix, vector = weight @ matrix, weight @ vector + bias
+    expected = clip_image(w, cut_out(IMAGES, 28), quick_gelu).double().numpy() @ matrix.T + vector
+    reward = RewardModel('aesthetic', str(places['aesthetic']))
+    assert_close(reward(IMAGES, PROMPTS).double(), torch.from_numpy(expected[:, 0]), **TIGHT)
+    assert_close(reward(IMAGES, ['other'] * 5), reward(IMAGES, PROMPTS), atol=0, rtol=0)
+
+
+def test_clip_score_heeds_the_config_beside_it(places, tmp_path):
+    w = read_weights(places['clip_score']/'open_clip_pytorch_model.bin')
+    pixels, ids = cut_out(IMAGES, 28), byte_ids(PROMPTS)
+    assert_close(RewardModel('clip_score', str(places['clip_score']))(IMAGES, PROMPTS), open_clip_cosine(w, pixels, ids), **TIGHT)
+    for f in places['clip_score'].iterdir(): (tmp_path/f.name).write_bytes(f.read_bytes())
+    config = '{"model_cfg": {"quick_gelu": true, "vision_cfg": {"head_width": 4}, "text_cfg": {"heads": 16}}}'
+    (tmp_path/'open_clip_config.json').write_text(config)
+    quick = open_clip_cosine(w, pixels, ids, quick_gelu)
+    assert_close(RewardModel('clip_score', str(tmp_path))(IMAGES, PROMPTS), quick, **TIGHT)
+
+
+# --- ImageReward: torch's own encoder and decoder layers
+
+def torch_image_block(w, name):
+    "A block of BLIP's vision transformer as torch has it."
+    block = nn.TransformerEncoderLayer(64, 16, 128, 0, 'gelu', layer_norm_eps=1e-6, batch_first=True, norm_first=True).eval()
+    pairs = dict(norm1='norm1', norm2='norm2', linear1='mlp.fc1', linear2='mlp.fc2') | {'self_attn.out_proj': 'attn.proj'}
+    own = {f'{a}.{o}': w[f'{name}.{b}.{o}'] for a, b in pairs.items() for o in ('weight', 'bias')}
+    block.load_state_dict(own | {f'self_attn.in_proj_{o}': w[f'{name}.attn.qkv.{o}'] for o in ('weight', 'bias')})
+    return block
+
+
+def bert_attention(w, name, x, seen, mask=None):
+    "BERT's attention with what follows it: 12 heads, a norm after the sum."
+    def apart(x): return x.unflatten(-1, (12, -1)).transpose(1, 2)
+    q, k, v = (linear(w, f'{name}.self.{o}', y) for o, y in (('query', x), ('key', seen), ('value', seen)))
+    out = F.scaled_dot_product_attention(apart(q), apart(k), apart(v), attn_mask=mask).transpose(1, 2).flatten(2)
+    return norm(w, f'{name}.output.LayerNorm', linear(w, f'{name}.output.dense', out) + x, 1e-12)
+
+
+def image_reward(w, pixels, ids, mask, cross=True):
+    "ImageReward by the published names."
+    image, text = 'blip.visual_encoder', 'blip.text_encoder'
+    x = F.conv2d(pixels, w[f'{image}.patch_embed.proj.weight'], w[f'{image}.patch_embed.proj.bias'], stride=16).flatten(2).mT
+    x = torch.cat([w[f'{image}.cls_token'].expand(len(x), -1, -1), x], 1) + w[f'{image}.pos_embed']
+    for i in range(2): x = torch_image_block(w, f'{image}.blocks.{i}')(x)
+    seen = norm(w, f'{image}.norm', x, 1e-6)
+    y = w[f'{text}.embeddings.word_embeddings.weight'][ids] + w[f'{text}.embeddings.position_embeddings.weight'][:ids.shape[1]]
+    y = norm(w, f'{text}.embeddings.LayerNorm', y, 1e-12)
+    for i in range(2):
+        name = f'{text}.encoder.layer.{i}'
+        y = bert_attention(w, f'{name}.attention', y, y, mask[:, None, None].bool())
+        if cross: y = bert_attention(w, f'{name}.crossattention', y, seen)
+        h = linear(w, f'{name}.output.dense', F.gelu(linear(w, f'{name}.intermediate.dense', y)))
+        y = norm(w, f'{name}.output.LayerNorm', h + y, 1e-12)
+    y = y[:, 0]
+    for i in (0, 2, 4, 6, 7): y = linear(w, f'mlp.layers.{i}', y)
+    return (y[:, 0] - .16717362830052426) / 1.0333394966054072
+
+
+def letter_ids(prompts, length=35):
+    "Ids of the small BERT tokenizer, padded to the length ImageReward's own code pads to; accents go, what is no letter is unknown."
+    import re
+    import unicodedata
+    out = torch.zeros(len(prompts), length, dtype=torch.long)
+    for row, prompt in zip(out, prompts):
+        plain = ''.join(o for o in unicodedata.normalize('NFD', prompt.lower()) if not unicodedata.combining(o))
+        ids = [2]
+        for word in re.findall(r'[a-z]+|[^\sa-z]', plain):
+            letters = [ord(o) - 97 for o in word] if word.isalpha() and len(word) <= 100 else None
+            ids += [5 + letters[0], *[31 + o for o in letters[1:]]] if letters else [1]
+        ids = [*ids[:length - 1], 3]
+        row[:len(ids)] = torch.tensor(ids)
+    return out
+
+
+def test_imagereward_is_its_formula(places):
+    w = read_weights(places['imagereward']/'ImageReward.pt')
+    prompts = [*PROMPTS[:3], 'word ' * 40, PROMPTS[4]]
+    ours = RewardModel('imagereward', str(places['imagereward']))(IMAGES, prompts)
+    ids, pixels = letter_ids(prompts), cut_out(IMAGES, 32)
+    with torch.no_grad():
+        assert_close(ours, image_reward(w, pixels, ids, ids != 0), **TIGHT)
+        assert (ours - image_reward(w, pixels, ids, torch.ones_like(ids))).abs().max() > 1e-4, 'padding must not be seen'
+        assert (ours - image_reward(w, pixels, ids, ids != 0, cross=False)).abs().max() > 1e-4, 'the image must be seen'
+    assert (IMAGE_REWARD_MEAN, IMAGE_REWARD_STD) == (.16717362830052426, 1.0333394966054072)
+
+
+def test_imagereward_ignores_what_it_does_not_use(places):
+    "The published file has BLIP's projections and position ids as well."
+    w = read_weights(places['imagereward']/'ImageReward.pt')
+    more = {'blip.vision_proj.weight': torch.ones(2, 2), 'blip.text_encoder.embeddings.position_ids': torch.arange(4)[None]}
+    from transformers import BertTokenizer
+    tokenizer = load_tokenizer(places['imagereward'], BertTokenizer, '')
+    assert_close(ImageReward(w | more, tokenizer)(IMAGES, PROMPTS), ImageReward(w, tokenizer)(IMAGES, PROMPTS), atol=0, rtol=0)
+
+
+# --- pictures
+
+@pytest.mark.parametrize('size', [(224, 224), (64, 64), (96, 160), (512, 300)])
+def test_cut_out_is_what_pillow_makes(size):
+    "The preparation of OpenAI's CLIP and of ImageReward by Pillow itself."
+    from PIL import Image
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    h, w = (int(o * 224 / min(size)) for o in size)
+    picture = Image.fromarray(pixels).resize((w, h), Image.Resampling.BICUBIC)
+    left, top = (w - 224) // 2, (h - 224) // 2
+    theirs = torch.from_numpy(np.array(picture.crop((left, top, left + 224, top + 224)))).permute(2, 0, 1).float()
+    mean, std = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
+    ours = (cut_out(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)[0] * std[:, None, None] + mean[:, None, None]) * 255
+    assert (ours - theirs).abs().max() < 2.01 and (ours - theirs).abs().mean() < .02
+
+
+@pytest.mark.parametrize('size', [(64, 64), (30, 61), (500, 333), (224, 224)])
+def test_fit_in_keeps_everything(size):
+    "A white image leaves a white box in the middle, black around it."
+    box = fit_in(torch.ones(1, 3, *size))[0] * torch.tensor([.26862954, .26130258, .27577711])[:, None, None]
+    white = (box[0] + .48145466) > .5
+    rows, columns = white.any(1).nonzero().flatten(), white.any(0).nonzero().flatten()
+    h, w = (round(o * 224 / max(size)) for o in size)
+    assert (len(rows), len(columns)) == (h, w) and white.sum() == h * w
+    assert abs((rows[0] - (223 - rows[-1])).item()) <= 1 and abs((columns[0] - (223 - columns[-1])).item()) <= 1
+
+
+# --- batches, files, mistakes
+
+@pytest.mark.parametrize('name', SMALL_REWARDS)
+def test_scores_do_not_depend_on_the_batch(places, name, monkeypatch):
+    from egrpo import reward_models
+    reward = RewardModel(name, str(places[name]))
+    whole = torch.as_tensor(reward(IMAGES, PROMPTS))
+    monkeypatch.setattr(reward_models, 'BATCH', 2)
+    assert_close(torch.as_tensor(reward(IMAGES, PROMPTS)), whole, **TIGHT)
+    order = torch.tensor([3, 1, 4, 0, 2])
+    assert_close(torch.as_tensor(reward(IMAGES[order], [PROMPTS[i] for i in order])), whole[order], **TIGHT)
+
+
+def test_prompts_are_embedded_once(places):
+    reward = ClipReward(load_clip(places['pickscore']), load_tokenizer(places['pickscore'], None, ''))
+    lengths = []
+    hook = reward.model.text_model.register_forward_hook(lambda m, a, k, out: lengths.append(len(k['input_ids'])), with_kwargs=True)
+    try: reward.text_features(['a', 'b', 'a', 'a'])
+    finally: hook.remove()
+    assert lengths == [2]
+
+
+def test_loads_once_and_lazily(places):
+    spec = ' + '.join(f'{name}({places[name]})' for name in SMALL_REWARDS)
+    load_reward.cache_clear()
+    a, b = get_reward(spec), get_reward(spec)
+    assert load_reward.cache_info().misses == 0
+    a(IMAGES, PROMPTS), b(IMAGES, PROMPTS), a(IMAGES, PROMPTS)
+    assert load_reward.cache_info().misses == len(SMALL_REWARDS)
+    assert a.names == list(SMALL_REWARDS)
+
+
+def test_safetensors_stand_in_for_pickles(places, tmp_path):
+    for f in places['hpsv2.1'].iterdir():
+        if f.suffix != '.pt': (tmp_path/f.name).write_bytes(f.read_bytes())
+    file = to_safetensors(places['hpsv2.1']/'HPS_v2.1_compressed.pt', tmp_path/'HPS_v2.1_compressed.safetensors')
+    expected = RewardModel('hpsv2.1', str(places['hpsv2.1']))(IMAGES, PROMPTS)
+    for place in (file, tmp_path): assert_close(RewardModel('hpsv2.1', str(place))(IMAGES, PROMPTS), expected, atol=0, rtol=0)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self): return (tmp_path/'sprung').touch, ()
+    torch.save({'state_dict': {'visual.proj': Trap()}}, tmp_path/'HPS_v2.1_compressed.pt')
+    with pytest.raises(RewardError, match='plain tensors') as e: RewardModel('hpsv2.1', str(tmp_path))(IMAGES, PROMPTS)
+    assert not (tmp_path/'sprung').exists() and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('name, other, message', [
+    ('hpsv2.1', 'imagereward', 'no visual.conv1.weight'), ('imagereward', 'hpsv2.1', 'not the weights of ImageReward'),
+    ('aesthetic', 'hpsv2.0', 'not the weights of a head'), ('clip_score', 'imagereward', 'no visual.conv1.weight'),
+])
+def test_another_rewards_weights_are_refused(places, name, other, message):
+    with pytest.raises(RewardError, match=f"reward '{name}': .*{message}") as e: get_reward(f'{name}({places[other]})')(IMAGES, PROMPTS)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('name', SMALL_REWARDS)
+def test_an_empty_folder_and_a_cut_file(places, name, tmp_path):
+    with pytest.raises(RewardError, match='holds no weights: put'): get_reward(f'{name}({tmp_path})')(IMAGES, PROMPTS)
+    (tmp_path/'weights.pt').write_bytes(b'PK\x03\x04 half a file')
+    with pytest.raises(RewardError, match='plain tensors|no CLIP'): get_reward(f'{name}({tmp_path/"weights.pt"})')(IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize('name', [o for o, p in REWARD_MODELS.items() if p.repo])
+def test_without_a_network_the_message_says_what_to_fetch(name, monkeypatch, tmp_path):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    load_reward.cache_clear()
+    with pytest.raises(RewardError) as e: get_reward(name)(IMAGES, PROMPTS)
+    said, known = str(e.value), REWARD_MODELS[name]
+    assert all(o in said for o in (f"reward '{name}'", f'hf download {known.repo}', known.file, f'{name}(/path/')) and '\n' not in said
+
+
+def test_missing_packages_are_named(places, monkeypatch):
+    import sys
+    load_reward.cache_clear()
+    monkeypatch.setitem(sys.modules, 'ftfy', None)
+    monkeypatch.setitem(sys.modules, 'rapidocr_onnxruntime', None)
+    with pytest.raises(RewardError, match=r'pip install egrpo\[hpsv2\]'): get_reward(f"hpsv2.1({places['hpsv2.1']})")(IMAGES, PROMPTS)
+    with pytest.raises(RewardError, match=r'pip install egrpo\[ocr\]'): get_reward('ocr')(IMAGES, ['"a"'] * 5)
+
+
+# --- training
+
+def test_three_iterations_on_every_reward(places, tmp_path):
+    "All of them at once, on the miniature, through a configuration."
+    import json
+
+    from egrpo.trainer import TrainConfig, Trainer
+    spec = ' + '.join(f'{i + 1}*{name}({places[name]})' for i, name in enumerate(SMALL_REWARDS))
+    config = TrainConfig(reward=spec, eval_rewards=spec, num_steps=6, active_steps=2, num_generations=3, prompts_per_iteration=2,
+                         iterations=3, eval_size=4, eval_every=0, lora_rank=2, device='cpu', out=str(tmp_path/'run'))
+    history = Trainer(config).fit()
+    lines = [json.loads(o) for o in (tmp_path/'run/metrics.jsonl').read_text().splitlines()]
+    assert len(lines) == 3 and set(SMALL_REWARDS) <= set(history.columns)
+    for line in lines:
+        assert all(math.isfinite(line[f'reward/{name}']) for name in SMALL_REWARDS) and line['ratio_error'] < 1e-6
+
+
+# --- letters in images
+
+def sign(text, side=192):
+    "A white sign with black letters."
+    from PIL import Image, ImageDraw, ImageFont
+    picture = Image.new('RGB', (side, side), 'white')
+    ImageDraw.Draw(picture).text((side / 2, side / 2), text, 'black', ImageFont.load_default(size=side // 5), anchor='mm')
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+def test_ocr_reads_signs():
+    pytest.importorskip('rapidocr_onnxruntime', reason='pip install egrpo[ocr]')
+    images = torch.stack([sign('Open'), sign('Cafe'), sign('')])
+    assert OcrReward().read(images[0]).lower() == 'open'
+    right, wrong, blank = get_reward('ocr')(images, ['a shop sign that says "Open"'] * 3)['ocr']
+    assert right == 1 and wrong < .6 and blank == 0
+
+
+def test_ocr_needs_quotes():
+    pytest.importorskip('rapidocr_onnxruntime', reason='pip install egrpo[ocr]')
+    with pytest.raises(RewardError, match="'a shop' has no text in double quotes"): get_reward('ocr')(sign('a')[None], ['a shop'])
