@@ -1,0 +1,364 @@
+"Real pipeline classes, small: loading, sampling as diffusers does, guidance, LoRA, embeddings, memory savers, training."
+import json
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from torch.testing import assert_close
+
+from egrpo.diffusion import chord_sigma
+from egrpo.plan import rollout_nfe
+from egrpo.policy import load_pipeline, load_policy
+from egrpo.rollout import rollout
+from egrpo.sde import ode_step
+from egrpo.sigmas import flow_sigmas
+from egrpo.small_pipelines import SMALL, small_pipeline
+from egrpo.trainer import TrainConfig, Trainer
+
+PROMPTS = ['a red circle', 'two blue squares']
+every = pytest.mark.parametrize('name', SMALL)
+UNETS = ('sd1.5', 'sd2', 'sdxl')
+
+
+@pytest.fixture(scope='session')
+def folders(tmp_path_factory):
+    "Every small pipeline as a folder of diffusers' layout."
+    base = tmp_path_factory.mktemp('pipelines')
+    for name in SMALL: small_pipeline(name).save_pretrained(base/name)
+    return base
+
+
+@pytest.fixture
+def load(folders):
+    "A policy by name, on the CPU."
+    return lambda name, *args, **kwargs: load_policy(str(folders/name), 'cpu', None, *args, **kwargs)
+
+
+def noise_of(policy, n=2):
+    "The same noise every time."
+    return torch.randn(n, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+def schedule(policy, steps=5):
+    "Noise levels that diffusers can be told to use as well."
+    if not hasattr(policy, 'angles'): return flow_sigmas(steps)
+    scheduler = ddim(policy.pipeline, steps)
+    return torch.cat([chord_sigma(policy.angles[scheduler.timesteps], policy.angles[-1]), torch.zeros(1)])
+
+
+def ddim(pipeline, steps=5):
+    "The pipeline's own schedule, from its last timestep to the image."
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing='trailing', set_alpha_to_one=True)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def ours(policy, prompts=PROMPTS, steps=5):
+    "Images by our ODE."
+    sigmas, x, cond = schedule(policy, steps), noise_of(policy, len(prompts)), policy.encode(prompts)
+    with torch.no_grad():
+        for s, s_next in zip(sigmas, sigmas[1:]): x = ode_step(policy.velocity(x, s.expand(len(x)), cond), x, s, s_next)
+    return policy.decode(x)
+
+
+def theirs(pipeline, policy, prompts=PROMPTS, steps=5, **kwargs):
+    "Images by a plain call of the pipeline, on the same noise."
+    x = noise_of(policy, len(prompts))
+    if hasattr(policy, 'angles'): pipeline.scheduler = ddim(pipeline)
+    else: kwargs.update(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), max_sequence_length=policy.text_length)
+    if 'Flux' in type(pipeline).__name__: x = pipeline._pack_latents(x, *x.shape)
+    return pipeline(prompts, num_inference_steps=steps, height=16, width=16, latents=x, output_type='pt', guidance_scale=policy.guidance,
+                    **kwargs).images
+
+
+# ---- sampling
+
+@pytest.mark.parametrize('name, guidance', [(name, g) for name in SMALL for g in (1., 4.)])
+def test_samples_as_diffusers_does(load, folders, name, guidance):
+    policy = load(name, guidance=guidance)
+    plain = load_pipeline(str(folders/name))
+    assert_close(ours(policy), theirs(plain, policy), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize('name', [n for n in SMALL if n != 'flux-schnell'])
+def test_guidance_is_used(load, name):
+    a, b = (ours(load(name, guidance=g)) for g in (2., 7.))
+    assert (a - b).abs().max() > 1e-4
+
+
+@every
+def test_every_evaluation_is_counted(load, name):
+    "Predicted and measured agree, up to the factor the policy states; the network's own calls agree with both."
+    from egrpo.methods import egrpo
+    policy, plan, calls = load(name, guidance=3.), egrpo(num_steps=6, active_steps=2, num_generations=3), []
+    policy.transformer.register_forward_pre_hook(
+        lambda m, args, kwargs: calls.append(len(args[0] if args else kwargs['hidden_states'])), with_kwargs=True)
+    rollout(policy, policy.encode(PROMPTS), plan, 0, 0)
+    factor = 1 if name.startswith('flux') else 2
+    assert policy.nfe_per_velocity == factor
+    assert policy.nfe == sum(calls) == 2 * rollout_nfe(plan) * factor
+
+
+@every
+@pytest.mark.parametrize('micro_batch', [1, 3])
+def test_micro_batches_change_nothing(load, name, micro_batch):
+    policy = load(name, guidance=3.)
+    x, s, cond = noise_of(policy, 4), torch.tensor([1., .7, .4, .05]), policy.encode(PROMPTS * 2)
+    with torch.no_grad(): whole = policy.velocity(x, s, cond)
+    policy.micro_batch = micro_batch
+    with torch.no_grad(): assert_close(policy.velocity(x, s, cond), whole, atol=float(2e-6 * whole.abs().max()), rtol=1e-5)
+
+
+# ---- LoRA
+
+def moved(policy, scale=.05):
+    "A policy whose LoRA has been moved, as if it were trained."
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in policy.parameters().values(): p.add_(scale * torch.randn(p.shape, generator=generator))
+    return policy
+
+
+@every
+def test_lora_loads_in_plain_diffusers(load, folders, tmp_path, name):
+    "Saved by us, loaded by `pipe.load_lora_weights(folder)`: the images of training, not those of the bare model."
+    policy = moved(load(name, 4, guidance=4.))
+    policy.save(tmp_path)
+    plain = load_pipeline(str(folders/name))
+    bare = theirs(plain, policy)
+    plain.load_lora_weights(str(tmp_path))
+    assert_close(ours(policy), theirs(plain, policy), atol=2e-4, rtol=0)
+    assert (ours(policy) - bare).abs().max() > 2e-3
+
+
+@every
+def test_lora_from_elsewhere_is_the_start(load, folders, tmp_path, name):
+    "A LoRA that plain diffusers and peft made: the first images are its, training moves it, the reference stays."
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    plain = load_pipeline(str(folders/name))
+    network = 'unet' if name in UNETS else 'transformer'
+    model = getattr(plain, network)
+    model.add_adapter(LoraConfig(r=3, lora_alpha=5, target_modules=['to_q', 'to_v'], init_lora_weights=False))
+    plain.save_lora_weights(tmp_path, **{f'{network}_lora_layers': get_peft_model_state_dict(model),
+                                         f'{network}_lora_adapter_metadata': model.peft_config['default'].to_dict()})
+    policy = load(name, lora_from=tmp_path, guidance=4.)
+    start = theirs(plain, policy)
+    assert policy.lora_rank == 3 and all('.lora_' in n for n in policy.parameters())
+    assert_close(ours(policy), start, atol=2e-4, rtol=0)
+    moved(policy)
+    assert (ours(policy) - start).abs().max() > 2e-3
+    with policy.reference(): assert_close(ours(policy), start, atol=2e-4, rtol=0)
+    policy.save(tmp_path/'trained')
+    again = load(name, lora_from=tmp_path/'trained'/'pytorch_lora_weights.safetensors', guidance=4.)
+    assert_close(ours(again), ours(policy), atol=2e-4, rtol=0)
+
+
+def test_lora_in_other_programs_names(load, tmp_path):
+    "A FLUX LoRA under kohya's names, with its own alpha, is the LoRA it says it is."
+    from safetensors.torch import save_file
+    generator, layer = torch.Generator().manual_seed(0), 'lora_unet_double_blocks_0_img_attn_proj'
+    down, up = torch.randn(2, 32, generator=generator), torch.randn(32, 2, generator=generator)
+    tensors = {'lora_down.weight': down, 'lora_up.weight': up, 'alpha': torch.tensor(1.)}
+    save_file({f'{layer}.{k}': t for k, t in tensors.items()}, tmp_path/'k.safetensors')
+    policy, bare = load('flux-dev', lora_from=tmp_path/'k.safetensors'), load('flux-dev')
+    with torch.no_grad(): bare.transformer.transformer_blocks[0].attn.to_out[0].weight += up @ down / 2 # alpha / rank
+    assert_close(ours(policy), ours(bare), atol=2e-4, rtol=0)
+
+
+def test_lora_that_does_not_fit_is_refused(load, folders, tmp_path):
+    policy = moved(load('flux-dev', 4))
+    policy.save(tmp_path)
+    for source, says in [(tmp_path/'none', 'does not exist'), (tmp_path, '24 of its 34 tensors have a place')]:
+        with pytest.raises(ValueError, match=says): load('sd3', lora_from=source)
+    with pytest.raises(ValueError, match='lora_rank is 8, lora_from has rank 4'): load('flux-dev', 8, lora_from=tmp_path)
+    (tmp_path/'old.bin').write_bytes(b'')
+    with pytest.raises(ValueError, match='no .safetensors file'): load('flux-dev', lora_from=tmp_path/'old.bin')
+
+
+def test_pickles_are_not_opened(load, tmp_path):
+    "A folder that holds a pickle alone is refused, and the pickle does not run."
+    class Bomb:
+        def __reduce__(self): return (tmp_path/'ran').touch, ()
+    torch.save({'x.lora': Bomb()}, tmp_path/'pytorch_lora_weights.bin')
+    with pytest.raises(ValueError, match='lora_from'): load('flux-dev', lora_from=tmp_path)
+    assert not (tmp_path/'ran').exists()
+
+
+def test_text_lora_is_refused(load, folders, tmp_path):
+    "What we would not save again, we do not load."
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    plain = load_pipeline(str(folders/'flux-dev'))
+    for model in (plain.transformer, plain.text_encoder):
+        targets = ['to_q'] if model is plain.transformer else ['q_proj']
+        model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    layers = get_peft_model_state_dict(plain.transformer), get_peft_model_state_dict(plain.text_encoder)
+    plain.save_lora_weights(tmp_path, *layers)
+    with pytest.raises(ValueError, match='text_encoder'): load('flux-dev', lora_from=tmp_path)
+
+
+# ---- prompts
+
+@every
+def test_embeddings_are_found_again(load, tmp_path, monkeypatch, name):
+    "A second policy reads the folder and embeds nothing; the images are the same to the bit."
+    first = load(name, embeddings=tmp_path, guidance=4.)
+    images = ours(first)
+    second = load(name, embeddings=tmp_path, guidance=4.)
+    monkeypatch.setattr(type(second), '_embed', lambda self, prompt: pytest.fail(f'{prompt!r} was embedded again'))
+    assert torch.equal(ours(second), images)
+    assert len(list(tmp_path.glob('*.safetensors'))) == 2 + (first.nfe_per_velocity == 2) == len(list(tmp_path.iterdir()))
+
+
+def test_embeddings_of_another_model_are_not_taken(folders, tmp_path):
+    "The same prompts, two models, one folder."
+    small_pipeline('flux-dev', seed=1).save_pretrained(tmp_path/'other')
+    a, b = (load_policy(str(f), 'cpu', embeddings=tmp_path/'kept').encode(PROMPTS) for f in (folders/'flux-dev', tmp_path/'other'))
+    assert len(list((tmp_path/'kept').iterdir())) == 4 and not torch.equal(a.embeds, b.embeds)
+
+
+def test_memory_keeps_the_last_prompts(load, monkeypatch):
+    "Where memory is full the oldest embeddings go; a batch larger than memory is still whole."
+    policy = load('flux-dev')
+    whole = policy.encode(PROMPTS * 3)
+    limit = policy.embeddings.bytes - 1
+    monkeypatch.setattr('egrpo.policy.MEMORY_BYTES', limit)
+    again = policy.encode(['one more', *PROMPTS])
+    assert len(policy.embeddings.kept) < 3 and torch.equal(again.embeds[1:], whole.embeds[:2])
+    assert limit >= policy.embeddings.bytes == sum(x.nbytes for c in policy.embeddings.kept.values() for x in c.parts)
+
+
+@every
+@pytest.mark.parametrize('how', ['offload', 'drop'])
+def test_text_encoders_away(load, tmp_path, name, how):
+    "Offloaded or dropped, they leave the images as they are; a dropped one cannot embed another prompt."
+    images = ours(load(name, guidance=4.))
+    policy = load(name, guidance=4., text_encoders=how, embeddings=tmp_path)
+    if how == 'drop': policy.drop_text_encoders(PROMPTS)
+    assert torch.equal(ours(policy), images)
+    left = [n for n, part in policy.pipeline.components.items() if n.startswith('text_encoder') and part is not None]
+    assert bool(left) == (how == 'offload')
+    if how == 'drop':
+        with pytest.raises(ValueError, match="prompt 'a star' was not embedded"): policy.encode(['a star'])
+
+
+@pytest.mark.parametrize('name', ['flux-dev', 'sd3', 'sdxl'])
+def test_whole_pipeline_is_saved_without_its_text_encoders_in_memory(load, tmp_path, name):
+    policy = load(name, guidance=4., text_encoders='drop', embeddings=tmp_path/'kept')
+    policy.drop_text_encoders(PROMPTS)
+    moved(policy, .01).save(tmp_path/'whole')
+    plain = DiffusionPipeline.from_pretrained(tmp_path/'whole', use_safetensors=True)
+    assert_close(ours(policy), theirs(plain, policy), atol=2e-4, rtol=0)
+
+
+def test_sd3_without_t5(folders):
+    "Stable Diffusion 3 may be loaded without its largest text encoder."
+    from egrpo.policy import SD3Policy
+    def without(): return DiffusionPipeline.from_pretrained(folders/'sd3', text_encoder_3=None, tokenizer_3=None)
+    policy = SD3Policy(without(), device='cpu')
+    assert_close(ours(policy), theirs(without(), policy), atol=2e-4, rtol=0)
+
+
+# ---- memory and precision
+
+@every
+@pytest.mark.parametrize('lora_rank', [0, 2])
+def test_gradient_checkpointing_changes_nothing(load, name, lora_rank):
+    "The same gradients from fewer kept activations."
+    def gradients(**kwargs):
+        kept, policy = [], moved(load(name, lora_rank, guidance=3., **kwargs), .02)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            policy.velocity(noise_of(policy), torch.tensor([.9, .3]), policy.encode(PROMPTS)).square().sum().backward()
+        return {n: p.grad for n, p in policy.parameters().items()}, sum(kept)
+    (plain, many), (checked, few) = gradients(), gradients(gradient_checkpointing=True)
+    assert few < .7 * many
+    for n, g in plain.items(): assert_close(checked[n], g, rtol=1e-4, atol=float(1e-5 * g.abs().max()))
+
+
+def test_tiles_and_slices(load, folders):
+    "Slices leave an image as it is; tiles are diffusers' own, and an image that fits one is not touched."
+    policy, tiled = load('flux-dev', resolution=64), load('flux-dev', resolution=64, vae_tiling=True)
+    latents = noise_of(policy, 3)
+    whole = policy.decode(latents)
+    policy.micro_batch = 1
+    assert_close(policy.decode(latents), whole, atol=1e-5, rtol=0)
+    assert (tiled.decode(latents) - whole).abs().max() > .05
+    assert_close(tiled.decode(latents[..., :8, :8]), policy.decode(latents[..., :8, :8]), atol=1e-5, rtol=0)
+    vae = load_pipeline(str(folders/'flux-dev')).vae
+    vae.enable_tiling()
+    with torch.no_grad(): theirs = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+    assert_close(tiled.decode(latents), (theirs / 2 + .5).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+@every
+@pytest.mark.parametrize('lora_rank', [None, 0, 2])
+def test_bf16_and_fp16(load, name, lora_rank):
+    "A network in half precision: fp32 outside, what is trained fp32 inside, velocities near those of fp32."
+    exact = load(name, None, guidance=3.)
+    x, s = noise_of(exact), torch.tensor([.8, .3])
+    with torch.no_grad(): v = exact.velocity(x, s, exact.encode(PROMPTS))
+    for dtype, near in dict(bf16=.05, fp16=.01).items():
+        policy = load_policy(exact.pipeline.name_or_path, 'cpu', dtype, lora_rank, guidance=3.)
+        stored = {p.dtype for n, p in policy.transformer.named_parameters() if not p.requires_grad}
+        assert stored <= {policy.dtype} and {p.dtype for p in policy.parameters().values()} <= {torch.float32}
+        with torch.no_grad(): half = policy.velocity(x, s, policy.encode(PROMPTS))
+        assert half.dtype == torch.float32 and (half - v).std() < near * v.std()
+        images = policy.decode(x)
+        assert images.dtype == torch.float32 and images.isfinite().all()
+
+
+@pytest.mark.parametrize('name', ['flux-dev', 'sd3', 'sd1.5'])
+def test_gradients_survive_fp16(load, name, monkeypatch):
+    "Of a loss as small as a mean over a large image's latents, fp16 keeps the gradient; without scaling it is lost."
+    def gradient(dtype):
+        policy = moved(load_policy(load(name).pipeline.name_or_path, 'cpu', dtype, 2, guidance=3.))
+        v = policy.velocity(noise_of(policy), torch.tensor([.6, .3]), policy.encode(PROMPTS))
+        (v * v.detach().sign()).mean().mul(1e-6).backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters().values()])
+    exact, half = gradient('fp32'), gradient('fp16')
+    assert torch.cosine_similarity(exact, half, 0) > .99 and abs(half.norm() / exact.norm() - 1) < .02
+    monkeypatch.setattr('egrpo.policy._ScaledUp.backward', staticmethod(lambda ctx, g: (ctx.scale.update(factor=1.) or g, None)))
+    lost = gradient('fp16')
+    assert abs(lost.norm() / exact.norm() - 1) > .1
+
+
+# ---- training
+
+def darkness(images, prompts): return -images.mean((1, 2, 3))
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path/'prompts.txt'
+    path.write_text('a red circle\ntwo blue squares\na green star\n')
+    return str(path)
+
+
+WAYS = {'LoRA': dict(lora_rank=2, lr=1e-3), 'whole': dict(), 'LoRA, every saver': dict(
+    lora_rank=2, lr=1e-3, gradient_checkpointing=True, vae_tiling=True, text_encoders='drop', embeddings='kept', beta=.01)}
+
+
+@every
+@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
+def test_three_iterations(folders, tmp_path, prompts_file, name, way):
+    "The loop runs on every family: ratio 1 at first, evaluations as predicted, weights that move, a result that plain diffusers loads."
+    way = {**way, **({'embeddings': str(tmp_path/'kept')} if 'embeddings' in way else {})}
+    small = dict(num_steps=6, active_steps=2, num_generations=3, prompts_per_iteration=2, iterations=3, eval_size=2, eval_every=0)
+    config = TrainConfig(model=str(folders/name), prompts=prompts_file, device='cpu', guidance=3., out=str(tmp_path/'run'), ema_decay=0,
+                         **small, **way)
+    trainer = Trainer(config, reward=darkness)
+    before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
+    trainer.fit()
+    metrics = [json.loads(line) for line in (tmp_path/'run/metrics.jsonl').read_text().splitlines()]
+    from egrpo.methods import egrpo
+    plan, factor = egrpo(num_steps=6, active_steps=2, num_generations=3), trainer.policy.nfe_per_velocity
+    assert len(metrics) == 3 and all(m['nfe_rollout'] == 2 * factor * rollout_nfe(plan) for m in metrics)
+    assert max(m['ratio_error'] for m in metrics) < 1e-6, [m['ratio_error'] for m in metrics]
+    assert any(not torch.equal(p, before[n]) for n, p in trainer.parameters.items())
+    if config.lora_rank:
+        plain = load_pipeline(str(folders/name))
+        plain.load_lora_weights(str(tmp_path/'run/model'))
+    else: plain = load_pipeline(str(tmp_path/'run/model'))
+    prompts = trainer.eval_prompts
+    assert_close(ours(trainer.policy, prompts), theirs(plain, trainer.policy, prompts), atol=5e-4, rtol=0)
