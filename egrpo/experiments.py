@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WHERE', 'FALL', 'SEEDS_NEEDED', 'TAUS', 'HELD_OUT', 'TAU', 'MERGE_LENGTH', 'ACTIVE_STEPS', 'KERNELS', 'TABLE_1',
-           'LEARNING_RATES', 'PAPER_COLUMNS', 'EXPERIMENTS', 'cell_key', 'fixed_places', 'hacked_places', 'images_at',
-           'run_cell', 'store_dir', 'cell_path', 'save_strip', 'load_strip', 'load_cell', 'save_cell', 'run_cells',
-           'iterations_for', 'with_budget', 'summarize', 'paired_seeds', 'contrast', 'held_out_curve', 'training_curve',
-           'training_rise', 'run_cost', 'grid_data', 'verdict', 'Experiment', 'reproduce', 'grid', 'learning_rate',
-           'shared_iteration', 'real_share', 'hacking', 'contrast_hacked', 'show', 'score_table', 'difference_table',
-           'cost_table', 'said', 'seeds_of', 'find_record']
+           'LEARNING_RATES', 'AEGPO', 'ALLOCATION', 'EXPLORED', 'ON_EGRPO', 'PAPER_COLUMNS', 'EXPERIMENTS', 'cell_key',
+           'fixed_places', 'hacked_places', 'images_at', 'run_cell', 'store_dir', 'cell_path', 'save_strip',
+           'load_strip', 'load_cell', 'save_cell', 'run_cells', 'iterations_for', 'with_budget', 'summarize',
+           'paired_seeds', 'contrast', 'held_out_curve', 'training_curve', 'training_rise', 'run_cost', 'grid_data',
+           'verdict', 'Experiment', 'reproduce', 'grid', 'learning_rate', 'shared_iteration', 'real_share', 'hacking',
+           'contrast_hacked', 'aegpo_grid', 'speed_up', 'show', 'score_table', 'difference_table', 'cost_table', 'said',
+           'seeds_of', 'find_record']
 
 # %% ../nbs/32_experiments.ipynb #065f592f
 import hashlib
@@ -350,34 +351,49 @@ def contrast(
 def held_out_curve(
     results:list, # Results of one setting, a seed each
     reward:str, # Which reward
-)->dict: # iteration -> (mean, low, high) of the change since iteration 0
+)->dict: # iteration -> (mean, low, high) of the change since the first evaluation
     "Change of a held-out score during training."
-    shared = sorted(set.intersection(*[set(r['scores'][reward]) for r in results]))
-    return {i: paired_interval(_at(results, reward, 0), _at(results, reward, i)) for i in shared}
+    places, scores = _evaluations(results, reward)
+    return {round(i): paired_interval(scores[0], s) for i, s in zip(places, scores)}
+
+def _evaluations(
+    results:list, # Results of one setting, a seed each
+    reward:str, # Which reward
+)->tuple: # (J,) iterations, mean over seeds; J arrays (S,P) of scores
+    "Scores at every evaluation; of runs that a budget ends at different iterations, each one's last is the last."
+    evaluated = [sorted(r['scores'][reward]) for r in results]
+    n = min(map(len, evaluated))
+    places = [[*e[:n - 1], e[-1]] for e in evaluated]
+    scores = [np.stack([r['scores'][reward][i] for r, i in zip(results, at)]) for at in zip(*places)]
+    return np.mean(places, axis=0), scores
 
 def training_curve(
     results:list, # Results of one setting, a seed each
     parts:int=20, # Points
 )->list: # (iteration, mean, low, high) of each part of the run, at its middle
     "Mean training reward over the parts of a run."
-    rewards = np.array([r['reward'] for r in results])
-    cuts = [c for c in np.array_split(np.arange(rewards.shape[1]), parts) if len(c)]
-    return [(float(c.mean()) + .5, *bootstrap_interval(rewards[:, c].mean(1))) for c in cuts]
+    parts = min(parts, *(len(r['reward']) for r in results))
+    def means(x): return [c.mean() for c in np.array_split(np.asarray(x, dtype=float), parts)]
+    middles = np.mean([means(np.arange(len(r['reward'])) + .5) for r in results], axis=0)
+    rewards = np.array([means(r['reward']) for r in results])
+    return [(float(i), *bootstrap_interval(y)) for i, y in zip(middles, rewards.T)]
 
 def training_rise(
     results:list, # Results of one setting, a seed each
 )->np.ndarray: # (S,) last quarter minus first quarter
     "How far the training reward of each seed rose."
-    rewards = np.array([r['reward'] for r in results])
-    quarter = max(1, rewards.shape[1] // 4)
-    return rewards[:, -quarter:].mean(1) - rewards[:, :quarter].mean(1)
+    def rise(reward):
+        "Of one run."
+        quarter = max(1, len(reward) // 4)
+        return np.mean(reward[-quarter:]) - np.mean(reward[:quarter])
+    return np.array([rise(r['reward']) for r in results])
 
 def run_cost(
     results:list, # Results of one setting, a seed each
 )->dict: # iterations, nfe and seconds of a run
     "What a run of a setting costs, evaluations left out: the mean over seeds."
     nfe, seconds = ([r[k] for r in results] for k in ('nfe', 'train_seconds'))
-    return dict(iterations=len(results[0]['reward']), nfe=round(np.mean(nfe)), seconds=round(np.mean(seconds), 1))
+    return dict(iterations=round(np.mean([len(r['reward']) for r in results])), nfe=round(np.mean(nfe)), seconds=round(np.mean(seconds), 1))
 
 # %% ../nbs/32_experiments.ipynb #1759c82c
 def _against(
@@ -654,6 +670,87 @@ def _side_data(
     return dict(places=next(iter(shown.values()))['fixed'], prompts=next(iter(shown.values()))['prompts'][:n],
                 saw={k: s['saw'][:n] for k, s in shown.items()}, cells={k: rs[0]['key'] for k, rs in results.items()})
 
+# %% ../nbs/32_experiments.ipynb #eabe9ae1
+AEGPO = {'DanceGRPO': dict(method='dance_grpo'), 'global only': dict(explore='all'), 'local only': dict(allocation='uniform'), 'both': {}}
+ALLOCATION = {'16/8 by ΔEntropy': dict(explore='all'), 'uniform 12': dict(method='dance_grpo'),
+              'inverted 8/16': dict(explore='all', allocation='inverted'), 'random 16/8': dict(explore='all', allocation='random'),
+              'proportional': dict(explore='all', allocation='proportional')}
+EXPLORED = {'4 peaks': dict(allocation='uniform'), 'all': dict(method='dance_grpo'),
+            'first 4': dict(allocation='uniform', explore='first'), 'random 4': dict(allocation='uniform', explore='random')}
+ON_EGRPO = {'E-GRPO': dict(method='egrpo'), 'AEGPO on E-GRPO': dict(base='egrpo')}
+
+def aegpo_grid(
+    scale, # A `Scale`
+    settings:dict, # Setting -> the fields of `TrainConfig` in which it differs from AEGPO
+    tuned:str='dance_grpo', # Whose learning rate all have
+)->dict: # Setting -> a run per seed
+    "AEGPO with some choices changed: equal seeds, and runs that end at equal network evaluations."
+    base = {**_base(scale), 'method': 'aegpo', 'lr': learning_rate(tuned, scale)}
+    if scale.name != 'smoke':
+        budget = training_nfe(TrainConfig(**_base(scale)))
+        base |= dict(num_generations=12, eval_every=40, budget=budget, iterations=5 * iterations_for(TrainConfig(**base), budget))
+    return {name: [TrainConfig(**{**base, **fields, 'seed': seed}) for seed in scale.seeds] for name, fields in settings.items()}
+
+# %% ../nbs/32_experiments.ipynb #25be2413
+def _reaches(
+    x:np.ndarray, # (J,) increasing
+    y:np.ndarray, # (J,) a curve over it
+    level:float, # A height
+)->float|None: # Where the curve first has it; None where it never does
+    "First crossing of a level."
+    above = np.flatnonzero(y >= level)
+    if not len(above): return None
+    j = above[0]
+    if j == 0: return float(x[0])
+    return float(x[j-1] + (x[j] - x[j-1]) * (level - y[j-1]) / (y[j] - y[j-1]))
+
+def _ratio(
+    x:np.ndarray, # (J,) cost of a setting at its evaluations
+    y:np.ndarray, # (J,) its gain there
+    base_x:np.ndarray, # (K,) cost of the other
+    base_y:np.ndarray, # (K,) its gain
+)->float: # Above 1 = the setting is faster; in [0, 100]
+    "How many times as fast a curve climbs as another."
+    at = _reaches(x, y, base_y[-1])
+    if at is not None: return min(100., base_x[-1] / max(at, base_x[-1] / 100))
+    return _reaches(base_x, base_y, y[-1]) / x[-1]
+
+def speed_up(
+    results:list, # Results of a setting, a seed each
+    others:list, # Results of the setting it is compared with
+    reward:str, # Which reward
+    by:str='nfe', # What is saved: iterations, nfe or seconds
+)->tuple: # (ratio, low, high)
+    "How many times as fast a setting reaches what another ended with."
+    def curve(rs, mean):
+        "Cost and mean gain at every evaluation; evaluations are as far along the cost as along the iterations."
+        places, scores = _evaluations(rs, reward)
+        return places / places[-1] * run_cost(rs)[by], np.array([mean(s - scores[0]) for s in scores])
+    pair = paired_seeds(results, others)
+    (x, y), (base_x, base_y) = (curve(rs, np.mean) for rs in pair)
+    draws, base_draws = (curve(rs, bootstrap_means)[1] for rs in pair)
+    ratios = [_ratio(x, d, base_x, b) for d, b in zip(draws.T, base_draws.T)]
+    return _ratio(x, y, base_x, base_y), *map(float, np.quantile(ratios, [.025, .975]))
+
+# %% ../nbs/32_experiments.ipynb #84662065
+def _aegpo_data(
+    best:str, # The setting claimed to be best
+    base:str, # The one without AEGPO's choices
+)->Callable: # The `data` of an `Experiment`
+    "A grid, also at equal iterations, with speed-ups over the base and what the probes cost."
+    def data(results, scale):
+        grid, own = grid_data(results, best), results[best]
+        at = {k: shared_iteration(results[k], own) for k in grid['against_best']}
+        equal = {k: dict(iteration=i, against_best=_against(own, results[k], i)) for k, i in at.items() if i}
+        compared = {k: rs for k, rs in results.items() if base in results and k != base}
+        speed = {k: {r: {by: speed_up(rs, results[base], r, by) for by in ('iterations', 'nfe', 'seconds')} for r in rs[0]['scores']}
+                 for k, rs in compared.items()}
+        whole = dict(nfe='nfe', seconds='train_seconds')
+        probes = {k: {o: float(np.mean([r['probe'][o] / r[w] for r in rs])) for o, w in whole.items()}
+                  for k, rs in results.items() if 'probe' in rs[0]}
+        return grid | dict(equal_iterations=equal, base=base, speed_up=speed, probe_share=probes)
+    return data
+
 # %% ../nbs/32_experiments.ipynb #685857f5
 PAPER_COLUMNS = ('paper HPS', 'paper CLIP', 'paper PickScore', 'paper ImageReward')
 
@@ -744,6 +841,14 @@ EXPERIMENTS = {
     'reward_hacking': Experiment('E-GRPO Fig. 8: how much of a gain is real', 'nbs/48_reward_hacking.ipynb', _both_cells, _hacking_data),
     'kernels': Experiment('Beyond E-GRPO: the kernel of its stochastic step', 'nbs/61_kernels.ipynb',
                           lambda scale: grid(scale, KERNELS), _compared_with('flow')),
+    'aegpo': Experiment('AEGPO: its two levels, alone and together', 'nbs/53_aegpo.ipynb',
+                        lambda scale: aegpo_grid(scale, AEGPO), _aegpo_data('both', 'DanceGRPO')),
+    'allocation': Experiment('AEGPO: who gets 16 samples and who gets 8', 'nbs/54_allocation_controls.ipynb',
+                             lambda scale: aegpo_grid(scale, ALLOCATION), _aegpo_data('16/8 by ΔEntropy', 'uniform 12')),
+    'explored': Experiment('AEGPO: which steps explore', 'nbs/55_step_controls.ipynb',
+                           lambda scale: aegpo_grid(scale, EXPLORED), _aegpo_data('4 peaks', 'all')),
+    'on_egrpo': Experiment('Beyond both papers: AEGPO on E-GRPO', 'nbs/56_aegpo_on_egrpo.ipynb',
+                           lambda scale: aegpo_grid(scale, ON_EGRPO, 'egrpo'), _aegpo_data('AEGPO on E-GRPO', 'E-GRPO')),
     'attention_benchmark': Experiment('Beyond AEGPO: what attention entropy costs', 'nbs/62_attention_cost.ipynb',
                                       lambda scale: {}, _attention_data),
     **{name: Experiment(title, notebook, lambda scale: {}, data) for name, (title, notebook, data) in MEASUREMENTS.items()},

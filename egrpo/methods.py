@@ -72,10 +72,11 @@ def explored(
     plan:Plan, # Any plan
     steps, # Where the stochastic steps leave from that stay stochastic; others of the plan become ODE steps
 )->Plan: # The plan with these
-    "Keep some of a plan's stochastic steps, and all its leaves."
+    "Keep some of a plan's stochastic steps, and all its leaves; all of them are the plan itself."
     possible = stochastic_steps(plan)
     if not steps or not set(steps) <= set(possible):
         raise ValueError(f"steps must be some of the plan's stochastic steps ({', '.join(map(str, possible))}), got {list(steps)}")
+    if set(steps) == set(possible): return plan
     branches = (replace(b, steps=_explored_steps(b.steps, set(steps))) for b in plan.branches)
     return replace(plan, branches=tuple(b for b in branches if b.steps))
 
