@@ -32,7 +32,7 @@ from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import make_plan, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
 from .policy import load_policy
-from .reward import get_reward
+from .reward import RewardError, get_reward
 from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
 from .sde import gaussian_kl
 from .shapes import sample_prompts
@@ -104,9 +104,9 @@ class TrainConfig:
     out:str = 'runs/egrpo' # Folder of metrics, checkpoints and the trained model
     resume:bool = False # Go on from the last checkpoint in `out`
 
-# %% ../nbs/24_trainer.ipynb #fd116510
-FREE = ('iterations', 'budget', 'eval_every', 'device', 'micro_batch', 'gradient_checkpointing', 'text_encoders', 'embeddings', 'checkpoint_every', 'tracker', 'out', 'resume',
-        'profile_cache')
+# %% ../nbs/24_trainer.ipynb #42eb527b
+FREE = ('iterations', 'budget', 'eval_every', 'device', 'micro_batch', 'gradient_checkpointing', 'text_encoders', 'embeddings',
+        'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
 
 def _check_least(
     config:TrainConfig, # The configuration
@@ -607,7 +607,7 @@ class Trainer:
         if self.iteration == 0: self._record_evaluation()
         with stop_on_interrupt() as interrupt:
             for i in bar:
-                metrics = self.step(i)
+                metrics = self._step_or_save(i)
                 self.iteration, self.nfe = i + 1, self.nfe + int(self._total(metrics['nfe_rollout'] + metrics['nfe_gradient']))
                 stopped = interrupt.asked or self.spent() or bool(stop and stop(self))
                 self._log(metrics, bar)
@@ -615,6 +615,15 @@ class Trainer:
                 if stopped: break
         self._close()
         return pd.DataFrame(self.history)
+
+    def _step_or_save(self,
+        iteration:int, # Number of the iteration
+    )->dict: # Metrics
+        "An iteration. Where its rewards fail nothing has been trained on them yet, so a checkpoint keeps all that was done before."
+        try: return self.step(iteration)
+        except RewardError:
+            if iteration: self.save()
+            raise
 
     def spent(self)->bool:
         "Is the budget of network evaluations used up?"
