@@ -8,12 +8,13 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'SAM
            'Parser', 'Command', 'make_parser', 'explain', 'set_environment', 'complain', 'main', 'table',
            'show_interval', 'category_rows', 'score_names', 'show_mean', 'score_table', 'change_table', 'ends',
            'change_tables', 'given', 'check_file', 'check_picture', 'save_picture', 'try_reward', 'check_device', 'say',
-           'run_methods', 'plan_lengths', 'plan_table', 'steps_table', 'plan_cost', 'run_plan', 'add_plan',
-           'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
-           'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'preset',
-           'published', 'check_out', 'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up',
-           'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config',
-           'run_demo', 'report_demo', 'add_demo', 'run_reproduce', 'add_reproduce', 'run_claims']
+           'run_methods', 'read_images', 'run_rewards', 'add_rewards', 'plan_lengths', 'plan_table', 'steps_table',
+           'plan_cost', 'run_plan', 'add_plan', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample',
+           'add_model_options', 'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made',
+           'last_checkpoint', 'run_folder', 'preset', 'published', 'check_out', 'check_run', 'run_train', 'ready',
+           'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo', 'shown_places', 'stack_pictures',
+           'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo', 'add_demo', 'run_reproduce',
+           'add_reproduce', 'run_claims', 'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -131,7 +132,7 @@ class Command:
     text:str # What it does, in a sentence
     example:str # A line that works
 
-COMMANDS = dict.fromkeys(['demo', 'train', 'evaluate', 'sample', 'methods', 'plan', 'reproduce', 'claims'])
+COMMANDS = dict.fromkeys(['demo', 'train', 'evaluate', 'sample', 'methods', 'rewards', 'plan', 'reproduce', 'claims', 'serve'])
 
 def make_parser()->Parser: # The parser of the whole command line
     "All commands with their options."
@@ -359,6 +360,48 @@ def run_methods(
     say('\nat their published settings; nfe = network evaluations of a prompt and iteration. Next: egrpo plan --method NAME')
 
 COMMANDS['methods'] = Command(run_methods, lambda parser: None, 'List the methods: what each samples, compares and costs.', 'egrpo methods')
+
+# %% ../nbs/35_cli.ipynb #0ef4d754
+def read_images(
+    files:list, # PNG or JPEG files; none = two images of noise
+)->list: # (1,3,H,W) each, in [0,1]
+    "Images to try a reward on."
+    import torch
+
+    from egrpo.reward_server import from_png
+    if not files: return list(torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    def read(path):
+        "One file."
+        try: return from_png(Path(path).read_bytes())[None]
+        except OSError as e: raise ValueError(f"image: {path!r} could not be read ({e.strerror or e}): name a PNG or JPEG file") from e
+    return [read(o) for o in files]
+
+def run_rewards(
+    args, # Parsed arguments
+):
+    "egrpo rewards: print the table, or score images."
+    from egrpo.reward import describe_rewards, get_reward
+    if args.name is None:
+        rows = describe_rewards()
+        for row in ({k: k for k in rows[0]}, *rows): say('  '.join(o.ljust(n) for o, n in zip(row.values(), (17, 47, 0))).rstrip())
+        return say("\na sum: 'hpsv2.1 + 0.5*clip_score'  ·  weights of your own: 'hpsv2.1(/path/HPS_v2.1_compressed.pt)'  ·  "
+                   "a trial: egrpo rewards NAME")
+    reward, images = get_reward(args.name), read_images(args.image)
+    scores = [reward(x, [args.prompt]) for x in images]
+    names = args.image or ['noise'] * len(images)
+    say(table([['image', *reward.names], *[[n, *[f'{float(v):.4f}' for v in s.values()]] for n, s in zip(names, scores)]]))
+
+def add_rewards(
+    parser:Parser, # The command's parser
+):
+    "Options of egrpo rewards."
+    parser.add_argument('name', nargs='?', metavar='REWARD', help='A reward or a sum of them to load and try; none lists them')
+    group = parser.add_argument_group('trial')
+    add_own(group, Option('prompt', 'str', 'a red circle', 'What the images should show'))
+    group.add_argument('--image', action='append', metavar='FILE', help='Image to score; may be repeated (default: two images of noise)')
+
+COMMANDS['rewards'] = Command(run_rewards, add_rewards, 'List the rewards, or load one and score images.',
+                              "egrpo rewards 'hpsv2.1 + 0.5*clip_score' --prompt 'a cat' --image cat.png")
 
 # %% ../nbs/35_cli.ipynb #42af2ae4
 PLAN_OPTIONS = 'method seed'.split() + GROUPS['method'].split()[1:]
@@ -884,3 +927,31 @@ def run_claims(
 
 COMMANDS['claims'] = Command(run_claims, lambda parser: None, "List the E-GRPO paper's claims, its numbers, ours, and whether they hold.",
                              'egrpo claims')
+
+# %% ../nbs/35_cli.ipynb #5f1a9b84
+def run_serve(
+    args, # Parsed arguments
+):
+    "egrpo serve: serve a reward."
+    from egrpo.reward import get_reward
+    from egrpo.reward_server import make_server
+    reward = get_reward(args.reward)
+    try_reward(reward, [args.prompt], 64)
+    with make_server(reward.total, args.host, args.port, str(reward)) as server:
+        url = f'http://{args.host}:{server.server_port}'
+        say(f"{reward} at {url}, until Ctrl-C; train with --reward 'server({url})'")
+        try: server.serve_forever()
+        except KeyboardInterrupt: say('stopped')
+
+def add_serve(
+    parser:Parser, # The command's parser
+):
+    "Options of egrpo serve."
+    add_own(parser.add_argument_group('server'),
+            Option('reward', 'str', 'verifier', 'What to serve: a reward, or a weighted sum, which is one number'),
+            Option('host', 'str', '127.0.0.1', 'Address to listen on; 0.0.0.0 lets every machine ask that can reach this one', 'ADDRESS'),
+            Option('port', 'int', 8000, 'Port to listen on; 0 takes a free one'),
+            Option('prompt', 'str', 'a red circle', 'Prompt to try the reward with before serving'))
+
+COMMANDS['serve'] = Command(run_serve, add_serve, 'Serve a reward over HTTP, for trainings that name it server(http://…).',
+                            "egrpo serve --reward 'hpsv2.1' --port 8000")

@@ -506,7 +506,7 @@ REWARD_MODELS = {
                             ('open_clip_config.json',)),
     'imagereward': Published(_image_reward, 'ImageReward v1.0', 'THUDM/ImageReward', 'ImageReward.pt'),
     'aesthetic': Published(_aesthetic, "LAION's aesthetic score", 'trl-lib/ddpo-aesthetic-predictor', 'aesthetic-model.pth'),
-    'ocr': Published(_ocr, "text in the prompt's quotes, read in the image"),
+    'ocr': Published(_ocr, "the text in a prompt's quotes, read by OCR"),
 }
 
 def locate(

@@ -95,6 +95,7 @@ def make_server(
     name:str='', # What it serves, for `GET`
 )->ThreadingHTTPServer: # `serve_forever()` runs it
     "An HTTP server for a reward."
+    if not 0 <= port < 65536: raise ValueError(f"port must be 0 to 65535, got {port}")
     turn = threading.Lock()
     class Handler(BaseHTTPRequestHandler):
         "One request."
