@@ -40,10 +40,10 @@ def entropy_profiles(
     num_steps:int=16, # T, denoising steps, >= 2
     shift:float=3.0, # Shift of the schedule, > 0
 )->Tensor: # (P,T) nats, fp32, on the CPU
-    "Attention entropy along a prompt's ODE trajectory: T network evaluations per prompt."
+    "Attention entropy along a prompt's unguided ODE trajectory: T network evaluations per prompt."
     if not prompts: return torch.zeros(0, num_steps)
     plan = Plan(flow_sigmas(num_steps, shift), (Branch(),))
-    with record_attention_entropy(policy.transformer, every=query_share(policy)) as H:
+    with policy.unguided(), record_attention_entropy(policy.transformer, every=query_share(policy)) as H:
         rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)
     return H.entropy(samples=len(prompts)).mean(1).T.contiguous()
 

@@ -80,7 +80,8 @@ def _load_error(
 )->ValueError: # To be raised
     "The error of a model that could not be loaded: one line, with the remedy."
     said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    if Path(model).exists(): return ValueError(f"model {str(model)!r} could not be loaded as a folder: {said}")
+    whole = "is it whole, in diffusers' layout, with .safetensors weights?"
+    if Path(model).exists(): return ValueError(f"model {str(model)!r} could not be loaded as a folder ({whole}): {said}")
     hub = "is the network up, the licence accepted, `hf auth login` done?"
     return ValueError(f"model {str(model)!r} could not be loaded as a hub id ({hub}) or folder (it does not exist here): {said}")
 
@@ -224,7 +225,7 @@ def _add_lora(
     seed:int, # Seed of its initial weights
 ):
     "Add a new LoRA to the linear layers of a network's blocks; until it is trained it changes nothing."
-    blocks = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and 'blocks.' in n
+    blocks = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and 'block' in n
               and any(n.endswith('.' + t) for t in LORA_TARGETS)]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -374,9 +375,7 @@ class Policy:
         self.transformer.eval().requires_grad_(lora_rank == 0 and not lora_from)
         self.lora_rank = self._load_lora(lora_rank, lora_from) if lora_from else lora_rank
         if lora_rank and not lora_from: _add_lora(self.transformer, lora_rank, seed)
-        for p in self.parameters().values():
-            p.data = p.data.float()
-            if self.dtype == torch.float16: p.register_hook(_scaled_down(self._scale))
+        for p in self.parameters().values(): p.data = p.data.float()
         if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()
 
     def _load_lora(self,
@@ -396,12 +395,11 @@ class Policy:
     def _place(self,
         vae_tiling:bool|None, # Decode in tiles?
     ):
-        "Move the parts to the device; text encoders that do not stay there are moved only while they embed."
-        for name, part in self.pipeline.components.items():
-            text = name.startswith('text_encoder')
-            if isinstance(part, torch.nn.Module) and name != self.network: part.requires_grad_(False).eval()
-            if isinstance(part, torch.nn.Module) and not (text and self.text_encoders != 'keep'): part.to(self.device)
-        vae = self.pipeline.vae.to(memory_format=torch.channels_last) # convolutions on a CPU are a quarter faster so
+        "Move the parts that are used to the device; text encoders that do not stay there are moved only while they embed."
+        text, vae = _text_parts(self.pipeline), self.pipeline.vae.to(memory_format=torch.channels_last) # a quarter faster on a CPU
+        for name in ('vae', *text): getattr(self.pipeline, name).requires_grad_(False).eval()
+        for name in (self.network, 'vae', *(text if self.text_encoders == 'keep' else [])): getattr(self.pipeline, name).to(self.device)
+        for p in self.parameters().values() if self.dtype == torch.float16 else (): p.register_hook(_scaled_down(self._scale))
         if vae.dtype == torch.float16 and vae.config.force_upcast: vae.float() # in fp16 it overflows
         if vae_tiling: vae.enable_tiling()
 
@@ -476,6 +474,14 @@ class Policy:
         both = self._forward(latents.repeat(2, 1, 1, 1), sigma.repeat(2), cond + self._unguided(len(latents)))
         prompted, empty = both.chunk(2)
         return empty + self.guidance * (prompted - empty)
+
+    @contextmanager
+    def unguided(self):
+        "Inside: classifier-free guidance is off, so that every velocity is one evaluation, a row for a row."
+        guidance = self.guidance
+        if self.classifier_free: self.guidance = 1.
+        try: yield self
+        finally: self.guidance = guidance
 
     def _run(self,
         *args, # What the network takes

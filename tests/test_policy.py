@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch.testing import assert_close
 
 from egrpo.diffusion import chord_sigma
 from egrpo.plan import rollout_nfe
-from egrpo.policy import load_pipeline, load_policy
+from egrpo.policy import _add_lora, load_pipeline, load_policy
 from egrpo.rollout import rollout
 from egrpo.sde import ode_step
 from egrpo.sigmas import flow_sigmas
@@ -107,6 +107,62 @@ def test_micro_batches_change_nothing(load, name, micro_batch):
     with torch.no_grad(): whole = policy.velocity(x, s, cond)
     policy.micro_batch = micro_batch
     with torch.no_grad(): assert_close(policy.velocity(x, s, cond), whole, atol=float(2e-6 * whole.abs().max()), rtol=1e-5)
+
+
+# ---- loading
+
+def test_what_cannot_be_loaded(folders, tmp_path):
+    "A folder with a part missing, cut short, in pickles only, or of another kind of model: one line that says which."
+    import shutil
+    def broken(spoil):
+        shutil.copytree(folders/'sd3', tmp_path/spoil.__name__)
+        spoil(tmp_path/spoil.__name__)
+        with pytest.raises(ValueError) as error: load_policy(str(tmp_path/spoil.__name__), 'cpu')
+        assert '\n' not in str(error.value) and str(error.value).startswith(f"model '{tmp_path}")
+        return str(error.value)
+    def missing(folder): shutil.rmtree(folder/'transformer')
+    def short(folder):
+        file = folder/'transformer/diffusion_pytorch_model.safetensors'
+        file.write_bytes(file.read_bytes()[:-100])
+    def pickled(folder):
+        file = folder/'transformer/diffusion_pytorch_model.safetensors'
+        torch.save({}, file.with_suffix('.bin'))
+        file.unlink()
+    def another(folder):
+        index = json.loads((folder/'model_index.json').read_text())
+        (folder/'model_index.json').write_text(json.dumps({**index, '_class_name': 'DDPMPipeline'}))
+    for spoil in (missing, short, pickled, another): broken(spoil)
+
+
+def test_other_families_are_named(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=('DownBlock2D',) * 2,
+                       up_block_types=('UpBlock2D',) * 2)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='is a DDPMPipeline: name a model of one of these pipelines: FluxPipeline'): load_policy(str(tmp_path))
+
+
+REAL = { # configurations of the published transformers, and how many linear layers a LoRA finds in them
+    'FLUX.1-dev': (FluxTransformer2DModel, dict(guidance_embeds=True), 19 * 12 + 38 * 5),
+    'Stable Diffusion 3.5 medium': (SD3Transformer2DModel, dict(
+        num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384, qk_norm='rms_norm',
+        dual_attention_layers=tuple(range(13))), 24 * 12 - 3 + 13 * 4),
+    'Stable Diffusion XL': (UNet2DConditionModel, dict(
+        block_out_channels=(320, 640, 1280), down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',) * 2,
+        up_block_types=('CrossAttnUpBlock2D',) * 2 + ('UpBlock2D',), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048, use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816), 70 * 10 + 11),
+}
+
+
+@pytest.mark.parametrize('name', REAL)
+def test_lora_layers_of_the_published_sizes(name):
+    "The real architectures, without their weights: which layers a LoRA is put on."
+    kind, config, expected = REAL[name]
+    with torch.device('meta'):
+        model = kind(**config)
+        _add_lora(model, 2, 0)
+    assert len({n.split('.lora_')[0] for n, _ in model.named_parameters() if '.lora_' in n}) == expected
 
 
 # ---- LoRA
@@ -362,3 +418,13 @@ def test_three_iterations(folders, tmp_path, prompts_file, name, way):
     else: plain = load_pipeline(str(tmp_path/'run/model'))
     prompts = trainer.eval_prompts
     assert_close(ours(trainer.policy, prompts), theirs(plain, trainer.policy, prompts), atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['sd3', 'sd1.5', 'flux-dev'])
+def test_attention_entropy_of_a_guided_policy(load, name):
+    "A profile has a number per step and prompt, guided or not, and costs an evaluation for each."
+    from egrpo.allocation import entropy_profiles
+    guided, plain = (load(name, None, guidance=g) for g in (4., 1.))
+    profiles = entropy_profiles(guided, PROMPTS, 5)
+    assert profiles.shape == (2, 5) and guided.nfe == 10 and guided.guidance == 4.
+    if name != 'flux-dev': assert_close(profiles, entropy_profiles(plain, PROMPTS, 5))
