@@ -462,18 +462,20 @@ def plot_training(
     data:dict, # A record's data: training -> setting -> list of (iteration, mean, low, high); cost -> setting -> iterations, nfe, seconds
     x:str='iterations', # iterations, nfe or seconds
     settings=None, # Which settings, in which order; all if not given
+    reward:str|None=None, # A held-out score, its change since the start; None = the training samples' reward
     ax=None, # Axes to draw on; None makes a figure
 )->Axes: # The axes
-    "Reward of the training samples, with its band over seeds, against what training took."
+    "Reward of the training samples, or change of a held-out score, with its band over seeds, against what training took."
     if x not in COSTS: raise ValueError(f"x must be one of {', '.join(COSTS)}, got {x!r}")
     ax = _axes(ax, (6.4, 4))
     for i, name in enumerate(settings or data['training']):
-        at, mean, low, high = np.array(data['training'][name], dtype=float).T
+        curve = data['training'][name] if reward is None else [(int(k), *v) for k, v in data['held_out'][name][reward].items()]
+        at, mean, low, high = np.array(curve, dtype=float).T
         at, look = at * data['cost'][name][x] / data['cost'][name]['iterations'], dict(color=COLORS[i % 6], ls='-' if i < 6 else '--')
         ax.plot(at, mean, label=name, **look)
         ax.fill_between(at, low, high, color=look['color'], alpha=.15, lw=0)
     if x == 'nfe': ax.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=''))
-    ax.set(xlabel=COSTS[x], ylabel='reward of the training samples')
+    ax.set(xlabel=COSTS[x], ylabel=f'change of {reward}, held-out' if reward else 'reward of the training samples')
     ax.legend()
     return ax
 
