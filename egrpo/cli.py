@@ -688,7 +688,8 @@ def ready(
     trainer, # A `Trainer`
 ):
     "The same trainer, its rewards tried."
-    side = trainer.policy.resolution
+    side, twice = trainer.policy.resolution, trainer.policy.nfe_per_velocity == 2
+    if twice: say(f' guidance  {trainer.config.guidance:g}: twice the evaluations above, with and without prompt; --guidance 1 does without')
     try_reward(trainer.reward, trainer.prompts, side)
     try_reward(trainer.eval_reward, trainer.eval_prompts, side)
     return trainer
@@ -925,7 +926,7 @@ def run_claims(
     from egrpo.claims import claims_text
     say(claims_text())
 
-COMMANDS['claims'] = Command(run_claims, lambda parser: None, "List the E-GRPO paper's claims, its numbers, ours, and whether they hold.",
+COMMANDS['claims'] = Command(run_claims, lambda parser: None, "List both papers' claims, their numbers, ours, and whether they hold.",
                              'egrpo claims')
 
 # %% ../nbs/35_cli.ipynb #5f1a9b84

@@ -1,9 +1,13 @@
 "Real pipeline classes, small: loading, sampling as diffusers does, guidance, LoRA, embeddings, memory savers, training."
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from egrpo.diffusion import chord_sigma
@@ -13,7 +17,7 @@ from egrpo.rollout import rollout
 from egrpo.sde import ode_step
 from egrpo.sigmas import flow_sigmas
 from egrpo.small_pipelines import SMALL, small_pipeline
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.trainer import TrainConfig, Trainer, training_nfe
 
 PROMPTS = ['a red circle', 'two blue squares']
 every = pytest.mark.parametrize('name', SMALL)
@@ -139,7 +143,7 @@ def test_other_families_are_named(tmp_path):
     unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=('DownBlock2D',) * 2,
                        up_block_types=('UpBlock2D',) * 2)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='is a DDPMPipeline: name a model of one of these pipelines: FluxPipeline'): load_policy(str(tmp_path))
+    with pytest.raises(ValueError, match='is a DDPMPipeline: name a model of one of these pipelines: Flux'): load_policy(str(tmp_path))
 
 
 REAL = { # configurations of the published transformers, and how many linear layers a LoRA finds in them
@@ -148,8 +152,8 @@ REAL = { # configurations of the published transformers, and how many linear lay
         num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384, qk_norm='rms_norm',
         dual_attention_layers=tuple(range(13))), 24 * 12 - 3 + 13 * 4),
     'Stable Diffusion XL': (UNet2DConditionModel, dict(
-        block_out_channels=(320, 640, 1280), down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',) * 2,
-        up_block_types=('CrossAttnUpBlock2D',) * 2 + ('UpBlock2D',), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+        block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+        down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',) * 2, up_block_types=('CrossAttnUpBlock2D',) * 2 + ('UpBlock2D',),
         cross_attention_dim=2048, use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816), 70 * 10 + 11),
 }
@@ -407,9 +411,7 @@ def test_three_iterations(folders, tmp_path, prompts_file, name, way):
     before = {n: p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.fit()
     metrics = [json.loads(line) for line in (tmp_path/'run/metrics.jsonl').read_text().splitlines()]
-    from egrpo.methods import egrpo
-    plan, factor = egrpo(num_steps=6, active_steps=2, num_generations=3), trainer.policy.nfe_per_velocity
-    assert len(metrics) == 3 and all(m['nfe_rollout'] == 2 * factor * rollout_nfe(plan) for m in metrics)
+    assert sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics) == trainer.policy.nfe_per_velocity * training_nfe(config)
     assert max(m['ratio_error'] for m in metrics) < 1e-6, [m['ratio_error'] for m in metrics]
     assert any(not torch.equal(p, before[n]) for n, p in trainer.parameters.items())
     if config.lora_rank:
@@ -428,3 +430,66 @@ def test_attention_entropy_of_a_guided_policy(load, name):
     profiles = entropy_profiles(guided, PROMPTS, 5)
     assert profiles.shape == (2, 5) and guided.nfe == 10 and guided.guidance == 4.
     if name != 'flux-dev': assert_close(profiles, entropy_profiles(plain, PROMPTS, 5))
+
+
+SMALL_RUN = dict(num_steps=6, active_steps=2, num_generations=3, prompts_per_iteration=2, eval_size=2, eval_every=0, device='cpu', lr=1e-3)
+
+
+def test_resume_from_a_lora_equals_straight(load, folders, tmp_path, prompts_file):
+    "A run that began with a LoRA and lost its text encoders is stopped and resumed: the same bits, the same reference."
+    moved(load('sd3', 3)).save(tmp_path/'lora')
+    def run(out, **changes):
+        config = TrainConfig(model=str(folders/'sd3'), lora_from=str(tmp_path/'lora'), prompts=prompts_file, text_encoders='drop',
+                             embeddings=str(tmp_path/'kept'), beta=.1, out=str(tmp_path/out), **{**SMALL_RUN, **changes})
+        trainer = Trainer(config, reward=darkness)
+        trainer.fit()
+        return trainer
+    straight = run('straight', iterations=3)
+    run('stopped', iterations=1)
+    resumed = run('stopped', iterations=3, resume=True)
+    for n, p in straight.parameters.items(): assert torch.equal(p, resumed.parameters[n]), n
+    for n, p in straight.policy._start.items(): assert torch.equal(p, resumed.policy._start[n]), n
+
+
+def test_two_processes_embed_their_share(folders, tmp_path, prompts_file):
+    "Two processes share the prompts, drop their text encoders, and end where one does."
+    for n in (1, 2):
+        more = dict(model=folders/'sd3', lora_rank=2, prompts=prompts_file, text_encoders='drop', embeddings=tmp_path/f'kept{n}',
+                    iterations=2, reward='test_policy:darkness', out=tmp_path/str(n))
+        options = [f'--{k.replace("_", "-")}={v}' for k, v in {**SMALL_RUN, **more}.items()]
+        launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', '-m', 'egrpo', 'train']
+        done = subprocess.run([*launcher, *options], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent)
+        assert done.returncode == 0, done.stderr[-2000:]
+    kept = [{f.name: f.read_bytes() for f in (tmp_path/f'kept{n}').iterdir()} for n in (1, 2)]
+    assert kept[0].keys() == kept[1].keys() and len(kept[0]) == 4 # three prompts and the empty one
+    one, two = (load_file(tmp_path/str(n)/'checkpoint'/'weights.safetensors') for n in (1, 2))
+    for n in one: assert_close(two[n], one[n], atol=2e-5, rtol=0)
+
+
+def test_commands(folders, tmp_path, prompts_file, monkeypatch, capsys):
+    "From the command line: train a LoRA on SD3, draw with it, score it; score what the run itself found."
+    import pandas as pd
+
+    from egrpo.cli import main
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    model = ['--model', str(folders/'sd3'), '--device', 'cpu', '--guidance', '3']
+    run = (f'--prompts {prompts_file} --reward test_policy:darkness --lora-rank 2 --lr 0.1 --iterations 2 --eval-size 3 --num-steps 6 '
+           '--active-steps 2 --num-generations 3 --gradient-checkpointing --ema-decay 0 --prompts-per-iteration 1').split()
+    assert main(['train', *model, *run, '--out', str(tmp_path/'run')]) == 0
+    lora = ['--lora', str(tmp_path/'run/model'), '--prompts', prompts_file, '--num-steps', '6']
+    assert main(['evaluate', *model, *lora, '--rewards', 'test_policy:darkness', '--out', str(tmp_path/'scores.csv')]) == 0
+    scores, history, column = pd.read_csv(tmp_path/'scores.csv'), pd.read_csv(tmp_path/'run/evaluations.csv'), 'test_policy:darkness'
+    before, after = (history[history.iteration == i][column].tolist() for i in (0, 2))
+    assert scores[column].tolist() == pytest.approx(after, abs=1e-5) != pytest.approx(before, abs=1e-3)
+    assert 'twice' in capsys.readouterr().out
+    assert main(['sample', *model, *lora, '--vae-tiling', '--text-encoders', 'offload', '--out', str(tmp_path/'s.png')]) == 0
+    assert (tmp_path/'s.png').stat().st_size > 1000
+
+
+def test_aegpo_on_a_guided_model(folders, tmp_path, prompts_file):
+    "Attention entropy picks steps and group sizes on Stable Diffusion 3 too."
+    config = TrainConfig(model=str(folders/'sd3'), method='aegpo', prompts=prompts_file, iterations=2, out=str(tmp_path/'run'), guidance=3.,
+                         **{**SMALL_RUN, 'num_generations': 4})
+    Trainer(config, reward=darkness).fit()
+    metrics = [json.loads(line) for line in (tmp_path/'run/metrics.jsonl').read_text().splitlines()]
+    assert max(m['ratio_error'] for m in metrics) < 1e-6 and metrics[0]['nfe_probe'] == 2 * 2 * 6
