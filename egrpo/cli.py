@@ -689,7 +689,7 @@ def ready(
 ):
     "The same trainer, its rewards tried."
     side, twice = trainer.policy.resolution, trainer.policy.nfe_per_velocity == 2
-    if twice: say(f' guidance  {trainer.config.guidance:g}: twice the evaluations above, with and without prompt; --guidance 1 does without')
+    if twice: say(f' guidance  {trainer.config.guidance:g}: twice the evaluations above, with and without prompt; 1 halves them')
     try_reward(trainer.reward, trainer.prompts, side)
     try_reward(trainer.eval_reward, trainer.eval_prompts, side)
     return trainer
