@@ -168,21 +168,23 @@ def open_clip_config(
     side = patch * math.isqrt(len(weights['visual.positional_embedding']) - 1)
     vision = dict(image_size=side, patch_size=patch, **_tower(weights, 'visual.', heads[0], act))
     text = dict(vocab_size=len(weights['token_embedding.weight']), max_position_embeddings=len(weights['positional_embedding']),
-                eos_token_id=2, **_tower(weights, '', heads[1], act))
+                bos_token_id=0, eos_token_id=2, **_tower(weights, '', heads[1], act))
     return CLIPConfig(vision_config=vision, text_config=text, projection_dim=weights['text_projection'].shape[1])
 
 # %% ../nbs/11_reward_models.ipynb #1c8ae7d3
 def filled(
-    model, # A module
+    kind:type, # A model class of transformers
+    config, # Its configuration
     weights:dict, # Its tensors by name, perhaps with others
     what:str, # What they should be, for the message
-): # The module, in eval mode, without gradients
-    "A module with its weights; a `ValueError` where one is missing or of another shape."
-    wanted = model.state_dict()
+    **more, # Further arguments of the class
+): # The model, fp32, in eval mode, without gradients
+    "A model with these weights, all of them."
+    with torch.device('meta'): wanted = kind(config, **more).state_dict()
     wrong = [k for k, v in wanted.items() if k not in weights or weights[k].shape != v.shape]
     if wrong: raise ValueError(f"not the weights of {what}: {wrong[0]} (and {len(wrong) - 1} more) is missing or of another shape")
-    model.load_state_dict({k: weights[k].float() for k in wanted})
-    return model.eval().requires_grad_(False)
+    own = {k: weights[k].contiguous() for k in wanted}
+    return kind.from_pretrained(None, config=config, state_dict=own, dtype=torch.float32, **more).eval().requires_grad_(False)
 
 def find_weights(
     place:Path, # A file, or a folder with one
@@ -216,7 +218,7 @@ def load_clip(
     if 'visual.conv1.weight' not in weights:
         raise ValueError(f"{place.name!r} is no CLIP of open_clip: it has no visual.conv1.weight (of one of transformers, give the folder)")
     model = json.loads(more.read_text()).get('model_cfg') if more.is_file() else None
-    return filled(CLIPModel(open_clip_config(weights, model)), from_open_clip(weights), 'an open_clip CLIP')
+    return filled(CLIPModel, open_clip_config(weights, model), from_open_clip(weights), 'an open_clip CLIP')
 
 # %% ../nbs/11_reward_models.ipynb #3b2c9a43
 TOKENIZER_FILES = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt', 'vocab.txt']
@@ -329,34 +331,38 @@ IMAGE_REWARD_MEAN, IMAGE_REWARD_STD = .16717362830052426, 1.0333394966054072 # o
 
 def _blip_vision(
     w:dict, # Tensors by transformers' names, 'vision.' before them
-): # BlipVisionModel
+): # BlipVisionConfig
     "BLIP's vision transformer, 16 heads."
-    from transformers import BlipVisionConfig, BlipVisionModel
+    from transformers import BlipVisionConfig
     (width, _, patch, _), places = w['vision.embeddings.patch_embedding.weight'].shape, w['vision.embeddings.position_embedding'].shape[1]
-    return BlipVisionModel(BlipVisionConfig(
+    return BlipVisionConfig(
         hidden_size=width, intermediate_size=len(w['vision.encoder.layers.0.mlp.fc1.weight']), num_attention_heads=16, patch_size=patch,
-        num_hidden_layers=_depth(w, 'vision.encoder.layers.'), image_size=patch * math.isqrt(places - 1), layer_norm_eps=1e-6))
+        num_hidden_layers=_depth(w, 'vision.encoder.layers.'), image_size=patch * math.isqrt(places - 1), layer_norm_eps=1e-6)
 
 def _blip_text(
     w:dict, # Tensors by transformers' names, 'text.' before them
-): # BlipTextModel
+): # BlipTextConfig
     "BLIP's text encoder, 12 heads."
-    from transformers import BlipTextConfig, BlipTextModel
+    from transformers import BlipTextConfig
     vocab, width = w['text.embeddings.word_embeddings.weight'].shape
-    return BlipTextModel(BlipTextConfig(
+    return BlipTextConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=len(w['text.encoder.layer.0.intermediate.dense.weight']),
         encoder_hidden_size=w['text.encoder.layer.0.crossattention.self.key.weight'].shape[1], num_attention_heads=12, pad_token_id=0,
-        num_hidden_layers=_depth(w, 'text.encoder.layer.'), max_position_embeddings=len(w['text.embeddings.position_embeddings.weight'])),
-        add_pooling_layer=False)
+        num_hidden_layers=_depth(w, 'text.encoder.layer.'), max_position_embeddings=len(w['text.embeddings.position_embeddings.weight']))
 
 def blip_models(
     weights:dict, # ImageReward's names
 )->tuple: # (BlipVisionModel, BlipTextModel)
     "The two parts of BLIP with ImageReward's weights."
+    from transformers import BlipTextModel, BlipVisionModel
     w = {renamed(k, BLIP): v for k, v in weights.items()}
-    try: parts = dict(vision=_blip_vision(w), text=_blip_text(w))
+    try: configs = _blip_vision(w), _blip_text(w)
     except KeyError as e: raise ValueError(f"not the weights of ImageReward: {e.args[0]} is missing") from e
-    return tuple(filled(m, {k[len(n) + 1:]: v for k, v in w.items() if k.startswith(n + '.')}, 'ImageReward') for n, m in parts.items())
+    def part(name):
+        "Its tensors."
+        return {k[len(name) + 1:]: v for k, v in w.items() if k.startswith(name + '.')}
+    return (filled(BlipVisionModel, configs[0], part('vision'), 'ImageReward'),
+            filled(BlipTextModel, configs[1], part('text'), 'ImageReward', add_pooling_layer=False))
 
 class ImageReward:
     "ImageReward: BLIP's view of image and prompt together, a head, and the authors' normalisation."

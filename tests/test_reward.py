@@ -68,6 +68,11 @@ def test_bad_batches(images, prompts, message):
     (' preference+0.5*clip ', dict(preference=1., clip=.5)),
     ('1e-3*clip + -2*verifier + verifier_strict', dict(clip=1e-3, verifier=-2., verifier_strict=1.)),
     ('1e+2*clip', dict(clip=100.)),
+    ('hpsv2.1 + 0.5*clip_score', {'hpsv2.1': 1., 'clip_score': .5}),
+    ('-.5 * hpsv2.0( xswu/HPSv2 )+pickscore(owner/na-me.v1)', {'hpsv2.0': -.5, 'pickscore': 1.}),
+    ('server(http://a:1/x?y=1+2) + ocr', dict(server=1., ocr=1.)),
+    ('server(http://a:1) + 2*server(http://b:1)', {'server(http://a:1)': 1., 'server(http://b:1)': 2.}),
+    ('clip_score + 3*clip_score(a/b)', {'clip_score': 1., 'clip_score(a/b)': 3.}),
 ])
 def test_weighted_sums(spec, weights):
     rewards = get_reward(spec)
@@ -81,6 +86,10 @@ def test_weighted_sums(spec, weights):
     ('clip*0.5', 'not a weighted sum'), ('2**clip', 'not a weighted sum'),
     ('clip + clip', 'twice'), ('0*clip', 'not 0'), ('1e999*clip', 'finite'),
     ('nowhere_to_be_found:reward', 'cannot be imported'), ('math:nothing', 'cannot be imported'), ('math:pi', 'is a float'),
+    ('hpsv2.1(', 'not a weighted sum'), ('hpsv2.1()', 'not a weighted sum'), ('(hpsv2.1)', 'not a weighted sum'),
+    ('hpsv2.1(a)(b)', 'not a weighted sum'), ('hpsv2', 'unknown reward'), ('clip(x)', "'clip' has no place"), ('ocr(x)', 'brings its own'),
+    ('math:sqrt(x)', 'has no place'), ('hpsv2.1(/no/such.pt)', "'/no/such.pt' does not exist"), ('pickscore(nowhere)', 'does not exist'),
+    ('server', 'needs an address'), ('server(a/b)', 'needs an address'), ('server(http://a) + server(http://a)', 'twice'),
     (None, 'must be a name'), (3, 'must be a name'), ({}, 'name the rewards'), (dict(a=brightness, b=3), "'b' is a int"),
 ])
 def test_bad_specs(spec, message):
@@ -107,6 +116,24 @@ def test_module_in_the_current_folder_is_found_and_nothing_else_loads(tmp_path):
 
 
 def test_built_in_names(): assert list(BUILT_IN) == ['verifier', 'verifier_strict', 'clip', 'preference']
+
+
+def test_every_name_is_described():
+    from egrpo.reward import describe_rewards
+    from egrpo.reward_models import REWARD_MODELS
+    rows = describe_rewards()
+    assert {*BUILT_IN, *REWARD_MODELS} <= {row['reward'] for row in rows} and all(all(row.values()) for row in rows)
+
+
+def test_a_path_may_hold_what_a_sum_may_not(tmp_path):
+    place = tmp_path/'a + 2*b, c'
+    place.mkdir()
+    assert get_reward(f'0.5*pickscore({place}) + clip').weights == dict(pickscore=.5, clip=1.)
+
+
+def test_the_total_is_the_weighted_sum():
+    rewards = RewardSet(dict(a=brightness, b=lambda i, p: [1.] * len(p)), dict(a=2., b=-.5))
+    torch.testing.assert_close(rewards.total(IMAGES, PROMPTS), 2 * brightness(IMAGES, PROMPTS) - .5)
 
 
 def test_learned_rewards_load_once(monkeypatch):
