@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'SAMPLE_OPTIONS', 'DEMO_FILES', 'NEXT', 'Option',
-           'config_options', 'converter', 'show_default', 'add_option', 'add_fields', 'add_own', 'option_groups',
-           'Parser', 'Command', 'make_parser', 'explain', 'set_environment', 'complain', 'main', 'table',
-           'show_interval', 'category_rows', 'score_names', 'show_mean', 'score_table', 'change_table', 'ends',
+           'config_options', 'yes_or_no', 'converter', 'show_default', 'add_option', 'add_fields', 'add_own',
+           'option_groups', 'Parser', 'Command', 'make_parser', 'explain', 'set_environment', 'complain', 'main',
+           'table', 'show_interval', 'category_rows', 'score_names', 'show_mean', 'score_table', 'change_table', 'ends',
            'change_tables', 'given', 'check_file', 'check_picture', 'save_picture', 'try_reward', 'check_device', 'say',
            'run_methods', 'read_images', 'run_rewards', 'add_rewards', 'plan_lengths', 'plan_table', 'steps_table',
            'plan_cost', 'run_plan', 'add_plan', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample',
@@ -52,14 +52,21 @@ def config_options()->dict: # Name -> Option, in the order of the fields
     def kind(o): return ast.unparse(o.annotation).replace(' ', '')
     return {o.target.id: Option(o.target.id, kind(o), ast.literal_eval(o.value), comment(o)) for o in fields}
 
-# %% ../nbs/35_cli.ipynb #d0ec4ce9
+# %% ../nbs/35_cli.ipynb #c56a92c9
+def yes_or_no(
+    word:str, # yes or no
+)->bool: # True for yes
+    "Read a yes or a no."
+    if word not in ('yes', 'no'): raise ValueError(f'{word!r} is neither yes nor no')
+    return word == 'yes'
+
 def converter(
     kind:str, # An annotation as in `Option`
 ):
     "The function that reads a word of the command line as a value of `kind`."
-    plain = {'int': int, 'float': float, 'str': str}[kind.removesuffix('|None')]
+    plain = {'int': int, 'float': float, 'str': str, 'bool': yes_or_no}[kind.removesuffix('|None')]
     def convert(word): return None if kind.endswith('|None') and word.lower() == 'none' else plain(word)
-    convert.__name__ = {int: 'whole number', float: 'number', str: 'text'}[plain] # argparse: invalid ... value
+    convert.__name__ = {int: 'whole number', float: 'number', str: 'text', yes_or_no: 'yes or no'}[plain] # argparse: invalid ... value
     return convert
 
 def show_default(
@@ -75,10 +82,11 @@ def add_option(
 ):
     "Give a parser an option."
     flag, text = '--' + option.name.replace('_', '-'), option.text.replace('%', '%%').replace('None', 'none')
-    if option.kind.startswith('bool'): return parser.add_argument(flag, action='store_true', default=default, help=text)
-    shown = option.shown or {'int': 'N', 'float': 'X', 'str': 'TEXT'}[option.kind.removesuffix('|None')]
+    if option.kind == 'bool': return parser.add_argument(flag, action='store_true', default=default, help=text)
+    shown = option.shown or {'int': 'N', 'float': 'X', 'str': 'TEXT', 'bool': 'yes|no'}[option.kind.removesuffix('|None')]
     if option.default is not None or '|None' in option.kind: text += f' (default: {show_default(option.default)})'
-    parser.add_argument(flag, type=converter(option.kind), default=default, metavar=shown, help=text)
+    alone = dict(nargs='?', const=True) if option.kind == 'bool|None' else {} # the flag by itself is a yes
+    parser.add_argument(flag, type=converter(option.kind), default=default, metavar=shown, help=text, **alone)
 
 def add_fields(
     parser, # A parser or a group of options

@@ -111,6 +111,7 @@ def other(field):
     "A value that is not the field's default, and the words for it."
     default = field.default
     if field.type is bool: return True, []
+    if 'bool' in str(field.type): return False, ['no']
     if 'str' in str(field.type): return 'other', ['other']
     value = default + .25 if field.type is float else (default or 0) + 3
     return value, [str(value)]
