@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MEMORY_BYTES', 'LORA_TARGETS', 'MICRO_BATCH_ELEMENTS', 'TEXT_ENCODERS', 'POLICIES', 'best_device',
            'assets_path', 'limit_hub_waiting', 'load_pipeline', 'Conditions', 'Embeddings', 'text_fingerprint',
-           'load_lora', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy']
+           'check_lora_file', 'load_lora', 'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy',
+           'load_policy']
 
 # %% ../nbs/10_policy.ipynb #b8d27e80
 import copy
@@ -231,16 +232,23 @@ def _add_lora(
         torch.manual_seed(seed)
         transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=blocks, init_lora_weights='gaussian'))
 
-# %% ../nbs/10_policy.ipynb #8df04fda
+# %% ../nbs/10_policy.ipynb #a477a362
+def check_lora_file(
+    source, # Folder with pytorch_lora_weights.safetensors, or a .safetensors file
+    name:str='lora_from', # What the user calls it, for errors
+):
+    "Refuse what is not there, and what is not safetensors."
+    path = Path(source)
+    if not path.exists(): raise ValueError(f"{name}: {str(source)!r} does not exist: name a LoRA's folder or its .safetensors file")
+    if path.is_file() and path.suffix != '.safetensors': raise ValueError(f"{name}: {str(source)!r} is no .safetensors file: convert it")
+
 def load_lora(
     pipeline, # A pipeline; changed in place
     source, # Folder with pytorch_lora_weights.safetensors, or a .safetensors file
     name:str='lora_from', # What the user calls it, for errors
 ):
     "Put a LoRA into a pipeline's network as its adapter `default`, or say why not."
-    path = Path(source)
-    if not path.exists(): raise ValueError(f"{name}: {str(source)!r} does not exist: name a LoRA's folder or its .safetensors file")
-    if path.is_file() and path.suffix != '.safetensors': raise ValueError(f"{name}: {str(source)!r} is no .safetensors file: convert it")
+    check_lora_file(source, name)
     shown = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error() # it warns of every part that a LoRA does not touch
     try:
@@ -296,7 +304,26 @@ def _scaled_down(
 
 # %% ../nbs/10_policy.ipynb #358cd262
 MICRO_BATCH_ELEMENTS = 2**18
-TEXT_ENCODERS = ('keep', 'offload', 'drop')
+
+# %% ../nbs/10_policy.ipynb #feb90922
+TEXT_ENCODERS = ('keep', 'offload', 'drop', None)
+
+def check_settings(
+    lora_rank:int|None=0, # As in `Policy`, and so are the others
+    micro_batch:int|None=None,
+    guidance:float=3.5,
+    lora_from=None,
+    text_encoders:str|None=None,
+    embeddings=None,
+):
+    "Refuse settings that no policy can have."
+    if (lora_rank or 0) < 0: raise ValueError(f"lora_rank must be >= 0, got {lora_rank}: 0 trains the whole transformer")
+    if micro_batch is not None and micro_batch < 1: raise ValueError(f"micro_batch must be >= 1, got {micro_batch}: None suits the model")
+    if not 0 <= guidance < math.inf: raise ValueError(f"guidance must be >= 0, got {guidance}: 1 is unguided, 3.5 the default")
+    if lora_from: check_lora_file(lora_from)
+    if text_encoders not in TEXT_ENCODERS: raise ValueError(f"text_encoders must be keep, offload or drop, got {text_encoders!r}")
+    if text_encoders == 'drop' and not embeddings:
+        raise ValueError("text_encoders drop needs embeddings: name a folder in which the prompts' embeddings are kept")
 
 # %% ../nbs/10_policy.ipynb #0c7e36cf
 class Policy:
@@ -318,7 +345,7 @@ class Policy:
         text_encoders:str|None=None, # keep, offload (on the device only while embedding) or drop (after `drop_text_encoders`); None = keep
         embeddings=None, # Folder in which prompts' embeddings are kept; None = the last ones in memory
     ):
-        _check_numbers(lora_rank, micro_batch, guidance, text_encoders, embeddings)
+        check_settings(lora_rank, micro_batch, guidance, lora_from, text_encoders, embeddings)
         self.device, self.guidance = best_device(device), guidance
         self.dtype = _check_dtype(dtype, self.device)
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
@@ -563,23 +590,6 @@ class Policy:
         if self.text_encoders != 'drop': return self.pipeline
         parts = {n: o for n, o in self.pipeline.components.items() if o is not None}
         return type(self.pipeline).from_pretrained(self.pipeline.name_or_path, use_safetensors=True, **parts)
-
-# %% ../nbs/10_policy.ipynb #aeba2e64
-def _check_numbers(
-    lora_rank:int|None, # Rank of the LoRA
-    micro_batch:int|None, # Latents in one forward pass
-    guidance:float, # Guidance
-    text_encoders:str|None, # Where the text encoders are
-    embeddings, # Folder of embeddings
-):
-    "Refuse settings no policy can have."
-    if (lora_rank or 0) < 0: raise ValueError(f"lora_rank must be >= 0, got {lora_rank}: 0 trains the whole transformer")
-    if micro_batch is not None and micro_batch < 1: raise ValueError(f"micro_batch must be >= 1, got {micro_batch}: None suits the model")
-    if not 0 <= guidance < math.inf: raise ValueError(f"guidance must be >= 0, got {guidance}: 1 is unguided, 3.5 the default")
-    if text_encoders not in (*TEXT_ENCODERS, None):
-        raise ValueError(f"text_encoders must be one of {', '.join(TEXT_ENCODERS)}, got {text_encoders!r}")
-    if text_encoders == 'drop' and not embeddings:
-        raise ValueError("text_encoders drop needs embeddings: name a folder in which the prompts' embeddings are kept")
 
 # %% ../nbs/10_policy.ipynb #0bd1c6cf
 class FluxPolicy(Policy):

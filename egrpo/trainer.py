@@ -31,7 +31,7 @@ from .checkpoint import check_same_run, load_checkpoint, load_optimizer_tensors,
 from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import make_plan, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
-from .policy import load_policy
+from .policy import check_settings, load_policy
 from .reward import RewardError, get_reward
 from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
 from .sde import gaussian_kl
@@ -162,6 +162,7 @@ def check_config(
         if not 0 <= getattr(config, name) < 1: raise ValueError(f"{name} must be >= 0 and < 1, got {getattr(config, name)}")
     if config.resolution is not None and config.resolution < 1: raise ValueError(f"resolution must be > 0 pixels, got {config.resolution}")
     _check_choices(config)
+    check_settings(config.lora_rank, config.micro_batch, config.guidance, config.lora_from, config.text_encoders, config.embeddings)
     if config.ema_decay >= 1: raise ValueError(f"ema_decay must be < 1, got {config.ema_decay}: 0.99 averages over about 100 iterations")
     updates, prompts = config.updates_per_iteration, config.prompts_per_iteration
     if updates > prompts:
