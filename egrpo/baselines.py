@@ -100,6 +100,7 @@ def mix_grpo(
     window:int=4, # Stochastic steps in a row, 1…T-1
     slide_every:int=25, # Iterations after which the window slides by one step, >= 1
     stride:int=1, # Schedule steps per ODE step after the window, >= 1; 1 is exact
+    solver:str='euler', # Solver of that ODE: euler or ab2, of second order
     iteration:int=0, # Says where the window is
 )->Plan: # The plan of one prompt
     "MixGRPO (arXiv 2507.21802): chains from one shared noise, stochastic in a window that slides with the iteration."
@@ -107,7 +108,7 @@ def mix_grpo(
     if slide_every < 1: raise ValueError(f"slide_every must be >= 1 iteration, got {slide_every}: 25 is published")
     start = iteration // slide_every % (num_steps - window)
     branch = Branch(chain(range(start, start + window), num_generations))
-    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,))
+    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), solver)
 
 # %% ../nbs/21_baselines.ipynb #1b048dee
 def flow_grpo_fast(
@@ -118,6 +119,7 @@ def flow_grpo_fast(
     kernel:str='cps', # Kernel of the stochastic steps: flow, dance or cps
     window:int=3, # Stochastic steps in a row, 1…T/2
     stride:int=1, # Schedule steps per ODE step after the window, >= 1; 1 is exact
+    solver:str='euler', # Solver of that ODE: euler or ab2, of second order
     seed:int=0, # Addresses the window's place
     iteration:int=0, # Addresses the window's place
 )->Plan: # The plan of one prompt
@@ -127,7 +129,7 @@ def flow_grpo_fast(
     if window > half: raise ValueError(f"window must fit the first half, {half} of {num_steps} steps, got {window}")
     start = random_order(half - window + 1, seed, iteration)[0]
     branch = Branch(chain(range(start, start + window)), noises=num_generations)
-    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,))
+    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), solver)
 
 # %% ../nbs/21_baselines.ipynb #66a3eb3f
 def tempflow_grpo(
@@ -138,6 +140,7 @@ def tempflow_grpo(
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
     noises:int|None=None, # Initial noises they leave from, a divisor of G; None = one for every six samples
     stride:int=1, # Schedule steps per ODE step after the stochastic one, >= 1; 1 is exact
+    solver:str='euler', # Solver of that ODE: euler or ab2, of second order
 )->Plan: # The plan of one prompt
     "TempFlow-GRPO (arXiv 2508.04324): one stochastic step at a time from ODE anchors, weighted by its noise."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
@@ -147,7 +150,7 @@ def tempflow_grpo(
     stds = step_std(sigmas[:-2], sigmas[1:-1], noise_level, kernel, sigmas[1])
     weights = (stds / stds.mean()).tolist()
     branches = (Branch((SDEStep(k, 1, num_generations // noises, w),), noises) for k, w in enumerate(weights))
-    return Plan(sigmas, tuple(branches), noise_level, kernel, (stride,))
+    return Plan(sigmas, tuple(branches), noise_level, kernel, (stride,), solver)
 
 # %% ../nbs/21_baselines.ipynb #5cbf351d
 def branch_grpo(
@@ -207,8 +210,9 @@ def g2rpo(
     kernel:str='flow', # Kernel of the stochastic step: flow, dance or cps
     strides:tuple=(1, 2), # Granularities: strides of the ODE after the stochastic step, >= 1
     stride:int=1, # What they are multiples of, >= 1; 1 is exact, 2 costs half, as for the other methods
+    solver:str='euler', # Solver of that ODE: euler or ab2, of second order
 )->Plan: # The plan of one prompt
     "G²RPO (arXiv 2510.01982): one stochastic step at a time from an ODE anchor, judged at several strides."
     check_counts(num_steps, active_steps, num_generations)
     branches = (Branch((SDEStep(k, 1, num_generations),)) for k in range(active_steps))
-    return Plan(flow_sigmas(num_steps, shift), tuple(branches), noise_level, kernel, tuple(stride * s for s in strides))
+    return Plan(flow_sigmas(num_steps, shift), tuple(branches), noise_level, kernel, tuple(stride * s for s in strides), solver)

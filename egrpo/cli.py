@@ -106,7 +106,7 @@ def add_own(
 GROUPS = {
     'model': 'model lora_rank lora_from resolution guidance',
     'device and memory': 'device dtype micro_batch gradient_checkpointing vae_tiling text_encoders embeddings',
-    'method': 'method num_steps shift num_generations noise_level kernel stride tau active_steps first_step merge_length window '
+    'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length window '
               'train_share keep pruned_steps',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',

@@ -41,6 +41,7 @@ def egrpo(
     kernel:str='flow', # Kernel of the stochastic step: flow (the paper's), dance or cps
     merge_length:int|None=None, # Merge every active step to this length, >= 1, instead of by `tau` (Table 2 of the paper)
     stride:int=1, # Schedule steps per ODE step after the stochastic one, >= 1; 1 is exact (the paper's)
+    solver:str='euler', # Solver of that ODE: euler (the paper's) or ab2, of second order
 )->Plan: # The plan of one prompt
     "E-GRPO (arXiv 2601.00423, Algorithm 1): an ODE anchor with one group per active step, its stochastic step merged by entropy."
     check_counts(num_steps, active_steps, num_generations, first_step or 0)
@@ -49,7 +50,7 @@ def egrpo(
     lengths = {k: int(lengths[k]) for k in active}
     if first_step is not None: lengths = {k: l or num_steps - 1 - k for k, l in lengths.items()}
     _check_lengths(lengths, f"merge_length {merge_length}" if merge_length else f"tau {tau}", num_steps)
-    return Plan(sigmas, tuple(Branch((SDEStep(k, l, num_generations),)) for k, l in lengths.items()), noise_level, kernel, (stride,))
+    return Plan(sigmas, tuple(Branch((SDEStep(k, l, num_generations),)) for k, l in lengths.items()), noise_level, kernel, (stride,), solver)
 
 # %% ../nbs/22_methods.ipynb #695f10be
 def stochastic_steps(

@@ -51,6 +51,7 @@ class TrainConfig:
     first_step:int|None = None # The first active step; steps that cannot reach tau are then merged as far as they may, not refused
     merge_length:int|None = None # Merge every active step to this length instead of by tau
     stride:int|None = None # Schedule steps per ODE step after the last stochastic one; 1 is exact, 2 costs half
+    solver:str|None = None # Solver of that ODE: euler, or ab2 of second order at the same cost
     num_generations:int|None = None # Samples per group G, >= 2; BranchGRPO's leaves
     noise_level:float|None = None # Noise level of the stochastic steps
     kernel:str|None = None # Stochastic step: flow, dance or cps
