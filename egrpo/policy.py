@@ -99,13 +99,15 @@ def limit_hub_waiting(
 def load_pipeline(
     model:str='miniature', # 'miniature', a folder, or a hub id such as 'black-forest-labs/FLUX.1-dev'
     dtype:torch.dtype=torch.float32, # The weights' dtype
+    network:torch.dtype|None=None, # That of the network, if it is another
 )->DiffusionPipeline: # The pipeline, on the CPU
     "Load a pipeline, from safetensors alone; a `ValueError` names the remedy where that fails."
     small = model == 'miniature'
     if small: model = assets_path('miniature')
     else: limit_hub_waiting()
+    dtypes = dict(default=dtype, transformer=network or dtype, unet=network or dtype)
     try:
-        with _without_bars(small): pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtype, use_safetensors=True)
+        with _without_bars(small): pipeline = DiffusionPipeline.from_pretrained(str(model), dtype=dtypes, use_safetensors=True)
     except Exception as e: raise _load_error(model, e) from e # diffusers raises OSError, ValueError, HTTP errors and more for one cause
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -455,6 +457,7 @@ class Policy:
                 yield p, self.embeddings.put(p, cond)
         finally:
             for name in names if self.text_encoders != 'keep' else (): getattr(self.pipeline, name).to('cpu')
+            if self.text_encoders != 'keep' and self.device.type == 'cuda': torch.cuda.empty_cache()
 
     def embed(self,
         prompts:list, # Prompts
@@ -589,7 +592,7 @@ class Policy:
         "The pipeline; its text encoders, if they were dropped, are read again."
         if self.text_encoders != 'drop': return self.pipeline
         parts = {n: o for n, o in self.pipeline.components.items() if o is not None}
-        return type(self.pipeline).from_pretrained(self.pipeline.name_or_path, use_safetensors=True, **parts)
+        return type(self.pipeline).from_pretrained(self.pipeline.name_or_path, dtype=self.dtype, use_safetensors=True, **parts)
 
 # %% ../nbs/10_policy.ipynb #0bd1c6cf
 class FluxPolicy(Policy):
@@ -697,10 +700,10 @@ def load_policy(
     lora_rank:int|None=0, # Rank of the LoRA that is trained; 0 = the whole network, None = nothing, to sample only
     **kwargs, # `resolution`, `guidance`, `micro_batch`, `seed`, `lora_from` and the other settings of `Policy`
 )->Policy: # The policy
-    "Load a pipeline as a policy. A network trained whole is kept in fp32 and autocast to `dtype`; otherwise it is stored in `dtype`."
+    "Load a pipeline as a policy. A network trained whole is kept in fp32 and autocast to `dtype`; all else is stored in `dtype`."
     device = best_device(device)
     whole = lora_rank == 0 and not kwargs.get('lora_from')
-    pipeline = load_pipeline(model, torch.float32 if whole else _check_dtype(dtype, device))
+    pipeline = load_pipeline(model, _check_dtype(dtype, device), torch.float32 if whole else None)
     if type(pipeline) not in POLICIES:
         known = ', '.join(c.__name__ for c in POLICIES)
         raise ValueError(f"model {str(model)!r} is a {type(pipeline).__name__}: name a model of one of these pipelines: {known}")

@@ -362,6 +362,7 @@ def test_bf16_and_fp16(load, name, lora_rank):
         policy = load_policy(exact.pipeline.name_or_path, 'cpu', dtype, lora_rank, guidance=3.)
         stored = {p.dtype for n, p in policy.transformer.named_parameters() if not p.requires_grad}
         assert stored <= {policy.dtype} and {p.dtype for p in policy.parameters().values()} <= {torch.float32}
+        assert policy.pipeline.text_encoder.dtype == policy.dtype
         with torch.no_grad(): half = policy.velocity(x, s, policy.encode(PROMPTS))
         assert half.dtype == torch.float32 and (half - v).std() < near * v.std()
         images = policy.decode(x)
