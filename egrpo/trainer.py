@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -263,13 +264,13 @@ def sample_images(
     shift:float=3.0, # Shift of the schedule, > 0
     seed:int=0, # Addresses the noise
     batch:int=128, # Prompts at once, >= 1: bounds memory, changes nothing else
+    ids=None, # The prompts' numbers in the noise address, for a share of them; None = 0, 1, …
 )->Tensor: # (P,3,H,W) images in [0, 1], fp32, on the CPU
     "Sample one image per prompt by the ODE, on addressed noise."
-    plan, images = ode_plan(num_steps, shift), []
+    plan, images, ids = ode_plan(num_steps, shift), [], list(ids or range(len(prompts)))
     for first in range(0, len(prompts), batch):
-        part = prompts[first:first + batch]
-        ids = list(range(first, first + len(part)))
-        out = rollout(policy, policy.encode(part), plan, 'sample', seed, prompt_ids=ids)
+        part = slice(first, first + batch)
+        out = rollout(policy, policy.encode(prompts[part]), plan, 'sample', seed, prompt_ids=ids[part])
         images.append(policy.decode(out.latents))
     return torch.cat(images)
 
@@ -278,7 +279,7 @@ def evaluate(
     prompts:list, # P prompts
     rewards='verifier + verifier_strict', # A reward or a sum of rewards (`egrpo.reward`); each part is a column
     images:Tensor|None=None, # (P,3,H,W) images in [0, 1] to score instead of new samples
-    **kwargs, # `num_steps`, `shift`, `seed` and `batch` of `sample_images`
+    **kwargs, # `num_steps`, `shift`, `seed`, `batch` and `ids` of `sample_images`
 )->pd.DataFrame: # A row per prompt: the prompt and a column per reward
     "Score one ODE image per prompt."
     images = sample_images(policy, prompts, **kwargs) if images is None else images
@@ -407,6 +408,10 @@ class Trainer:
         self.chooses = chooses_steps(self.method)
         self._load_prompts_and_rewards(reward)
         self.accelerator = Accelerator(cpu=config.device == 'cpu', log_with=config.tracker, project_dir=config.out)
+        processes = self.accelerator.num_processes
+        if processes > config.prompts_per_iteration:
+            n = config.prompts_per_iteration
+            raise ValueError(f"prompts_per_iteration ({n}) must not be below the {processes} processes: raise it, or start at most {n}")
         self.policy = policy or self._load_policy()
         self.parameters = self.policy.parameters()
         betas = config.adam_beta1, config.adam_beta2
@@ -430,7 +435,8 @@ class Trainer:
         "The policy that the configuration names."
         c = self.config
         same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing vae_tiling text_encoders embeddings'.split()
-        policy = load_policy(c.model, c.device or self.accelerator.device, c.dtype, c.lora_rank, **{k: getattr(c, k) for k in same})
+        device = self.accelerator.device if c.device in (None, 'cuda') else c.device # each process its own GPU
+        policy = load_policy(c.model, device, c.dtype, c.lora_rank, **{k: getattr(c, k) for k in same})
         if c.text_encoders == 'drop': self._drop_text_encoders(policy)
         return policy
 
@@ -455,7 +461,7 @@ class Trainer:
         began, nfe = time.perf_counter(), self.policy.nfe
         profiles, reference = self._profiles(prompt_batch(self.prompts, n, iteration, self.config.seed))
         plans = allocated_plans(self.method, n, profiles, reference, iteration, **settings)
-        cost = dict(nfe_probe=self.policy.nfe - nfe, seconds_probe=time.perf_counter() - began)
+        cost = dict(nfe_probe=int(self._total(self.policy.nfe - nfe)), seconds_probe=time.perf_counter() - began)
         return plans, cost | describe_choice(plans, profiles, reference)
 
     def _signals(self)->tuple: # Are profiles needed? And of the policy before training?
@@ -483,8 +489,8 @@ class Trainer:
         plans:list|None=None, # A plan for each of its prompts; None = those of `plan`
     )->tuple: # This process's prompts, their conditions, rollout, (L,3,H,W) images, rewards: name -> (L,)
         "Roll out this process's share of the iteration's prompts and score the images."
-        c, a, plans = self.config, self.accelerator, plans or self.plan(iteration)[0]
-        ids = share_work(plans, a.num_processes)[a.process_index]
+        c, plans = self.config, plans or self.plan(iteration)[0]
+        ids = self._mine(plans)
         batch = prompt_batch(self.prompts, c.prompts_per_iteration, iteration, c.seed)
         prompts = [batch[i] for i in ids]
         cond = self.policy.encode(prompts)
@@ -493,15 +499,32 @@ class Trainer:
         rewards = self.reward(images, [prompts[i] for i in out.leaf_prompt.tolist()])
         return prompts, cond, out, images, rewards
 
+    def _mine(self,
+        plans:list, # A plan for each of an iteration's prompts
+    )->list: # Numbers of prompts, increasing
+        "This process's share of the prompts."
+        return share_work(plans, self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def _gather(self,
+        *tensors:Tensor, # (n,…) of this process; the n of another may differ
+    )->tuple: # the tensors of all processes, joined, on the CPU; the slice in them that is this process's
+        "Join tensors of all processes."
+        everyone = gather_object([[t.detach().cpu() for t in tensors]])
+        sizes, mine = [len(o[0]) for o in everyone], self.accelerator.process_index
+        return [torch.cat(x) for x in zip(*everyone)], slice(sum(sizes[:mine]), sum(sizes[:mine + 1]))
+
     def advantages(self,
         out:Rollout, # The rollout
         rewards:dict, # Name -> (L,) rewards of its images
-    )->tuple: # (M,) advantages, number of groups whose rewards are all equal
+    )->tuple: # (M,) advantages, number of groups, of all processes, whose rewards are all equal
         "A transition's value is the mean reward of the leaves below it; its advantage is that value, normalised in its group."
-        c, weights, groups, below = self.config, self.reward.weights, out.group.cpu(), (out.leaf_start.cpu(), out.leaf_count.cpu())
-        by_stride = zip(*[r.chunk(len(out.plan.strides)) for r in rewards.values()])
-        values = [{k: transition_values(r, *below) for k, r in zip(rewards, rs)} for rs in by_stride]
-        advantages = sum(combine_advantages(v, weights, groups, when=c.combine, std=c.advantage_std) for v in values)
+        c, weights, below = self.config, self.reward.weights, (out.leaf_start.cpu(), out.leaf_count.cpu())
+        by_stride = [values for r in rewards.values() for values in r.chunk(len(out.plan.strides))]
+        own_groups = out.group + (self.accelerator.process_index << 32) # no two processes have a group in common
+        (groups, *values), mine = self._gather(own_groups, *(transition_values(r, *below) for r in by_stride))
+        n = len(out.plan.strides)
+        values = [dict(zip(rewards, values[i::n])) for i in range(n)]
+        advantages = sum(combine_advantages(v, weights, groups, when=c.combine, std=c.advantage_std) for v in values)[mine]
         total = sum(weights[k] * v[k] for v in values for k in v)
         return advantages.clamp(-c.advantage_clip, c.advantage_clip).to(self.policy.device), zero_variance_groups(total, groups)
 
@@ -509,30 +532,30 @@ class Trainer:
         cond, # Conditions, a row per prompt
         out:Rollout, # The rollout
         advantages:Tensor, # (M,) advantages, 0 = as good as its group
+        ids=None, # The prompts' numbers among the iteration's, for a share of them; None = 0, 1, …
     )->dict: # Metrics of the update, see the table below
         "Train on a rollout: an optimiser step for each share of the prompts, `inner_epochs` times over."
-        out, seen, norms, first = prune(out, advantages), [], [], 0
+        out, seen, norms = prune(out, advantages), [], []
         trained = torch.unique(out.row[out.weight > 0])
-        shares = torch.arange(len(cond), device=out.row.device).tensor_split(self.config.updates_per_iteration)
+        number = torch.tensor(ids or range(len(cond)), device=out.row.device)[out.prompt[trained]]
+        shares = torch.arange(self.config.prompts_per_iteration, device=number.device).tensor_split(self.config.updates_per_iteration)
         for share in shares * self.config.inner_epochs:
-            rows = trained[torch.isin(out.prompt[trained], share)]
-            seen += self._gradient(cond, out, rows, advantages)
-            first = first or len(seen) # micro-batches of the first update: the policy is still the one that sampled
+            seen.append(self._gradient(cond, out, trained[torch.isin(number, share)], advantages))
             norms.append(self._step())
-        return self._update_metrics(out, seen, first, sum(norms) / len(norms))
+        return self._update_metrics(out, seen, sum(norms) / len(norms))
 
     def _update_metrics(self,
         out:Rollout, # The rollout
-        seen:list, # (logratios, their transitions, their KL) per micro-batch
-        first:int, # How many micro-batches the first update had
+        seen:list, # per update, a list of (logratios, their transitions, their KL), one per micro-batch
         grad_norm:float, # Mean gradient norm of the updates
-    )->dict: # Metrics of the update
-        "Metrics over all updates of an iteration; `ratio_error` over the first one."
-        logratio, which, kl = (torch.cat(x) for x in zip(*seen))
-        steps, n = out.start[out.row[which]], sum(len(o) for o, *_ in seen[:first])
+    )->dict: # Metrics of the update, over all processes
+        "Metrics over all updates of an iteration; `ratio_error` over the first one, when the policy is still the one that sampled."
+        logratio, which, kl = (torch.cat(x) for x in zip(*(o for update in seen for o in update)))
+        first = torch.arange(len(which)) < sum(len(o) for o, *_ in seen[0])
+        (logratio, steps, kl, first), _ = self._gather(logratio, out.start[out.row[which]], kl, first)
         def metrics_of(x): return loss_metrics(x, torch.zeros_like(x), self.config.clip_range)
         by_step = {int(k): metrics_of(logratio[steps == k]) for k in steps.unique()}
-        metrics = dict(metrics_of(logratio), ratio_error=metrics_of(logratio[:n])['ratio_error'])
+        metrics = dict(metrics_of(logratio), ratio_error=metrics_of(logratio[first])['ratio_error'])
         return dict(metrics, kl=float(kl.mean()), grad_norm=grad_norm, by_step=by_step)
 
     def _gradient(self,
@@ -545,14 +568,14 @@ class Trainer:
         total = self._total(loss_weights(out, self.config)[torch.isin(out.row, rows)].sum())
         self.optimizer.zero_grad()
         seen = []
-        for chunk in rows.split(self.policy.micro_batch):
+        for chunk in rows.split(self.policy.micro_batch) if len(rows) else (): # another process may have all of an update's prompts
             loss, *metrics = rows_loss(self.policy, cond, out, chunk, advantages, self.config)
             self.accelerator.backward(loss / total)
             seen.append(metrics)
         return seen
 
     def _total(self,
-        count, # A number of this process
+        count, # A number of this process, or a truth value
     )->float: # The sum
         "Sum of a number over the processes."
         return float(self.accelerator.reduce(torch.as_tensor(count, device=self.accelerator.device).float(), 'sum'))
@@ -584,20 +607,24 @@ class Trainer:
         prompts, cond, out, images, rewards = self.sample(iteration, plans)
         sampled, nfe_rollout = time.perf_counter(), self.policy.nfe - nfe
         advantages, zero = self.advantages(out, rewards)
-        update = self.update(cond, out, advantages)
-        reward = {f'reward/{k}': float(v.mean()) for k, v in rewards.items()}
-        return dict(iteration=iteration, **reward, reward_std=float(sum(rewards.values()).std()), zero_variance_groups=zero, **update,
-                    nfe_rollout=nfe_rollout, nfe_gradient=self.policy.nfe - nfe - nfe_rollout,
+        update = self.update(cond, out, advantages, self._mine(plans))
+        scores, _ = self._gather(*rewards.values())
+        reward = {f'reward/{k}': float(v.mean()) for k, v in zip(rewards, scores)}
+        nfe_rollout, nfe_gradient = (int(self._total(n)) for n in (nfe_rollout, self.policy.nfe - nfe - nfe_rollout))
+        return dict(iteration=iteration, **reward, reward_std=float(sum(scores).std()), zero_variance_groups=zero, **update,
+                    nfe_rollout=nfe_rollout, nfe_gradient=nfe_gradient,
                     seconds_rollout=sampled - began, seconds_update=time.perf_counter() - sampled, **choice)
 
     # ---- evaluation
     def evaluate(self)->pd.DataFrame: # A row per prompt, a column per reward
-        "Score the evaluation prompts with the averaged weights, or with the weights where there is no average."
-        c, before = self.config, self.policy.nfe
+        "Score the evaluation prompts with the averaged weights, or with the weights where there is no average; each process its share."
+        c, a, before = self.config, self.accelerator, self.policy.nfe
+        places = range(len(self.eval_prompts))[a.process_index::a.num_processes]
         with swapped(self.parameters, self.ema):
-            frame = evaluate(self.policy, self.eval_prompts, self.eval_reward, num_steps=c.num_steps, shift=c.shift)
+            own = [evaluate(self.policy, [self.eval_prompts[i] for i in places], self.eval_reward, ids=places,
+                            num_steps=c.num_steps, shift=c.shift).set_axis(places)] if places else []
         self.policy.nfe = before # evaluation is not training's cost
-        return frame
+        return pd.concat(gather_object(own)).sort_index()
 
     # ---- the run
     def fit(self,
@@ -610,8 +637,8 @@ class Trainer:
         with stop_on_interrupt() as interrupt:
             for i in bar:
                 metrics = self._step_or_save(i)
-                self.iteration, self.nfe = i + 1, self.nfe + int(self._total(metrics['nfe_rollout'] + metrics['nfe_gradient']))
-                stopped = interrupt.asked or self.spent() or bool(stop and stop(self))
+                self.iteration, self.nfe = i + 1, self.nfe + metrics['nfe_rollout'] + metrics['nfe_gradient']
+                stopped = self._total(interrupt.asked or self.spent() or bool(stop and stop(self))) > 0 # all stop, or none
                 self._log(metrics, bar)
                 self._evaluate_and_save(stopped or self.iteration == self.config.iterations)
                 if stopped: break
@@ -708,6 +735,6 @@ class Trainer:
     def _trim_log(self):
         "Drop the metrics of iterations after the checkpoint; they are run again."
         log = Path(self.config.out)/'metrics.jsonl'
-        if not log.exists(): return
+        if not (self.accelerator.is_main_process and log.exists()): return
         kept = [line for line in log.read_text().splitlines() if json.loads(line)['iteration'] < self.iteration]
         log.write_text(''.join(line + '\n' for line in kept))
