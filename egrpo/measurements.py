@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'REWARDS', 'EARLY', 'LATE', 'MERGED', 'CHAINS', 'MARGIN', 'PREDICTORS', 'LEARNING', 'STEP_KERNELS',
            'STEP_VALUES', 'MEASUREMENTS', 'measurement_size', 'ratio_interval', 'verdict', 'one_step_data',
-           'credit_data', 'merging_noise_data', 'attention_profile_data', 'learning_value_data', 'peaks_data']
+           'credit_data', 'merging_noise_data', 'attention_profile_data', 'learning_value_data', 'peaks_data',
+           'speed_data', 'suffix_data']
 
 # %% ../nbs/31_measurements.ipynb #a894fe39
 import numpy as np
@@ -23,6 +24,7 @@ from egrpo.attention_signal import (
     step_values,
     watch,
 )
+from .benchmark import one_thread
 from .entropy import merge_lengths, step_entropy
 from egrpo.exploration import (
     all_steps,
@@ -41,10 +43,14 @@ from egrpo.exploration import (
     sign_flips,
     spread,
 )
+from .methods import make_plan
+from .plan import describe
 from .policy import load_policy
 from .records import bootstrap_interval, bootstrap_means, paired_interval
 from .reward import RewardSet, get_reward
 from .sigmas import flow_sigmas
+from .speed import speed_of
+from .suffix import STRIDES, cache_scores, group_agreement, suffix_costs, suffix_plan, suffix_scores
 from .trainer import TrainConfig, load_prompts
 
 # %% ../nbs/31_measurements.ipynb #5746080a
@@ -57,8 +63,12 @@ SIZES = {
     'learning_value': dict(smoke=dict(seeds=1, prompts=4, checkpoints=(1, 2), samples=2, num_generations=2),
                            mini=dict(seeds=3, prompts=16, checkpoints=(8, 16, 24), samples=24, num_generations=12),
                            gpu=dict(seeds=5, prompts=64, checkpoints=(64, 128, 192), samples=64, num_generations=12)),
-    'peaks': dict(smoke=dict(prompts=2, generations=2, samples=1), mini=dict(prompts=16, generations=8, samples=8),
+    'peaks': dict(smoke=dict(prompts=2, generations=2, samples=1), mini=dict(prompts=12, generations=8, samples=8),
                   gpu=dict(prompts=256, generations=12, samples=32)),
+    'speed': dict(smoke=dict(prompts=1, generations=2, rounds=1, active_steps=2), mini=dict(prompts=1, generations=12, rounds=3, active_steps=8)),
+    'suffix': dict(smoke=dict(prompts=1, groups=2, generations=3, rounds=1, steps=(8,), thresholds=(.1,)),
+                   mini=dict(prompts=8, groups=4, generations=12, rounds=3, steps=(16, 32), thresholds=(.05, .1, .2)),
+                   gpu=dict(prompts=128, groups=8, generations=12, rounds=3, steps=(16, 32), thresholds=(.05, .1, .2))),
 }
 REWARDS = 'preference + clip + verifier' # trained on; held out; the truth
 
@@ -355,7 +365,7 @@ def _kernel_steps(
     entropy = step_entropy(flow_sigmas(), 1, **settings)[:15]
     rules, values = _rules(profiles, entropy), {n: getattr(found, n) for n in STEP_VALUES}
     statistics = {n: _step_statistics(v, profiles, entropy, rules) for n, v in values.items()}
-    return dict(step_entropy=entropy, values={n: _rounded(v) for n, v in values.items()}, statistics=statistics)
+    return dict(step_entropy=entropy, values={n: _rounded(v, 10) for n, v in values.items()}, statistics=statistics)
 
 # %% ../nbs/31_measurements.ipynb #7252ef04
 def peaks_data(
@@ -370,6 +380,64 @@ def peaks_data(
     return dict(size, seed=0, nfe=policy.nfe, length=LENGTH, profiles=_rounded(profiles, 5), kernels=kernels,
                 peaks=[entropy_peaks(p, list(range(15))) for p in profiles])
 
+# %% ../nbs/31_measurements.ipynb #b656ad67
+def speed_data(
+    results:dict, # Empty: nothing is trained to learn
+    scale, # A `Scale`
+)->dict: # The record's data
+    "An iteration of E-GRPO against the same sample by sample, and against plain diffusers sampling."
+    size = measurement_size('speed', scale)
+    config = TrainConfig(prompts_per_iteration=size['prompts'], num_generations=size['generations'], active_steps=size['active_steps'],
+                         reward='preference', device='cpu', dtype='fp32', eval_size=2)
+    found = speed_of(config, size['rounds'])
+    return dict(size, seed=0, threads=1, clock='processor time', plan=describe(make_plan('egrpo', **vars(config))), **found)
+
+# %% ../nbs/31_measurements.ipynb #e2c5a038
+def _agreements(
+    scores:dict, # Reward -> (P,B,G) with an approximate suffix
+    exact:dict, # Reward -> (P,B,G) with the whole one
+)->dict: # Reward -> pearson, spearman: (mean, low, high), or None
+    "How well rewards agree within groups."
+    def interval(values): return bootstrap_interval(values) if len(values) else None
+    def both(n): return {name: interval(group_agreement(scores[n], exact[n], name == 'spearman')) for name in ('pearson', 'spearman')}
+    return {n: both(n) for n in exact}
+
+def _suffix_part(
+    policy, # A policy
+    prompts:list, # P prompts
+    plan, # From `suffix_plan`
+    rounds:int, # Of timing
+)->dict: # seconds, nfe, agreement: name -> of that solver and stride
+    "Solvers and strides on one schedule."
+    rewards, solvers = get_reward(REWARDS), ('euler', 'ab2')
+    scores = {f'{o} {n}': s for o in solvers for n, s in zip(STRIDES, suffix_scores(policy, prompts, plan, rewards, o))}
+    agreement = {name: _agreements(s, scores['euler 1']) for name, s in scores.items() if name != 'euler 1'}
+    return dict(agreement=agreement, **suffix_costs(policy, prompts[0], plan, rounds))
+
+def _cache_part(
+    policy, # A policy
+    prompts:list, # P prompts
+    plan, # From `suffix_plan`
+    thresholds:tuple, # Of the first-block cache
+)->dict: # seconds: threshold -> seconds of all suffixes; agreement: threshold -> of its rewards
+    "The first-block cache, group by group; threshold 0 is without."
+    rewards = get_reward(REWARDS)
+    found = {t: cache_scores(policy, prompts, plan, rewards, t) for t in (0, *thresholds)}
+    return dict(seconds={t: s for t, (_, s) in found.items()}, agreement={t: _agreements(found[t][0], found[0][0]) for t in thresholds})
+
+def suffix_data(
+    results:dict, # Empty: nothing is trained
+    scale, # A `Scale`
+)->dict: # The record's data
+    "Time saved by an approximate suffix against the agreement of its rewards within groups."
+    size, policy, prompts = _setup('suffix', scale)
+    plans = {n: suffix_plan(n, size['groups'], size['generations']) for n in size['steps']}
+    with one_thread():
+        parts = {n: _suffix_part(policy, prompts, plan, size['rounds']) for n, plan in plans.items()}
+        cache = _cache_part(policy, prompts, plans[size['steps'][0]], size['thresholds'])
+    return dict(size, seed=0, threads=1, clock='processor time', nfe=policy.nfe, schedules=parts, cache=cache,
+                plans={n: describe(p) for n, p in plans.items()})
+
 # %% ../nbs/31_measurements.ipynb #eeaaef27
 MEASUREMENTS = { # name -> title, notebook, function
     'one_step': ('E-GRPO Fig. 1a: what one stochastic step explores', 'nbs/42_one_step.ipynb', one_step_data),
@@ -378,4 +446,6 @@ MEASUREMENTS = { # name -> title, notebook, function
     'attention_profile': ('AEGPO: attention entropy along the trajectory', 'nbs/50_attention_profile.ipynb', attention_profile_data),
     'learning_value': ("AEGPO: does ΔEntropy predict a prompt's learning value", 'nbs/51_learning_value.ipynb', learning_value_data),
     'peaks': ('AEGPO: do entropy peaks mark the steps that pay', 'nbs/52_peaks.ipynb', peaks_data),
+    'speed': ('Beyond E-GRPO: an iteration against sample by sample', 'nbs/66_benchmark.ipynb', speed_data),
+    'suffix': ('Beyond E-GRPO: approximate suffixes', 'nbs/65_approximate_suffix.ipynb', suffix_data),
 }
