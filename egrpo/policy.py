@@ -629,6 +629,14 @@ class SD3Policy(Policy):
     "Stable Diffusion 3 and 3.5."
     patch, classifier_free = 2, True
 
+    def _check_resolution(self,
+        resolution:int, # Side of the images in pixels
+    )->int: # The same
+        "Refuse a side that the network has no positions for, too."
+        most = self.transformer.config.pos_embed_max_size * self.patch * self.pipeline.vae_scale_factor
+        if resolution > most: raise ValueError(f"resolution must be at most {most}, got {resolution}: this model has no more positions")
+        return super()._check_resolution(resolution)
+
     @property
     def text_length(self)->int: # Tokens
         "256 tokens for T5, or its tokenizer's limit."

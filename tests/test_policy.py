@@ -138,6 +138,18 @@ def test_what_cannot_be_loaded(folders, tmp_path):
     for spoil in (missing, short, pickled, another): broken(spoil)
 
 
+@pytest.mark.parametrize('name, side, says', [
+    ('flux-dev', 18, 'multiple of 4'), ('sd1.5', 17, 'multiple of 2'), ('sd3', 18, 'multiple of 4'), ('sd3', 68, 'at most 64, got 68')])
+def test_sides_that_do_not_fit(load, name, side, says):
+    with pytest.raises(ValueError, match=f'resolution must be .*{says}'): load(name, resolution=side)
+
+
+@pytest.mark.parametrize('name, side', [('flux-dev', 64), ('sd3', 64), ('sd1.5', 34), ('sdxl', 48)])
+def test_other_sides(load, name, side):
+    policy = load(name, resolution=side)
+    assert ours(policy).shape == (2, 3, side, side)
+
+
 def test_other_families_are_named(tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=('DownBlock2D',) * 2,
