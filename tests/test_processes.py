@@ -1,4 +1,4 @@
-"Several processes are one run: the same rewards, advantages, metrics and, but for the order of sums, weights; and one that is killed goes on."
+"Several processes are one run: the same rewards, advantages, metrics and, but for the order of sums, weights; one that is killed goes on."
 import json
 import os
 import signal
@@ -15,11 +15,13 @@ from egrpo import trainer as trainer_module
 from egrpo.policy import load_policy
 from egrpo.trainer import TrainConfig, Trainer
 
-SMALL = dict(num_steps=6, num_generations=4, active_steps=2, tau=0, prompts_per_iteration=4, eval_size=3, eval_every=0, device='cpu', lr=1e-4)
+SMALL = dict(num_steps=6, num_generations=4, active_steps=2, tau=0, prompts_per_iteration=4, eval_size=3, eval_every=0,
+             device='cpu', lr=1e-4)
 METHODS = {
     'egrpo, two updates': dict(updates_per_iteration=2, inner_epochs=2, ema_decay=.5),
     'flow_grpo, std of the batch': dict(method='flow_grpo', active_steps=None, advantage_std='batch', tau=0),
-    'aegpo, unequal groups by prompt': dict(method='aegpo', active_steps=None, num_generations=6, top=2, weigh='prompt', prompts_per_iteration=5),
+    'aegpo, unequal groups by prompt': dict(method='aegpo', active_steps=None, num_generations=6, top=2, weigh='prompt',
+                                            prompts_per_iteration=5),
 }
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 ACCELERATE = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_machines', '1', '--mixed_precision', 'no',
