@@ -13,6 +13,7 @@ __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IN_BLOCK', 'OPEN_CLIP', 'TOKENIZER_FILES', 
 # %% ../nbs/11_reward_models.ipynb #9aa98a4b
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ def cut_out(
     "The middle of images whose shorter side becomes `size`: CLIP's and BLIP's usual preparation, with the rounding of 8-bit pictures."
     H, W = images.shape[-2:]
     h, w = H * size // min(H, W), W * size // min(H, W)
-    def picture(x): return (x * 255).round().clamp(0, 255) / 255
+    def picture(x):
+        "With 8 bits a channel."
+        return (x * 255).round().clamp(0, 255) / 255
     x = picture(_scaled(picture(_scaled(picture(images.float()), H, w)), h, w))
     top, left = (h - size) // 2, (w - size) // 2
     return normalise(x[..., top:top + size, left:left + size])
@@ -448,7 +451,7 @@ class OcrReward:
 # %% ../nbs/11_reward_models.ipynb #2908e8f2
 def download(
     repo:str, # Hub id
-    files:list, # Names or patterns of the files needed
+    files:list, # Names of files; the first one must be there
     remedy:str, # What else can be done, for the message
 )->Path: # The folder that has them
     "Files of the hub, from its cache where they are there already."
@@ -461,7 +464,7 @@ def download(
         said = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
         get = f"where there is a network, `hf download {repo} {' '.join(files[:2])}`"
         raise ValueError(f"{repo} could not be downloaded ({said}): {get}, then {remedy}") from e
-    if not any(o.is_file() for f in files for o in place.glob(f)): raise ValueError(f"{repo} has none of {', '.join(files)}: {remedy}")
+    if not (place/files[0]).is_file(): raise ValueError(f"{repo} has no {files[0]}: {remedy}")
     return place
 
 # %% ../nbs/11_reward_models.ipynb #989b7c55
@@ -507,7 +510,7 @@ REWARD_MODELS = {
     'hpsv2.1': Published(_hps, 'HPS-v2.1', 'xswu/HPSv2', 'HPS_v2.1_compressed.pt'),
     'hpsv2.0': Published(_hps, 'HPS-v2.0', 'xswu/HPSv2', 'HPS_v2_compressed.pt'),
     'pickscore': Published(_clip_reward, 'PickScore v1, as a cosine', 'yuvalkirstain/PickScore_v1',
-                           also=('config.json', 'model.safetensors')),
+                           also=('model.safetensors', 'config.json')),
     'clip_score': Published(_clip_reward, 'cosine of a CLIP', 'apple/DFN5B-CLIP-ViT-H-14-378', 'open_clip_pytorch_model.bin',
                             ('open_clip_config.json',)),
     'imagereward': Published(_image_reward, 'ImageReward v1.0', 'THUDM/ImageReward', 'ImageReward.pt'),
@@ -523,11 +526,13 @@ def locate(
     known = REWARD_MODELS[name]
     if source and Path(source).expanduser().exists(): return Path(source).expanduser().resolve()
     if not known.repo: return None
-    wanted = [*([known.file] if known.file else []), *known.also]
+    wanted = [known.file, *known.also] if known.file else [*known.also]
     remedy = f"give the place: {name}(/path/of/{known.file or 'the folder'})"
     if not source or source == known.repo: return download(known.repo, wanted, remedy)
-    place = download(source, [*wanted, 'config.json', 'model.safetensors', *TOKENIZER_FILES], remedy)
-    return place
+    for files in (wanted, ['model.safetensors', 'config.json'], ['pytorch_model.bin', 'config.json']): # another's: in one of these layouts
+        try: return download(source, [*files, *TOKENIZER_FILES], remedy)
+        except ValueError as e: error = e
+    raise error
 
 @cache
 def load_reward(
@@ -538,7 +543,7 @@ def load_reward(
     from egrpo.policy import best_device
     known = REWARD_MODELS[name]
     try: return known.build(locate(name, source), known.file, best_device())
-    except ValueError as e: raise RewardError(f"reward {name!r}: {e}") from e
+    except (ValueError, OSError) as e: raise RewardError(f"reward {name!r}: {' '.join(str(e).split())}") from e
 
 class RewardModel:
     "A published reward by name; it is loaded at its first call."
@@ -567,7 +572,7 @@ HPD_STYLES = ('anime', 'concept-art', 'paintings', 'photo')
 
 def hpd_prompts(
     style:str='all', # One of `HPD_STYLES`, or all of them
-    folder:str|None=None, # Folder with anime.json, …; None = the hub's data set zhwang/HPDv2, from its cache if it is there
+    folder:str|None=None, # Folder with anime.json, …; None = the package hpsv2's (HPS_ROOT), or else the hub's data set zhwang/HPDv2
 )->list: # Prompts
     "Prompts of HPD's benchmark."
     if style not in (*HPD_STYLES, 'all'): raise ValueError(f"style must be all or one of {', '.join(HPD_STYLES)}, got {style!r}")
@@ -575,10 +580,11 @@ def hpd_prompts(
     def place(name):
         "The file of a style."
         if folder is not None: return Path(folder)/f'{name}.json'
+        kept = Path(os.environ.get('HPS_ROOT') or '~/.cache/hpsv2').expanduser()/f'datasets/benchmark/{name}.json'
+        if kept.is_file(): return kept
         from huggingface_hub import hf_hub_download
         return Path(hf_hub_download('zhwang/HPDv2', f'{name}.json', subfolder='benchmark', repo_type='dataset'))
     try: return [' '.join(o.split()) for name in styles for o in json.loads(place(name).read_text(encoding='utf-8'))]
     except Exception as e:
         said = (str(e).strip().splitlines() or [''])[0][:120]
-        raise ValueError(f"HPD prompts of style {style!r} could not be read ({said}): give the folder of {styles[0]}.json, "
-                         "which is ~/.cache/hpsv2/datasets/benchmark where the package hpsv2 has been used") from e
+        raise ValueError(f"HPD prompts of style {style!r} could not be read ({said}): give the folder of {styles[0]}.json") from e

@@ -88,6 +88,26 @@ def _scores(
     if scores.shape != (len(prompts),): raise ValueError(f"the reward gave scores of shape {tuple(scores.shape)} for {len(prompts)} images")
     return scores.tolist()
 
+class _Handler(BaseHTTPRequestHandler):
+    "One request; the server it belongs to has `reward`, `name` and `turn`."
+    def log_message(self, *args): pass # silence
+
+    def do_GET(self):
+        "What is served."
+        _answer(self, 200, reward=self.server.name, ask='POST {"prompts": [...], "images": ["<base64 of a PNG>", ...]}')
+
+    def do_POST(self):
+        "Score images."
+        size = int(self.headers.get('Content-Length') or 0)
+        if size > MAX_BODY: return _answer(self, 413, error=f"the request has {size} bytes, more than {MAX_BODY}")
+        body = self.rfile.read(size)
+        try:
+            with self.server.turn: scores = _scores(self.server.reward, body)
+            _answer(self, 200, scores=scores)
+        except BrokenPipeError: pass # the client has gone
+        except ValueError as e: _answer(self, 400, error=' '.join(str(e).split()))
+        except Exception as e: _answer(self, 500, error=f"{type(e).__name__}: {' '.join(str(e).split())}")
+
 def make_server(
     reward:Callable, # (images (B,3,H,W) in [0,1], B prompts) -> B scores
     host:str='127.0.0.1', # Address to listen on; '0.0.0.0' lets other machines ask
@@ -96,25 +116,10 @@ def make_server(
 )->ThreadingHTTPServer: # `serve_forever()` runs it
     "An HTTP server for a reward."
     if not 0 <= port < 65536: raise ValueError(f"port must be 0 to 65535, got {port}")
-    turn = threading.Lock()
-    class Handler(BaseHTTPRequestHandler):
-        "One request."
-        def log_message(self, *args): pass # silence
-
-        def do_GET(self): _answer(self, 200, reward=name, ask='POST {"prompts": [...], "images": ["<base64 of a PNG>", ...]}')
-
-        def do_POST(self):
-            size = int(self.headers.get('Content-Length') or 0)
-            if size > MAX_BODY: return _answer(self, 413, error=f"the request has {size} bytes, more than {MAX_BODY}")
-            body = self.rfile.read(size)
-            try:
-                with turn: scores = _scores(reward, body)
-                _answer(self, 200, scores=scores)
-            except BrokenPipeError: pass # the client has gone
-            except ValueError as e: _answer(self, 400, error=' '.join(str(e).split()))
-            except Exception as e: _answer(self, 500, error=f"{type(e).__name__}: {' '.join(str(e).split())}")
-    try: return ThreadingHTTPServer((host, port), Handler)
+    try: server = ThreadingHTTPServer((host, port), _Handler)
     except OSError as e: raise ValueError(f"port {port} of {host} cannot be listened on ({e.strerror}): choose another --port") from e
+    server.reward, server.name, server.turn = reward, name, threading.Lock()
+    return server
 
 # %% ../nbs/12_reward_server.ipynb #ce7bb77a
 IMAGES_PER_REQUEST = 32

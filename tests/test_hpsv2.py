@@ -1,7 +1,7 @@
 """Our HPS against the package hpsv2's own code: its model, preparation, tokenizer and `score`, on small random weights of the same layout.
 
-The package needs an arrangement of its own (README, "HPS-v2"); where it is not installed, these are skipped, and test_reward_models.py
-still compares with the formula."""
+The package needs an arrangement of its own (nbs/64_your_own_reward.ipynb); where it is not installed, these are skipped, and
+test_reward_models.py still compares with the formula."""
 import importlib
 import sys
 from importlib.util import find_spec

@@ -356,6 +356,49 @@ def test_without_a_network_the_message_says_what_to_fetch(name, monkeypatch, tmp
     assert all(o in said for o in (f"reward '{name}'", f'hf download {known.repo}', known.file, f'{name}(/path/')) and '\n' not in said
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    "A hub of local folders: repository -> folder; what was asked of it is kept."
+    import shutil
+    repos, asked = {}, []
+    def snapshot(repo, allow_patterns):
+        asked.append((repo, list(allow_patterns)))
+        if repo not in repos: raise OSError(f'404 for {repo}')
+        place = tmp_path/repo.replace('/', '--')
+        place.mkdir(exist_ok=True)
+        for f in allow_patterns:
+            if (repos[repo]/f).is_file(): shutil.copy(repos[repo]/f, place)
+        return str(place)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot)
+    load_reward.cache_clear()
+    load_clip.cache_clear()
+    yield repos, asked
+    load_reward.cache_clear()
+    load_clip.cache_clear()
+
+
+@pytest.mark.parametrize('name', SMALL_REWARDS)
+def test_from_the_hub(places, hub, name, tmp_path):
+    "The published repository has no tokenizer of ours, and the file is fetched by its name alone."
+    import shutil
+    repos, asked = hub
+    known, bare = REWARD_MODELS[name], tmp_path/'bare'
+    without = ['tokenizer*', *(['model*', 'config.json'] if name == 'aesthetic' else [])]
+    shutil.copytree(places[name], bare, ignore=shutil.ignore_patterns(*without))
+    repos |= {known.repo: bare, 'openai/clip-vit-large-patch14': places['aesthetic'], 'google-bert/bert-base-uncased': places['imagereward']}
+    assert_close(RewardModel(name)(IMAGES, PROMPTS), RewardModel(name, str(places[name]))(IMAGES, PROMPTS))
+    assert asked[0] == (known.repo, [*([known.file] if known.file else []), *known.also])
+
+
+def test_anothers_clip_from_the_hub_in_either_layout(places, hub):
+    repos, asked = hub
+    repos |= {'me/open': places['clip_score'], 'me/closed': places['pickscore']}
+    for repo, place in repos.items():
+        assert_close(RewardModel('clip_score', repo)(IMAGES, PROMPTS), RewardModel('clip_score', str(place))(IMAGES, PROMPTS))
+    with pytest.raises(RewardError, match="reward 'clip_score': me/nothing could not be downloaded .404"):
+        RewardModel('clip_score', 'me/nothing')(IMAGES, PROMPTS)
+
+
 def test_missing_packages_are_named(places, monkeypatch):
     import sys
     load_reward.cache_clear()
