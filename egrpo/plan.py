@@ -180,10 +180,9 @@ def describe(
     branches = ' · '.join(map(_branch_text, plan.branches))
     counts = f"{count_leaves(plan)} images, {count_transitions(plan)} trained transitions"
     nfe = f"nfe {rollout_nfe(plan)} + {gradient_nfe(plan)} with gradient"
-    strides = '' if plan.strides == (1,) else f", then strides {', '.join(map(str, plan.strides))}"
-    solver = '' if plan.solver == 'euler' else f", then {plan.solver}" if plan.strides == (1,) else f" by {plan.solver}"
-    guard = ', guarded ratio' if plan.guard else ''
-    return f"{plan.num_steps} steps, {plan.kernel} kernel, noise {plan.noise_level:g}{strides}{solver}{guard} | {branches} | {counts}, {nfe}"
+    suffix = [f"strides {', '.join(map(str, plan.strides))}"] * (plan.strides != (1,)) + [plan.solver] * (plan.solver != 'euler')
+    rest = (f", then {' by '.join(suffix)}" if suffix else '') + (', guarded ratio' if plan.guard else '')
+    return f"{plan.num_steps} steps, {plan.kernel} kernel, noise {plan.noise_level:g}{rest} | {branches} | {counts}, {nfe}"
 
 # %% ../nbs/03_plan.ipynb #0a1f9f70
 def _heights(

@@ -202,7 +202,7 @@ def _check_plans(
     if len(plans) != n: raise ValueError(f"plans must be one Plan or one for each of the {n} prompts, got {len(plans)}")
     def frame(p): return p.sigmas.tolist(), p.kernel, p.noise_level, p.strides, p.solver, p.guard
     if any(frame(p) != frame(plans[0]) for p in plans):
-        raise ValueError("plans of one rollout must have the same sigmas, kernel, noise_level, strides, solver and guard: make one for each")
+        raise ValueError("plans of one rollout must have the same sigmas, kernel, noise_level, strides, solver and guard: make several")
     return plans
 
 # %% ../nbs/20_rollout.ipynb #e794a4ea
