@@ -385,7 +385,8 @@ def test_from_the_hub(places, hub, name, tmp_path):
     known, bare = REWARD_MODELS[name], tmp_path/'bare'
     without = ['tokenizer*', *(['model*', 'config.json'] if name == 'aesthetic' else [])]
     shutil.copytree(places[name], bare, ignore=shutil.ignore_patterns(*without))
-    repos |= {known.repo: bare, 'openai/clip-vit-large-patch14': places['aesthetic'], 'google-bert/bert-base-uncased': places['imagereward']}
+    repos |= {'openai/clip-vit-large-patch14': places['aesthetic'], 'google-bert/bert-base-uncased': places['imagereward']}
+    repos[known.repo] = bare
     assert_close(RewardModel(name)(IMAGES, PROMPTS), RewardModel(name, str(places[name]))(IMAGES, PROMPTS))
     assert asked[0] == (known.repo, [*([known.file] if known.file else []), *known.also])
 
