@@ -246,10 +246,13 @@ def test_reward_that_fails_later(here, capsys):
     assert [json.loads(o)['iteration'] for o in Path('run/metrics.jsonl').read_text().splitlines()] == [0, 1, 2]
 
 
-def test_reward_that_fails_before_a_checkpoint(here, capsys):
-    reward('if len(calls) == 3: raise RuntimeError("no more")\n    return [float(i) for i in range(len(prompts))]')
+@pytest.mark.parametrize('call, said', [(2, "there is no checkpoint yet: delete 'run' to start again"),
+                                        (3, "the last checkpoint is 'run/checkpoint', of iteration 1: go on with --resume")])
+def test_reward_that_fails_between_checkpoints(here, capsys, call, said):
+    "In the first iteration nothing is lost; later, what was trained before is saved and the message says how to go on."
+    reward(f'if len(calls) == {call}: raise RuntimeError("no more")\n    return [float(i) for i in range(len(prompts))]')
     line = fails(f'train {small} --out run --reward mine:score --checkpoint-every 0', 'raised RuntimeError', capsys)[-1]
-    assert "there is no checkpoint yet: delete 'run' to start again" in line
+    assert said in line
 
 
 # ---- folders and disks
