@@ -319,7 +319,7 @@ def learning_value_data(
     runs = [watch(TrainConfig(**vars(config) | dict(seed=s)), prompts[s * P:(s + 1) * P], checkpoints, size['samples']) for s in range(S)]
     seen = {k: np.stack([r[k].double() for r in runs]) for k in SIGNALS}
     entropies = {k: _rounded(np.stack([r[k] for r in runs]), 4) for k in ('blocks', 'profiles')}
-    return dict(size, seeds=list(range(S)), prompts=prompts, nfe=sum(r['nfe'] for r in runs), settings=LEARNING, **entropies,
+    return dict(size, seeds=list(range(S)), watched=prompts, nfe=sum(r['nfe'] for r in runs), settings=LEARNING, **entropies,
                 signals={k: _rounded(v) for k, v in seen.items()}, reward=[_rounded(r['reward'], 4) for r in runs], **_predictions(seen),
                 ceiling=_ceilings(seen), rise=bootstrap_interval(seen['score'][:, -1] - seen['score'][:, 0]))
 
