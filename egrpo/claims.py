@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'JOINT', 'CLAIMS', 'Claim', 'judged', 'best', 'training_best', 'negative', 'moves', 'positive', 'explores',
-           'ambiguous', 'entropy_falls', 'merging_raises', 'hacked', 'faster', 'overhead', 'joint_prevents',
-           'claims_table', 'claims_text', 'claims_markdown']
+           'ambiguous', 'entropy_falls', 'merging_raises', 'hacked', 'predicts', 'pays', 'faster', 'overhead',
+           'joint_prevents', 'claims_table', 'claims_text', 'claims_markdown']
 
 # %% ../nbs/33_claims.ipynb #98ab00bc
 from collections.abc import Callable
@@ -132,6 +132,24 @@ def hacked(
     share = data['settings']['egrpo']['hacked']
     return f'{show(share)} of the samples', verdict([negative(share)], len(data['seeds_finished']['egrpo']))
 
+def predicts(
+    data:dict, # Data of the record of learning values
+)->tuple: # What we saw, verdict
+    "ΔEntropy is correlated with a prompt's later gain, and with its gradient's norm."
+    ranks = {value: data['correlation'][value]['delta_entropy'] for value in ('gain to the last', 'gradient norm')}
+    seen = '; '.join(f'{value}: ρ {show(r, "+")}' for value, r in ranks.items())
+    return seen, verdict(map(negative, ranks.values()), len(data['seeds']))
+
+def pays(
+    value:str, # variance or gain
+)->Callable: # A judge
+    "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which AEGPO builds on, and E-GRPO's."
+    def judge(data):
+        lead = {k: data['kernels'][k]['statistics'][value]['chosen']['attention peaks'] for k in ('dance', 'flow')}
+        seen = '; '.join('{}: {:+.5f} [{:+.5f}, {:+.5f}]'.format(k, *v) for k, v in lead.items())
+        return f'peaks minus other steps, kernel {seen}', positive(*lead.values())
+    return judge
+
 def faster(
     setting:str, # A setting
     reward:str='preference', # By which reward
@@ -206,6 +224,9 @@ CLAIMS = (
     Claim('Table 3', 'the first 8 are better than the second 8', '.391, .357', 'active_steps', best(over=('second 8',))),
     Claim('Table 4', 'merging helps: τ = 2.2 is better than none', '.391, .384', 'tau', best(over=('0',))),
     Claim('Table 4', 'τ = 2.2 is best', '.391; .388 (2.6), .384 (0), .384 (2.0), .383 (1.8)', 'tau', best()),
+    Claim('AEGPO 1', 'ΔEntropy predicts what a prompt will learn', 'not read', 'learning_value', predicts),
+    Claim('AEGPO 2', 'peaks of Entropy(t) mark the steps that explore (variance of the reward)', 'not read', 'peaks', pays('variance')),
+    Claim('AEGPO 2', 'peaks of Entropy(t) mark the steps whose update gains', 'not read', 'peaks', pays('gain')),
     Claim('AEGPO 3', '16/8 by ΔEntropy beats 12 for all', 'not read', 'allocation', best(over=('uniform 12',))),
     Claim('AEGPO 3', '16/8 by ΔEntropy beats the inverted and a random split', 'not read', 'allocation',
           best(over=('inverted 8/16', 'random 16/8'))),
