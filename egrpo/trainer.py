@@ -418,7 +418,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema_decay else {}
         if config.beta or self._signals()[1]: self.policy.freeze_reference()
-        address = config.model, *(getattr(config, k) for k in ('num_steps', 'shift', 'resolution', 'guidance', 'dtype'))
+        address = config.model, *(getattr(config, k) for k in ('lora_from', 'num_steps', 'shift', 'resolution', 'guidance', 'dtype'))
         self.reference_profiles = ProfileCache(address, config.profile_cache or Path(config.out)/'profiles')
 
     def _load_prompts_and_rewards(self,
