@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'Architecture', 'architecture', 'build_part', 'count_parameters', 'network_inputs', 'kept_bytes',
-           'activation_bytes', 'default_micro_batch', 'run_memory', 'Seconds', 'probe', 'iteration_seconds', 'tune',
-           'best_micro_batch']
+           'activation_bytes', 'evaluations_per_velocity', 'default_micro_batch', 'network_dtype', 'run_memory',
+           'Seconds', 'probe', 'iteration_seconds', 'policy_of', 'free_bytes', 'tune', 'best_micro_batch']
 
 # %% ../nbs/29_cost.ipynb #7a540d95
 import json
+import os
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ import transformers
 from .benchmark import _forget_most_held, _most_held
 from .methods import make_plan
 from .plan import count_leaves, gradient_nfe
-from .policy import DTYPES, LORA_TARGETS, MICRO_BATCH_ELEMENTS, assets_path
+from .policy import DTYPES, LORA_TARGETS, MICRO_BATCH_ELEMENTS, assets_path, load_policy
 from .trainer import TrainConfig, iteration_nfe
 
 # %% ../nbs/29_cost.ipynb #9817ccd3
@@ -82,8 +83,8 @@ def architecture(
         raise ValueError(f"model {model!r} is not known here: name one of {known}, or a folder with transformer and vae") from e
     text = tuple(_read_part(o) for o in sorted(folder.glob('text_encoder*')))
     limits = [json.loads((o/'tokenizer_config.json').read_text()).get('model_max_length', 512) for o in sorted(folder.glob('tokenizer*'))]
-    twice = network[0].startswith('SD3')
-    return Architecture(network, vae, text, min(512, max(limits)) + 77 * twice, twice)
+    if network[0] != _flux_class: return Architecture(network, vae, text, limits[0] + min(256, limits[-1]), True) # CLIP's and T5's
+    return Architecture(network, vae, text, min(512 if network[1]['guidance_embeds'] else 256, limits[-1]))
 
 # %% ../nbs/29_cost.ipynb #d755ff46
 def build_part(
@@ -197,12 +198,12 @@ def activation_bytes(
     model:str, # As for `architecture`
     side:int, # Side of the latents: an eighth of the images'
     dtype:str='bf16', # Of the network
-)->tuple: # Bytes per latent: all, with gradient checkpointing
+)->tuple: # Bytes: all, with gradient checkpointing
     "Bytes that the backward pass keeps of one latent's forward pass."
     a = architecture(model)
     network = build_part(*a.network, DTYPES[dtype])
     channels = a.vae[1].get('latent_channels', 4)
-    return tuple(n * (1 + a.guided_twice) for n in kept_bytes(network, network_inputs(a, network, (channels, side, side))))
+    return kept_bytes(network, network_inputs(a, network, (channels, side, side)))
 
 # %% ../nbs/29_cost.ipynb #986c3b86
 def _side(
@@ -213,28 +214,40 @@ def _side(
     vae = a.vae[1]
     return (config.resolution or vae.get('sample_size', 1024)) // 2 ** (len(vae.get('block_out_channels', (0,) * 4)) - 1)
 
+def evaluations_per_velocity(
+    config:TrainConfig, # The configuration
+)->int: # 1, or 2 with classifier-free guidance
+    "Network evaluations for one velocity."
+    return 2 if architecture(config.model).guided_twice and config.guidance > 1 else 1
+
 def default_micro_batch(
     config:TrainConfig, # The configuration
 )->int: # Latents
     "The micro-batch: as configured, or as `egrpo.policy` would choose it."
     a = architecture(config.model)
-    twice = 1 + (a.guided_twice and config.guidance > 1)
-    return config.micro_batch or max(1, MICRO_BATCH_ELEMENTS // (a.vae[1].get('latent_channels', 4) * _side(config, a) ** 2 * twice))
+    size = a.vae[1].get('latent_channels', 4) * _side(config, a) ** 2 * evaluations_per_velocity(config)
+    return config.micro_batch or max(1, MICRO_BATCH_ELEMENTS // size)
+
+def network_dtype(
+    config:TrainConfig, # The configuration
+)->str: # fp32, bf16 or fp16
+    "What the network computes in: as configured, or as `egrpo.policy` chooses on a GPU; fp32 where the CPU is named."
+    return config.dtype or ('fp32' if config.device == 'cpu' else 'bf16')
 
 def run_memory(
-    config:TrainConfig, # The configuration; dtype None = bf16
+    config:TrainConfig, # The configuration
 )->dict: # Part -> bytes
     "What a run holds in the memory of one device, by part."
-    a, n = architecture(config.model), count_parameters(config.model, config.lora_rank)
-    dtype = config.dtype or 'bf16'
+    a, n, dtype = architecture(config.model), count_parameters(config.model, config.lora_rank), network_dtype(config)
     small, trained = DTYPES[dtype].itemsize, n['lora'] or n['network']
     parts = {'frozen weights': n['network'] * small if n['lora'] else 0, 'trained weights': 4 * trained, 'gradients': 4 * trained,
              "Adam's moments": 8 * trained, 'copy for autocast': trained * small if small < 4 else 0,
              'average of the weights': 4 * trained if config.ema_decay else 0,
              'reference': 4 * trained if config.beta and not n['lora'] else 0,
              'text encoders': n['text'] * small if config.text_encoders in (None, 'keep') else 0, 'decoder': n['vae'] * small}
-    kept = activation_bytes(config.model, _side(config, a), dtype)[bool(config.gradient_checkpointing)]
-    return {k: v for k, v in parts.items() if v} | {'activations': kept * default_micro_batch(config)}
+    kept = activation_bytes(config.model, _side(config, a), dtype)[bool(config.gradient_checkpointing)] * evaluations_per_velocity(config)
+    rows = config.prompts_per_iteration * gradient_nfe(make_plan(config.method, **vars(config))) # no update has more
+    return {k: v for k, v in parts.items() if v} | {'activations': kept * min(rows, default_micro_batch(config))}
 
 # %% ../nbs/29_cost.ipynb #ac3421c0
 @dataclass(frozen=True)
@@ -296,12 +309,28 @@ def iteration_seconds(
     if processes < 1: raise ValueError(f"processes must be >= 1, got {processes}: 1 is a single device")
     plan, c = make_plan(config.method, **vars(config)), config
     share = -(-c.prompts_per_iteration // processes) # of the device that has most
-    twice = 1 + (architecture(c.model).guided_twice and c.guidance > 1)
+    twice = evaluations_per_velocity(c)
     gradient = share * c.inner_epochs * gradient_nfe(plan)
     reference = gradient if c.beta else 0
     rollout = share * iteration_nfe(c) // c.prompts_per_iteration - gradient - reference
     return dict(rollout=rollout * twice * seconds.forward, decoding=share * count_leaves(plan) * seconds.image,
                 update=twice * (gradient * seconds.backward + reference * seconds.forward))
+
+# %% ../nbs/29_cost.ipynb #645a0c38
+def policy_of(
+    config:TrainConfig, # The configuration
+): # The policy
+    "The policy that a configuration trains."
+    same = {k: getattr(config, k) for k in 'resolution guidance micro_batch seed lora_from gradient_checkpointing vae_tiling'.split()}
+    return load_policy(config.model, config.device, config.dtype, config.lora_rank, **same)
+
+def free_bytes(
+    device, # A torch device
+)->int: # Bytes
+    "Memory that is free: the GPU's, half of the machine's elsewhere."
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    try: return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
+    except (AttributeError, ValueError): return 4 * 2**30 # a system that does not say
 
 # %% ../nbs/29_cost.ipynb #c57b00b6
 def _rise(

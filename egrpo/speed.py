@@ -58,6 +58,8 @@ def sample_alone(
     anchor:bool=False, # Walk the ODE before a group's step once for all its samples?
 )->list: # (parent, child, log-prob, step, clean latents) of every sample
     "All samples of a prompt, one after the other."
+    if plan.solver != 'euler' or len(plan.strides) > 1 or any(len(b.steps) != 1 or b.noises != 1 for b in plan.branches):
+        raise ValueError("plan must be as E-GRPO's: one noise and one stochastic step a branch, one stride, solver euler")
     samples, T, sigmas, (stride,) = [], plan.num_steps, plan.sigmas, plan.strides
     for b, branch in enumerate(plan.branches):
         (step,), parent = branch.steps, None

@@ -1,0 +1,174 @@
+"What runs cost, what they hold, and that faster ways do the same."
+import shlex
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from egrpo import cost, speed
+from egrpo import rollout as rollout_module
+from egrpo.cli import main
+from egrpo.plan import Branch, Plan, SDEStep, gradient_nfe, rollout_nfe
+from egrpo.policy import load_policy
+from egrpo.rollout import ab2_velocity, rollout
+from egrpo.sigmas import flow_sigmas
+from egrpo.small_pipelines import small_flux, small_sd3
+from egrpo.suffix import group_agreement
+from egrpo.trainer import TrainConfig, Trainer
+
+SMALL = dict(num_steps=6, active_steps=2, num_generations=3, prompts_per_iteration=2, tau=0., device='cpu', eval_size=2, reward='clip')
+
+
+def new_trainer(tmp_path, **changes):
+    "A trainer before its first iteration."
+    return Trainer(TrainConfig(**SMALL | changes, out=str(tmp_path/'run')))
+
+
+# ---- the same iteration, sample by sample
+@pytest.mark.parametrize('changes', [{}, dict(stride=2, lora_rank=2), dict(kernel='cps', noise_level=.8, merge_length=2)], ids=str)
+@pytest.mark.parametrize('anchor', [False, True])
+def test_one_by_one_is_the_same_iteration(tmp_path, changes, anchor):
+    together, alone = (new_trainer(tmp_path, **changes) for _ in range(2))
+    _, latents, rewards = speed.iteration_together(together)
+    _, same, scores = speed.iteration_alone(alone, anchor=anchor)
+    assert_close(same, latents, atol=1e-4, rtol=1e-4)
+    assert_close(scores['clip'], rewards['clip'], atol=1e-3, rtol=1e-3)
+    assert speed.gradient_error(together, alone) < 1e-3
+    assert together.policy.nfe < alone.policy.nfe
+
+
+def test_another_noise_is_another_iteration(tmp_path, monkeypatch):
+    together, alone = (new_trainer(tmp_path) for _ in range(2))
+    _, latents, _ = speed.iteration_together(together)
+    right = speed.addressed_noise
+    monkeypatch.setattr(speed, 'addressed_noise', lambda shape, *address: right(shape, 'other', *address))
+    _, other, _ = speed.iteration_alone(alone)
+    assert (other - latents).abs().max() > .1 and speed.gradient_error(together, alone) > .1
+
+
+# ---- a solver that looks back
+class Field:
+    "A policy with a velocity of our choice."
+    latent_shape, device = (1, 2, 2), torch.device('cpu')
+    def __init__(self, velocity): self._velocity = velocity
+    def velocity(self, latents, sigma, cond): return self._velocity(latents, sigma.view(-1, 1, 1, 1))
+
+
+def suffix_error(velocity, solution, num_steps, solver, stride, shift):
+    "Largest error of the ODE after a stochastic step at 0."
+    plan = Plan(flow_sigmas(num_steps, shift), (Branch((SDEStep(0, 1, 2),)),), strides=(stride,), solver=solver)
+    out = rollout(Field(velocity), torch.zeros(1, 1), plan, 0, 0)
+    return (out.latents - solution(out.children, plan.sigmas[1])).abs().max().item()
+
+
+CURVED = (lambda x, s: torch.cos(3 * s).expand_as(x)), (lambda x, s: x - torch.sin(3 * s) / 3)
+
+
+@given(st.integers(1, 2), st.sampled_from([1., 2., 3.]))
+def test_ab2_is_of_second_order(stride, shift):
+    fine, coarse = (suffix_error(*CURVED, n, 'ab2', stride, shift) for n in (192, 96))
+    euler = suffix_error(*CURVED, 96, 'euler', stride, shift)
+    assert coarse / fine > 2.8 and coarse < euler / 2
+
+
+def test_order_is_lost_with_the_wrong_sign(monkeypatch):
+    right = [suffix_error(*CURVED, n, 'ab2', 1, 1.) for n in (48, 96)]
+    monkeypatch.setattr(rollout_module, 'ab2_velocity', lambda v, h, before, h_before: v - h / h_before / 2 * (v - before))
+    wrong = [suffix_error(*CURVED, n, 'ab2', 1, 1.) for n in (48, 96)]
+    assert right[0] / right[1] > 3 > 2.5 > wrong[0] / wrong[1]
+
+
+@given(st.floats(-2, 2), st.floats(-2, 2), st.floats(.01, .5), st.floats(.01, .5))
+def test_ab2_is_exact_for_a_constant_rate(a, b, h, before):
+    def v(s): return torch.tensor(a + b * s, dtype=torch.float64)
+    mean = ab2_velocity(v(.5), h, v(.5 + before), before)
+    assert_close(mean, v(.5 - h / 2))
+
+
+@pytest.mark.parametrize('strides', [(1,), (2,), (1, 3)])
+def test_solver_leaves_what_is_trained(strides):
+    policy, cond = load_policy(device='cpu'), None
+    cond = policy.encode(['a red circle'])
+    tree = Branch((SDEStep(0, 1, 2), SDEStep(3, 1, 2)))
+    euler, ab2 = (Plan(flow_sigmas(8), (tree, Branch((SDEStep(2, 2, 3),)), Branch()), strides=strides, solver=s) for s in ('euler', 'ab2'))
+    a, before = rollout(policy, cond, euler, 0), policy.nfe
+    b = rollout(policy, cond, ab2, 0)
+    assert policy.nfe - before == rollout_nfe(ab2) == rollout_nfe(euler) and gradient_nfe(ab2) == gradient_nfe(euler)
+    for name in ('parents', 'children', 'log_prob', 'row', 'leaf_start'): assert torch.equal(getattr(a, name), getattr(b, name))
+    n = len(a.latents) // len(strides)
+    assert torch.equal(a.latents[n - 1], b.latents[n - 1]) # the plain ODE has no suffix
+    assert not torch.allclose(a.latents[:n - 1], b.latents[:n - 1], atol=1e-5)
+
+
+def test_agreement_of_noise_is_none():
+    x, y = torch.randn(2, 200, 4, 12, generator=torch.Generator().manual_seed(0))
+    assert abs(group_agreement(x, y).mean()) < .03 and group_agreement(x, 3 * x + 1).min() > 1 - 1e-6
+
+
+# ---- memory
+@pytest.mark.parametrize('rank', [0, 4])
+def test_memory_is_what_a_trainer_holds(tmp_path, rank):
+    trainer = new_trainer(tmp_path, lora_rank=rank, dtype='fp32')
+    trainer.step(0)
+    parts = cost.run_memory(trainer.config)
+    def held(tensors): return sum(t.numel() * t.element_size() for t in tensors)
+    p = trainer.parameters.values()
+    assert parts['trained weights'] == held(p) and parts['gradients'] == held(o.grad for o in p)
+    assert parts["Adam's moments"] == held(o[k] for o in trainer.optimizer.state.values() for k in ('exp_avg', 'exp_avg_sq'))
+    assert parts['average of the weights'] == held(trainer.ema.values())
+    pipeline = trainer.policy.pipeline
+    assert parts['decoder'] == held(pipeline.vae.parameters())
+    assert parts['text encoders'] == held(o for m in (pipeline.text_encoder, pipeline.text_encoder_2) for o in m.parameters())
+    assert parts.get('frozen weights', 0) == held(o for o in pipeline.transformer.parameters() if not o.requires_grad)
+
+
+@pytest.mark.parametrize('make', [small_flux, small_sd3, lambda: small_sd3((0,))], ids=['flux', 'sd3', 'sd3.5'])
+def test_parameters_and_activations_of_a_folder(tmp_path, make):
+    pipeline = make()
+    pipeline.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), device='cpu', guidance=1.)
+    found, network = cost.count_parameters(str(tmp_path)), policy.transformer
+    assert found['network'] == sum(p.numel() for p in network.parameters())
+    a = cost.architecture(str(tmp_path))
+    assert a.text_tokens == policy.encode(['a red circle']).embeds.shape[1]
+    real, _ = cost.kept_bytes(network, cost.network_inputs(a, network, policy.latent_shape))
+    counted, checkpointed = cost.activation_bytes(str(tmp_path), policy.latent_shape[1], 'fp32')
+    assert .6 < counted / real < 1.6 and 0 < checkpointed
+
+
+@pytest.mark.parametrize('model', ['flux.1-dev', 'stable-diffusion-3.5-large'])
+def test_less_memory_with_less(model):
+    usual = dict(model=model, resolution=512, micro_batch=2, lora_rank=8)
+    def total(**o): return sum(cost.run_memory(TrainConfig(**usual | o)).values())
+    assert total(gradient_checkpointing=True) < total() < total(micro_batch=3) < total(lora_rank=0, micro_batch=3)
+    assert max(total(text_encoders='offload'), total(ema_decay=0.), total(resolution=256)) < total()
+
+
+# ---- the command line
+COST = ('plan --model flux.1-dev --scale flux --lora-rank 32 --gradient-checkpointing --text-encoders offload --micro-batch 2 '
+        '--processes 8 --seconds-forward 0.25 --seconds-backward 1')
+
+
+def test_plan_says_what_a_run_costs(capsys):
+    assert main(shlex.split(f'{COST} --device-memory 80')) == 0
+    out = capsys.readouterr().out
+    assert 'fits in 80 GiB' in out and 'takes 8,096 velocities' in out
+    plan = 1004 * .25 + 8 * 1.
+    assert f'an iteration takes {plan:.3g} s' in out and f'300 iterations {300 * plan / 3600:.3g} h' in out
+    assert main(shlex.split(f'{COST} --device-memory 20')) == 0
+    assert 'does not fit in 20 GiB: try' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('words, error', [('--model flux.9', "model 'flux.9' is not known here"), ('--seconds-forward 1', 'go together'),
+                                          ('--scale flux --processes 0', 'processes must be >= 1'), ('--scale giant', 'unknown scale')])
+def test_plan_refuses(words, error, capsys):
+    assert main(shlex.split(f'plan {words}')) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_tune_prints_what_to_use(capsys):
+    assert main('tune --device cpu --most 4 --lora-rank 2'.split()) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[2:5]] == ['1', '2', '4'] and '--micro-batch' in out
