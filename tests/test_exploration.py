@@ -164,7 +164,8 @@ def test_spread_is_unbiased_for_any_group():
 def test_sizes_name_the_scales():
     with pytest.raises(ValueError, match='smoke, mini, gpu for one_step'): measurements.measurement_size('one_step', get_scale('flux'))
     for name, sizes in measurements.SIZES.items():
-        assert sizes['smoke']['prompts'] < sizes['mini']['prompts'] < sizes['gpu']['prompts'], name
+        smoke, mini, gpu = (sizes[o]['rounds' if name == 'speed' else 'prompts'] for o in ('smoke', 'mini', 'gpu')) # timed
+        assert smoke < mini < gpu, name
 
 
 @pytest.mark.parametrize('name', measurements.SIZES)
