@@ -50,7 +50,8 @@ def egrpo(
     lengths = {k: int(lengths[k]) for k in active}
     if first_step is not None: lengths = {k: l or num_steps - 1 - k for k, l in lengths.items()}
     _check_lengths(lengths, f"merge_length {merge_length}" if merge_length else f"tau {tau}", num_steps)
-    return Plan(sigmas, tuple(Branch((SDEStep(k, l, num_generations),)) for k, l in lengths.items()), noise_level, kernel, (stride,), solver)
+    branches = tuple(Branch((SDEStep(k, l, num_generations),)) for k, l in lengths.items())
+    return Plan(sigmas, branches, noise_level, kernel, (stride,), solver)
 
 # %% ../nbs/22_methods.ipynb #695f10be
 def stochastic_steps(
