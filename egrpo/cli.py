@@ -412,8 +412,8 @@ def add_rewards(
 COMMANDS['rewards'] = Command(run_rewards, add_rewards, 'List the rewards, or load one and score images.',
                               "egrpo rewards 'hpsv2.1 + 0.5*clip_score' --prompt 'a cat' --image cat.png")
 
-# %% ../nbs/35_cli.ipynb #42af2ae4
-PLAN_OPTIONS = 'method seed'.split() + GROUPS['method'].split()[1:]
+# %% ../nbs/35_cli.ipynb #f240942f
+PLAN_OPTIONS = 'method base top seed'.split() + GROUPS['method'].split()[1:]
 
 def plan_lengths(
     settings, # A method's settings as attributes, as `method_settings` gives them
@@ -556,6 +556,7 @@ def run_plan(
     plan = make_plan(method, args.iteration, **settings)
     if not merging: say(steps_table(plan))
     say(f'\n{describe(plan)}\n{plan_cost(plan)}')
+    if 'steps' in method_settings(method): say('the first steps stand for those that attention entropy will choose; its probes come on top')
     if cost: say(cost)
     if args.picture: say('picture:', save_picture(plot_plan(plan).figure, args.picture))
 
