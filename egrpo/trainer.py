@@ -474,10 +474,14 @@ class Trainer:
         "Measure the batch's profiles, each process its share."
         c, a, (now, before) = self.config, self.accelerator, self._signals()
         share = slice(a.process_index, None, a.num_processes)
-        def measure(prompts): return entropy_profiles(self.policy, prompts, c.num_steps, c.shift)
+        def measure(prompts):
+            "Profiles of prompts under the policy as it is."
+            return entropy_profiles(self.policy, prompts, c.num_steps, c.shift)
         def measure_before(prompts):
+            "Profiles of prompts under the policy before training."
             with self.policy.reference(): return measure(prompts)
         def joined(profiles):
+            "Profiles of the whole batch: every process adds its rows to zeros."
             out = torch.zeros(len(batch), c.num_steps, device=a.device)
             out[share] = profiles.to(a.device)
             return a.reduce(out, 'sum').cpu()
@@ -553,7 +557,9 @@ class Trainer:
         logratio, which, kl = (torch.cat(x) for x in zip(*(o for update in seen for o in update)))
         first = torch.arange(len(which)) < sum(len(o) for o, *_ in seen[0])
         (logratio, steps, kl, first), _ = self._gather(logratio, out.start[out.row[which]], kl, first)
-        def metrics_of(x): return loss_metrics(x, torch.zeros_like(x), self.config.clip_range)
+        def metrics_of(x):
+            "Diagnostics of logratios."
+            return loss_metrics(x, torch.zeros_like(x), self.config.clip_range)
         by_step = {int(k): metrics_of(logratio[steps == k]) for k in steps.unique()}
         metrics = dict(metrics_of(logratio), ratio_error=metrics_of(logratio[first])['ratio_error'])
         return dict(metrics, kl=float(kl.mean()), grad_norm=grad_norm, by_step=by_step)
