@@ -40,7 +40,14 @@ def judged(
     ours, word = claim.judge(record['data'])
     return row | dict(ours=ours, scale=record['scale'], verdict=word, notebook=notebook)
 
-# %% ../nbs/33_claims.ipynb #7b3f4b09
+# %% ../nbs/33_claims.ipynb #8de7ccb4
+def _closest(
+    differences:dict, # Other setting -> (mean, low, high)
+)->str: # e.g. a -0.020 [-0.030, -0.010]
+    "The setting that came closest, or passed."
+    name = max(differences, key=lambda k: differences[k][0])
+    return f"{name} {show(differences[name], '+')}"
+
 def best(
     reward:str='preference', # By which reward
     over:tuple|None=None, # Which other settings; None = all
@@ -49,10 +56,10 @@ def best(
     def judge(data):
         others = {k: d[reward] for k, d in data['against_best'].items() if over is None or k in over}
         if not others: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
-        closest = max(others, key=lambda k: others[k][0])
-        own = data['settings'][data['best']][reward]['after']
-        seeds = seeds_of(data, over and (data['best'], *over))
-        return f"{data['best']} {show(own)}; {closest} {show(others[closest], '+')}", verdict(others.values(), seeds)
+        own, seeds = data['settings'][data['best']][reward]['after'], seeds_of(data, over and (data['best'], *over))
+        equal = {k: e['against_best'][reward] for k, e in data.get('equal_iterations', {}).items() if k in others}
+        beside = f"; at equal iterations {_closest(equal)}, {verdict(equal.values(), seeds)}" if len(equal) == len(others) else ''
+        return f"{data['best']} {show(own)}; {_closest(others)}{beside}", verdict(others.values(), seeds)
     return judge
 
 def training_best(
@@ -61,8 +68,7 @@ def training_best(
     "The training reward of the setting claimed to be best rises most."
     others = data['rise_against_best']
     if not others: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
-    closest = max(others, key=lambda k: others[k][0])
-    seen = f"{data['best']} rises by {show(data['training_rise'][data['best']], '+')}; {closest} {show(others[closest], '+')}"
+    seen = f"{data['best']} rises by {show(data['training_rise'][data['best']], '+')}; {_closest(others)}"
     return seen, verdict(others.values(), seeds_of(data))
 
 def negative(

@@ -7,10 +7,10 @@ __all__ = ['WHERE', 'FALL', 'SEEDS_NEEDED', 'TAUS', 'HELD_OUT', 'TAU', 'MERGE_LE
            'LEARNING_RATES', 'AEGPO', 'ALLOCATION', 'EXPLORED', 'ON_EGRPO', 'PAPER_COLUMNS', 'EXPERIMENTS', 'cell_key',
            'fixed_places', 'hacked_places', 'images_at', 'run_cell', 'store_dir', 'cell_path', 'save_strip',
            'load_strip', 'load_cell', 'save_cell', 'run_cells', 'iterations_for', 'with_budget', 'summarize',
-           'paired_seeds', 'contrast', 'held_out_curve', 'training_curve', 'training_rise', 'run_cost', 'grid_data',
-           'verdict', 'Experiment', 'reproduce', 'grid', 'learning_rate', 'shared_iteration', 'real_share', 'hacking',
-           'contrast_hacked', 'aegpo_grid', 'speed_up', 'show', 'score_table', 'difference_table', 'cost_table', 'said',
-           'seeds_of', 'find_record']
+           'paired_seeds', 'contrast', 'held_out_curve', 'training_curve', 'training_rise', 'run_cost',
+           'shared_iteration', 'grid_data', 'verdict', 'Experiment', 'reproduce', 'grid', 'learning_rate', 'real_share',
+           'hacking', 'contrast_hacked', 'aegpo_grid', 'speed_up', 'show', 'score_table', 'difference_table',
+           'cost_table', 'said', 'seeds_of', 'find_record']
 
 # %% ../nbs/32_experiments.ipynb #065f592f
 import hashlib
@@ -404,6 +404,13 @@ def _against(
     "Differences of two settings in every reward."
     return {name: contrast(results, best, name, iteration) for name in best[0]['scores']}
 
+def shared_iteration(
+    results:list, # Results of one setting
+    others:list, # Results of another
+)->int: # An iteration, 0 where only the start is shared
+    "The last iteration at which both were evaluated."
+    return max(set.intersection(*[set(next(iter(r['scores'].values()))) for r in (*results, *others)]))
+
 def grid_data(
     results:dict, # setting -> list of results
     best:str, # The setting that the paper finds best: the others are compared with it
@@ -415,6 +422,8 @@ def grid_data(
     return dict(
         best=best, settings={k: summarize(rs) for k, rs in results.items()},
         against_best={k: _against(results[best], rs) for k, rs in others.items()},
+        equal_iterations={k: dict(iteration=i, against_best=_against(results[best], rs, i)) for k, rs in others.items()
+                          if (i := shared_iteration(rs, results[best]))},
         held_out={k: {r: held_out_curve(rs, r) for r in rewards} for k, rs in results.items()},
         training={k: training_curve(rs) for k, rs in results.items()},
         training_rise={k: bootstrap_interval(training_rise(rs)) for k, rs in results.items()},
@@ -584,22 +593,12 @@ def _method_cells(
     own = {name: dict(PUBLISHED[name], method=name, lr=learning_rate(name, scale)) for name in TABLE_1}
     return {name: [with_budget({**base, **fields, 'seed': seed}, budget) for seed in scale.seeds] for name, fields in own.items()}
 
-def shared_iteration(
-    results:list, # Results of one setting
-    others:list, # Results of another
-)->int: # An iteration, 0 where only the start is shared
-    "The last iteration at which both were evaluated."
-    return max(set.intersection(*[set(next(iter(r['scores'].values()))) for r in (*results, *others)]))
-
 def _method_data(
     results:dict, # Method -> list of results
     scale, # A `Scale`
 )->dict: # The record's data
-    "A grid against E-GRPO, also at equal iterations."
-    data, best = grid_data(results, 'egrpo'), results['egrpo']
-    at = {k: shared_iteration(results[k], best) for k in data['against_best']}
-    equal = {k: dict(iteration=i, against_best=_against(best, results[k], i)) for k, i in at.items() if i}
-    return data | dict(equal_iterations=equal, lr={k: rs[0]['config']['lr'] for k, rs in results.items()})
+    "A grid against E-GRPO, and the learning rates."
+    return grid_data(results, 'egrpo') | dict(lr={k: rs[0]['config']['lr'] for k, rs in results.items()})
 
 # %% ../nbs/32_experiments.ipynb #882b5b7b
 def real_share(
@@ -737,17 +736,14 @@ def _aegpo_data(
     best:str, # The setting claimed to be best
     base:str, # The one without AEGPO's choices
 )->Callable: # The `data` of an `Experiment`
-    "A grid, also at equal iterations, with speed-ups over the base and what the probes cost."
+    "A grid, with speed-ups over the base and what the probes cost."
     def data(results, scale):
-        grid, own = grid_data(results, best), results[best]
-        at = {k: shared_iteration(results[k], own) for k in grid['against_best']}
-        equal = {k: dict(iteration=i, against_best=_against(own, results[k], i)) for k, i in at.items() if i}
         compared = {k: rs for k, rs in results.items() if base in results and k != base}
         speed = {k: {r: {by: speed_up(rs, results[base], r, by) for by in ('iterations', 'nfe', 'seconds')} for r in rs[0]['scores']}
                  for k, rs in compared.items()}
         overhead = {k: {o: bootstrap_interval([r['probe'][o] / (r[w] - r['probe'][o]) for r in rs])
                         for o, w in (('nfe', 'nfe'), ('seconds', 'train_seconds'))} for k, rs in results.items() if 'probe' in rs[0]}
-        return grid | dict(equal_iterations=equal, base=base, speed_up=speed, overhead=overhead)
+        return grid_data(results, best) | dict(base=base, speed_up=speed, overhead=overhead)
     return data
 
 # %% ../nbs/32_experiments.ipynb #685857f5
@@ -773,9 +769,13 @@ def score_table(
 
 def difference_table(
     data:dict, # A record's data, as `grid_data` makes it
+    equal_iterations:bool=False, # At equal iterations instead of at the end of the runs?
 )->pd.DataFrame: # A row per other setting, a column per reward
     "What every setting has more than the one it is compared with, paired by seed and prompt."
     rows = {k: {r: show(d, '+') for r, d in ds.items()} for k, ds in data['against_best'].items()}
+    if equal_iterations:
+        rows = {k: dict(iteration=e['iteration'], **{r: show(d, '+') for r, d in e['against_best'].items()})
+                for k, e in data['equal_iterations'].items()}
     return pd.DataFrame(rows).T.rename_axis(f"minus {data['best']}")
 
 def cost_table(
