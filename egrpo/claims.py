@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .experiments import EXPERIMENTS, SEEDS_NEEDED, seeds_of, show, verdict
+from .experiments import EXPERIMENTS, SEEDS_NEEDED, rewards_of, seeds_of, show, verdict
 from .records import load_record, record_path
 
 # %% ../nbs/33_claims.ipynb #04ab3f3a
@@ -49,11 +49,12 @@ def _closest(
     return f"{name} {show(differences[name], '+')}"
 
 def best(
-    reward:str='preference', # By which reward
+    place:int=0, # By which reward: 0 the one trained on, then the paper's CLIP, PickScore and ImageReward
     over:tuple|None=None, # Which other settings; None = all
 )->Callable: # A judge
     "The setting claimed to be best is above the others."
     def judge(data):
+        reward = rewards_of(data)[place]
         others = {k: d[reward] for k, d in data['against_best'].items() if over is None or k in over}
         if not others: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
         own, seeds = data['settings'][data['best']][reward]['after'], seeds_of(data, over and (data['best'], *over))
@@ -78,13 +79,13 @@ def negative(
     return -interval[0], -interval[2], -interval[1]
 
 def moves(
-    reward:str, # Which reward
+    place:int, # Which reward, as in `best`
     up:bool, # Claimed to rise, else to fall
     settings:tuple|None=None, # Of which settings; None = all
 )->Callable: # A judge
     "A held-out score rises, or falls, during training."
     def judge(data):
-        gains = {k: s[reward]['gain'] for k, s in data['settings'].items() if settings is None or k in settings}
+        gains = {k: s[rewards_of(data)[place]]['gain'] for k, s in data['settings'].items() if settings is None or k in settings}
         least = (min if up else max)(gains, key=lambda k: gains[k][0])
         return f"{least} {show(gains[least], '+')}", verdict([negative(g) if up else g for g in gains.values()], seeds_of(data))
     return judge
@@ -158,14 +159,13 @@ def pays(
 
 def faster(
     setting:str, # A setting
-    reward:str='preference', # By which reward
     by:str='nfe', # What is saved
     factor:float=1., # How many times as fast it is claimed to be, at least
 )->Callable: # A judge
-    "A setting reaches the score that the base ended with so many times as fast."
+    "A setting reaches the score that the base ended with, in the reward trained on, so many times as fast."
     def judge(data):
         if setting not in data['speed_up']: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
-        ratios = data['speed_up'][setting][reward]
+        ratios = data['speed_up'][setting][rewards_of(data)[0]]
         seen = '; '.join('{}: {:.2f} [{:.2f}, {:.2f}]'.format(k, *ratios[k]) for k in (by, *(k for k in ratios if k != by)))
         mean, low, high = ratios[by]
         return f"times as fast by {seen}", verdict([(factor - mean, factor - high, factor - low)], seeds_of(data, (setting, data['base'])))
@@ -212,19 +212,19 @@ CLAIMS = (
     Claim('Table 1', f'E-GRPO has the best HPS, {ALONE}', '.391; Granular .385, TempFlow .382, Mix .378, Branch .358, Dance .353',
           'methods', best()),
     Claim('Table 1', f'E-GRPO has the best PickScore, {ALONE}', '.232; .231 Branch and TempFlow, .229 Granular, .228 Dance, .225 Mix',
-          'methods', best('verifier')),
+          'methods', best(2)),
     Claim('Table 1', f'E-GRPO has the best ImageReward, {ALONE}',
-          '1.324; 1.313 Granular, 1.311 Branch, 1.266 Mix, 1.264 TempFlow, 1.233 Dance', 'methods', best('verifier_strict')),
-    Claim('Table 1', f'CLIP falls with every method, {ALONE}', '.388 before; .355 to .375 after', 'methods', moves('clip', False)),
+          '1.324; 1.313 Granular, 1.311 Branch, 1.266 Mix, 1.264 TempFlow, 1.233 Dance', 'methods', best(3)),
+    Claim('Table 1', f'CLIP falls with every method, {ALONE}', '.388 before; .355 to .375 after', 'methods', moves(1, False)),
     Claim('Table 1', f'E-GRPO has the best HPS, {JOINT}', '.382; Granular .377, Mix .363, Branch .342, Dance .331, TempFlow .310',
           'methods_clip', best()),
     Claim('Table 1', f'E-GRPO has the best CLIP, {JOINT}', '.401; Granular .400, Mix .399, Dance .389, TempFlow .388, Branch .384',
-          'methods_clip', best('clip')),
+          'methods_clip', best(1)),
     Claim('Table 1', f'E-GRPO has the best PickScore, {JOINT}', '.237; Granular .236, Mix, Branch and TempFlow .230, Dance .227',
-          'methods_clip', best('verifier')),
+          'methods_clip', best(2)),
     Claim('Table 1', f'E-GRPO has the best ImageReward, {JOINT}',
-          '1.494; Granular 1.490, Mix 1.436, Branch 1.243, Dance 1.128, TempFlow 1.106', 'methods_clip', best('verifier_strict')),
-    Claim('Table 1', f"E-GRPO's CLIP rises, {JOINT}", '.388 before, .401 after', 'methods_clip', moves('clip', True, ('egrpo',))),
+          '1.494; Granular 1.490, Mix 1.436, Branch 1.243, Dance 1.128, TempFlow 1.106', 'methods_clip', best(3)),
+    Claim('Table 1', f"E-GRPO's CLIP rises, {JOINT}", '.388 before, .401 after', 'methods_clip', moves(1, True, ('egrpo',))),
     Claim('Table 2', 'adaptive merging is best', '.391; .382 (2 merged), .374 (4), .337 (6)', 'merge_length', best()),
     Claim('Table 3', 'training the first 8 steps is best', '.391; .370 (first 4), .366 (all), .357 (second 8)', 'active_steps', best()),
     Claim('Table 3', 'the first 8 are better than the second 8', '.391, .357', 'active_steps', best(over=('second 8',))),

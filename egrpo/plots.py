@@ -441,17 +441,18 @@ def plot_scores(
 def plot_rewards(
     data:dict, # A record's data: settings -> setting -> reward -> before, after, gain: (mean, low, high)
     rewards=None, # Which rewards; all if not given
-    trained_on=('preference',), # Rewards that were trained on: their panel says so
+    trained_on:int=1, # So many of the rewards, the first, were trained on: their panels say so
     ax=None, # Axes, one per reward; None makes a figure
 )->np.ndarray: # The axes
     "Every setting after training, with a dotted line where training began: a panel per reward."
     settings = data['settings']
+    trained = list(next(iter(settings.values())))[:trained_on]
     rewards = list(rewards or next(iter(settings.values())))
     axes = _panels(ax, len(rewards), len(settings))
     for ax, reward in zip(axes, rewards):
         plot_scores({k: s[reward]['after'] for k, s in settings.items()}, ax=ax)
         ax.axvline(next(iter(settings.values()))[reward]['before'][0], color=GREY, ls=':', lw=1.2, zorder=1)
-        ax.set(title=reward.replace('_', ' ') + ' (trained on)' * (reward in trained_on), xlabel='held-out score')
+        ax.set(title=reward.replace('_', ' ') + ' (trained on)' * (reward in trained), xlabel='held-out score')
     return axes
 
 # %% ../nbs/31_plots.ipynb #f0f4724c
