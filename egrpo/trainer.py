@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE', 'CHOICES', 'TrainConfig', 'chooses_steps', 'check_method', 'check_config', 'iteration_nfe', 'training_nfe',
-           'describe_run', 'load_prompts', 'prompt_batch', 'ode_plan', 'sample_images', 'evaluate', 'swapped',
-           'loss_weights', 'rows_loss', 'check_writable', 'stop_on_interrupt', 'Trainer']
+           'describe_run', 'load_prompts', 'prompt_batch', 'ode_plan', 'sample_images', 'evaluate', 'loss_weights',
+           'rows_loss', 'check_writable', 'stop_on_interrupt', 'sharing_asked', 'Trainer']
 
 # %% ../nbs/24_trainer.ipynb #b5075389
 import json
@@ -14,7 +14,6 @@ import shutil
 import signal
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,8 +21,10 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env, patch_environment
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .advantage import combine_advantages, sample_weights, transition_values, zero_variance_groups
@@ -32,7 +33,7 @@ from .checkpoint import check_same_run, load_checkpoint, load_optimizer_tensors,
 from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import make_plan, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
-from .policy import check_settings, load_policy
+from .policy import check_settings, load_policy, own_part, swapped, whole_tensor, whole_tensors
 from .reward import RewardError, get_reward
 from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
 from .sde import gaussian_kl
@@ -285,21 +286,6 @@ def evaluate(
     images = sample_images(policy, prompts, **kwargs) if images is None else images
     return pd.DataFrame({'prompt': prompts, **{k: v.tolist() for k, v in get_reward(rewards)(images, prompts).items()}})
 
-# %% ../nbs/24_trainer.ipynb #709296f9
-@contextmanager
-def swapped(
-    parameters:dict, # Name -> parameter
-    ema:dict, # Name -> averaged tensor of the same shape; empty = nothing is swapped
-):
-    "Inside: the averaged weights are in the network's place."
-    kept = {n: parameters[n].detach().clone() for n in ema}
-    with torch.no_grad():
-        for n, e in ema.items(): parameters[n].copy_(e)
-    try: yield
-    finally:
-        with torch.no_grad():
-            for n, k in kept.items(): parameters[n].copy_(k)
-
 # %% ../nbs/24_trainer.ipynb #0604536c
 def _reference_kl(
     policy, # The policy
@@ -393,6 +379,15 @@ class stop_on_interrupt:
         "Leave Ctrl-C as it was."
         if self.old is not None: signal.signal(signal.SIGINT, self.old)
 
+# %% ../nbs/24_trainer.ipynb #e0e7cc38
+def sharing_asked()->bool:
+    "Does the launcher ask for a network that is shared among the processes?"
+    remedy = "launch with distributed_type FSDP, as in the configuration 8gpu_fsdp.yaml of `egrpo.policy.assets_path('accelerate')`"
+    if parse_flag_from_env('ACCELERATE_USE_DEEPSPEED'): raise ValueError(f"distributed_type DEEPSPEED is not supported: {remedy}")
+    shared = parse_flag_from_env('ACCELERATE_USE_FSDP')
+    if shared and parse_flag_from_env('FSDP_OFFLOAD_PARAMS'): raise ValueError("fsdp_offload_params is not supported: set it to false")
+    return shared
+
 # %% ../nbs/24_trainer.ipynb #e11a647a
 class Trainer:
     "GRPO on a policy: `fit()` runs it, `step(i)` is one iteration."
@@ -405,14 +400,15 @@ class Trainer:
         check_config(config)
         self.config, self.method, self.iteration, self.nfe, self.history = config, method or config.method, 0, 0, []
         check_method(self.method, config)
-        self.chooses = chooses_steps(self.method)
+        self.chooses, shared = chooses_steps(self.method), sharing_asked()
         self._load_prompts_and_rewards(reward)
-        self.accelerator = Accelerator(cpu=config.device == 'cpu', log_with=config.tracker, project_dir=config.out)
+        with patch_environment(accelerate_use_fsdp='false'): # with it, accelerate would do the sharing, on GPUs only
+            self.accelerator = Accelerator(cpu=config.device == 'cpu', log_with=config.tracker, project_dir=config.out)
         processes = self.accelerator.num_processes
         if processes > config.prompts_per_iteration:
             n = config.prompts_per_iteration
             raise ValueError(f"prompts_per_iteration ({n}) must not be below the {processes} processes: raise it, or start at most {n}")
-        self.policy = policy or self._load_policy()
+        self.policy = policy or self._load_policy(shared and processes > 1)
         self.parameters = self.policy.parameters()
         betas = config.adam_beta1, config.adam_beta2
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
@@ -431,12 +427,15 @@ class Trainer:
         self.reward = get_reward(reward or c.reward)
         self.eval_reward = get_reward(c.eval_rewards if source in ('shapes', 'shapes_tuning') else reward or c.reward)
 
-    def _load_policy(self):
+    def _load_policy(self,
+        shared:bool, # Is the network shared among the processes?
+    ):
         "The policy that the configuration names."
-        c = self.config
+        c, a = self.config, self.accelerator
         same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing vae_tiling text_encoders embeddings'.split()
-        device = self.accelerator.device if c.device in (None, 'cuda') else c.device # each process its own GPU
-        policy = load_policy(c.model, device, c.dtype, c.lora_rank, **{k: getattr(c, k) for k in same})
+        device = a.device if c.device in (None, 'cuda') else c.device # each process its own GPU
+        mesh = init_device_mesh(torch.device(device).type, (a.num_processes,)) if shared else None
+        policy = load_policy(c.model, device, c.dtype, c.lora_rank, mesh=mesh, **{k: getattr(c, k) for k in same})
         if c.text_encoders == 'drop': self._drop_text_encoders(policy)
         return policy
 
@@ -480,13 +479,15 @@ class Trainer:
         def measure_before(prompts):
             "Profiles of prompts under the policy before training."
             with self.policy.reference(): return measure(prompts)
+        def known_before(prompts):
+            "Profiles before training, measured where they are not known."
+            return self.reference_profiles(prompts, measure_before)
         def joined(profiles):
             "Profiles of the whole batch: every process adds its rows to zeros."
             out = torch.zeros(len(batch), c.num_steps, device=a.device)
-            out[share] = profiles.to(a.device)
+            with self.policy.together(): out[share] = profiles(batch[share]).to(a.device)
             return a.reduce(out, 'sum').cpu()
-        mine = batch[share]
-        return joined(measure(mine)) if now else None, joined(self.reference_profiles(mine, measure_before)) if before else None
+        return joined(measure) if now else None, joined(known_before) if before else None
 
     def sample(self,
         iteration:int, # Number of the iteration, >= 0
@@ -498,10 +499,19 @@ class Trainer:
         batch = prompt_batch(self.prompts, c.prompts_per_iteration, iteration, c.seed)
         prompts = [batch[i] for i in ids]
         cond = self.policy.encode(prompts)
-        out = rollout(self.policy, cond, [plans[i] for i in ids], c.seed, iteration, prompt_ids=ids)
+        with self.policy.together(): out = rollout(self.policy, cond, [plans[i] for i in ids], c.seed, iteration, prompt_ids=ids)
         images = self.policy.decode(out.latents)
-        rewards = self.reward(images, [prompts[i] for i in out.leaf_prompt.tolist()])
-        return prompts, cond, out, images, rewards
+        return prompts, cond, out, images, self._score(images, [prompts[i] for i in out.leaf_prompt.tolist()])
+
+    def _score(self,
+        images:Tensor, # (L,3,H,W) images in [0, 1]
+        prompts:list, # Their L prompts
+    )->dict: # Name -> (L,) rewards
+        "Score images; a reward that fails in one process fails in all, so that they can write a checkpoint together."
+        try: rewards, failed = self.reward(images, prompts), None
+        except RewardError as e: rewards, failed = None, e
+        if self._total(failed is not None): raise failed or RewardError("the reward failed in another process, which says why")
+        return rewards
 
     def _mine(self,
         plans:list, # A plan for each of an iteration's prompts
@@ -574,10 +584,11 @@ class Trainer:
         total = self._total(loss_weights(out, self.config)[torch.isin(out.row, rows)].sum())
         self.optimizer.zero_grad()
         seen = []
-        for chunk in rows.split(self.policy.micro_batch) if len(rows) else (): # another process may have all of an update's prompts
-            loss, *metrics = rows_loss(self.policy, cond, out, chunk, advantages, self.config)
-            self.accelerator.backward(loss / total)
-            seen.append(metrics)
+        with self.policy.together():
+            for chunk in rows.split(self.policy.micro_batch) if len(rows) else (): # another process may have all of an update's prompts
+                loss, *metrics = rows_loss(self.policy, cond, out, chunk, advantages, self.config)
+                self.accelerator.backward(loss / total)
+                seen.append(metrics)
         return seen
 
     def _total(self,
@@ -589,7 +600,7 @@ class Trainer:
     def _step(self)->float: # Norm of the gradient before clipping
         "Sum the gradients over the processes, clip them, take an optimiser step, average the weights."
         self._sum_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+        norm = whole_tensor(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm))
         if not torch.isfinite(norm):
             remedy = f"lower lr (now {self.config.lr:g}) or use dtype bf16; the last checkpoint is kept"
             raise FloatingPointError(f"the gradient is {norm} in iteration {self.iteration}: {remedy}")
@@ -599,9 +610,10 @@ class Trainer:
         return float(norm)
 
     def _sum_gradients(self):
-        "Sum the gradients over the processes, where there are several."
+        "Sum the gradients over the processes, where there are several; those of shared parameters are sums already."
         if self.accelerator.num_processes == 1: return
         for p in self.parameters.values():
+            if isinstance(p, DTensor): continue
             p.grad = self.accelerator.reduce(p.grad if p.grad is not None else torch.zeros_like(p), 'sum')
 
     def step(self,
@@ -626,7 +638,7 @@ class Trainer:
         "Score the evaluation prompts with the averaged weights, or with the weights where there is no average; each process its share."
         c, a, before = self.config, self.accelerator, self.policy.nfe
         places = range(len(self.eval_prompts))[a.process_index::a.num_processes]
-        with swapped(self.parameters, self.ema):
+        with swapped(self.parameters, self.ema), self.policy.together():
             own = [evaluate(self.policy, [self.eval_prompts[i] for i in places], self.eval_reward, ids=places,
                             num_steps=c.num_steps, shift=c.shift).set_axis(places)] if places else []
         self.policy.nfe = before # evaluation is not training's cost
@@ -713,28 +725,29 @@ class Trainer:
     def _close(self):
         "Write the evaluations and the trained model."
         if self.config.tracker: self.accelerator.end_training()
-        if not self.accelerator.is_main_process: return
-        pd.DataFrame(self.history).to_csv(Path(self.config.out)/'evaluations.csv', index=False)
-        with swapped(self.parameters, self.ema): self.policy.save(Path(self.config.out)/'model')
+        main, out = self.accelerator.is_main_process, Path(self.config.out)
+        if main: pd.DataFrame(self.history).to_csv(out/'evaluations.csv', index=False)
+        if main or self.policy.mesh:
+            with swapped(self.parameters, self.ema): self.policy.save(out/'model')
 
     # ---- checkpoints
     def save(self)->Path: # The checkpoint's folder
         "Write the run's whole state."
-        folder = Path(self.config.out)/'checkpoint'
-        if not self.accelerator.is_main_process: return folder
+        folder, main = Path(self.config.out)/'checkpoint', self.accelerator.is_main_process
         moments = optimizer_tensors(self.optimizer, list(self.parameters))
-        tensors = dict(weights=self.parameters, ema=self.ema, optimizer=moments)
+        tensors = {k: whole_tensors(v, main) for k, v in dict(weights=self.parameters, ema=self.ema, optimizer=moments).items()}
         info = dict(iteration=self.iteration, nfe=self.nfe, config=asdict(self.config), history=self.history)
-        return save_checkpoint(folder, {k: v for k, v in tensors.items() if v}, info)
+        return save_checkpoint(folder, {k: v for k, v in tensors.items() if v}, info) if main else folder
 
     def load(self):
         "Go on from the checkpoint in `config.out`; refuses one of another configuration."
         tensors, info = load_checkpoint(Path(self.config.out)/'checkpoint')
         check_same_run(info['config'], asdict(self.config), FREE)
         with torch.no_grad():
-            for n, p in self.parameters.items(): p.copy_(tensors['weights'][n])
-            for n, e in self.ema.items(): e.copy_(tensors['ema'][n])
-        load_optimizer_tensors(self.optimizer, list(self.parameters), tensors['optimizer'])
+            for n, p in self.parameters.items(): p.copy_(own_part(tensors['weights'][n], p))
+            for n, e in self.ema.items(): e.copy_(own_part(tensors['ema'][n], e))
+        moments = {k: own_part(v, self.parameters[k.rsplit('|', 1)[0]]) if v.ndim else v for k, v in tensors['optimizer'].items()}
+        load_optimizer_tensors(self.optimizer, list(self.parameters), moments)
         self.iteration, self.nfe, self.history = info['iteration'], info.get('nfe', 0), info['history']
         self._trim_log()
 

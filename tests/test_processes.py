@@ -1,4 +1,5 @@
-"Several processes are one run: the same rewards, advantages, metrics and, but for the order of sums, weights; one that is killed goes on."
+"""Several processes are one run: the same rewards, advantages, metrics and, but for the order of sums, weights; one that is killed goes on.
+That holds where each has the whole network, and where they share it."""
 import json
 import os
 import signal
@@ -7,12 +8,17 @@ import sys
 import time
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from egrpo import trainer as trainer_module
-from egrpo.policy import load_policy
+from egrpo.policy import PASSES, assets_path, load_policy, whole_tensor
+from egrpo.small_pipelines import small_pipeline
 from egrpo.trainer import TrainConfig, Trainer
 
 SMALL = dict(num_steps=6, num_generations=4, active_steps=2, tau=0, prompts_per_iteration=4, eval_size=3, eval_every=0,
@@ -26,19 +32,21 @@ METHODS = {
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 ACCELERATE = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_machines', '1', '--mixed_precision', 'no',
               '--dynamo_backend', 'no']
+FSDP = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(assets_path('accelerate/8gpu_fsdp.yaml'))]
 
 
-def command(out, processes=1, **settings):
+def command(out, processes=1, shared=False, **settings):
     "A training run's command line."
     settings = {k: v for k, v in {**SMALL, 'iterations': 3, **settings}.items() if v is not None}
     words = [f'--{k.replace("_", "-")}' + ('' if v is True else f'={v}') for k, v in settings.items()]
-    launch = [*ACCELERATE, f'--num_processes={processes}', '--main_process_port=0'] if processes > 1 else [sys.executable]
+    launcher = [*(FSDP if shared else ACCELERATE), f'--num_processes={processes}', '--main_process_port=0']
+    launch = launcher if processes > 1 else [sys.executable]
     return [*launch, '-m', 'egrpo', 'train', f'--out={out}', *words]
 
 
-def run(out, processes=1, **settings):
+def run(out, processes=1, shared=False, **settings):
     "Run it to its end; its metrics and its weights."
-    done = subprocess.run(command(out, processes, **settings), capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    done = subprocess.run(command(out, processes, shared, **settings), capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (out/'metrics.jsonl').read_text().splitlines()], load_file(out/'checkpoint/weights.safetensors')
 
@@ -48,22 +56,54 @@ def apart(a, b):
     return torch.cat([(a[n] - b[n].detach()).abs().flatten() for n in a]).mean()
 
 
-def assert_same_run(one, several):
+def assert_same_run(one, several, lora_rank=0):
     "Metrics equal but for rounding, weights too, measured by how far training moved them."
     (metrics, weights), (others, other_weights) = one, several
-    assert apart(weights, other_weights) < .01 * apart(weights, load_policy(device='cpu').parameters())
+    assert apart(weights, other_weights) < .01 * apart(weights, load_policy(device='cpu', lora_rank=lora_rank).parameters())
     for m, o in zip(metrics, others, strict=True):
         assert m.keys() == o.keys() and m['by_step'].keys() == o['by_step'].keys()
         for k in ('nfe_rollout', 'nfe_gradient', 'zero_variance_groups', 'samples', 'explored'): assert m.get(k) == o.get(k), k
-        for k in ('reward/verifier', 'reward_std', 'grad_norm'): assert o[k] == pytest.approx(m[k], rel=.02, abs=2e-3), k
+        for k in ('reward/verifier', 'reward_std', 'grad_norm', 'kl'): assert o[k] == pytest.approx(m[k], rel=.02, abs=2e-3), k
     assert others[0]['reward/verifier'] == pytest.approx(metrics[0]['reward/verifier'], abs=1e-5) # before any update
 
 
 @pytest.mark.parametrize('settings', METHODS.values(), ids=METHODS)
 def test_one_two_and_four_processes(tmp_path, settings):
-    "`accelerate launch` with 2 processes, and with 4 for one method, against one process."
+    "`accelerate launch` with 2 processes, with 4 for one method, with 2 that share the network for two, against one process."
     one = run(tmp_path/'one', **settings)
     for n in (2, 4) if 'weigh' in settings else (2,): assert_same_run(one, run(tmp_path/str(n), n, **settings))
+    if 'method' not in settings or 'weigh' in settings: assert_same_run(one, run(tmp_path/'shared', 2, shared=True, **settings))
+
+
+UNEVEN = dict(
+    whole=(3, dict(iterations=5, num_steps=4, beta=.01, updates_per_iteration=2, ema_decay=.5, micro_batch=3, gradient_checkpointing=True,
+                   eval_size=2)),
+    lora=(4, dict(iterations=2, lora_rank=2, lr=1e-3, beta=.01, method='branch_grpo', active_steps=None, num_generations=8, num_steps=10,
+                  keep=.5, pruned_steps=1, micro_batch=5, prompts_per_iteration=5, eval_size=5)))
+
+
+@pytest.mark.parametrize('name', UNEVEN)
+def test_processes_that_share_the_network_with_unequal_work(tmp_path, name):
+    "Prompts, micro-batches, updates and evaluations that do not divide; the model that is saved is that of one process."
+    (processes, settings), outs = UNEVEN[name], [tmp_path/'one', tmp_path/'shared']
+    one, several = (run(out, n, n > 1, **settings) for out, n in zip(outs, (1, processes)))
+    assert_same_run(one, several, settings.get('lora_rank', 0))
+    model = 'pytorch_lora_weights' if name == 'lora' else 'transformer/diffusion_pytorch_model'
+    scores, others = (pd.read_csv(out/'evaluations.csv') for out in outs)
+    assert (scores.prompt == others.prompt).all() and (scores.verifier - others.verifier).abs().max() < .02
+    saved, shared = (load_file(out/f'model/{model}.safetensors') for out in outs)
+    assert saved.keys() == shared.keys() and apart(saved, shared) < 1e-6
+    assert one[1].keys() == several[1].keys() and all(one[1][n].shape == several[1][n].shape for n in one[1])
+
+
+def test_a_shared_run_is_resumed_by_one_process_and_the_other_way_round(tmp_path):
+    "Checkpoints know nothing of processes: kill one of two that share the network, go on alone; stop alone, go on by three."
+    settings, killed, stopped = dict(iterations=4, checkpoint_every=2, ema_decay=.5), tmp_path/'killed', tmp_path/'stopped'
+    one = run(tmp_path/'straight', **settings)
+    kill_after_checkpoint(killed, 2, shared=True, **settings)
+    assert_same_run(one, run(killed, **settings, resume=True))
+    run(stopped, **settings | dict(iterations=2))
+    assert_same_run(one, run(stopped, 3, shared=True, **settings, resume=True))
 
 
 def test_more_processes_than_prompts(tmp_path):
@@ -77,17 +117,22 @@ def test_killed_worker_stops_the_run_and_resume_goes_on(tmp_path):
     settings = dict(iterations=6, checkpoint_every=2)
     straight, killed = tmp_path/'straight', tmp_path/'killed'
     one = run(straight, 2, **settings)
-    job = subprocess.Popen(command(killed, 2, **settings), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-    while job.poll() is None and not (killed/'checkpoint').exists(): time.sleep(.05)
-    workers = [int(p) for p in os.listdir('/proc') if p.isdigit() and is_worker(p, killed)]
-    assert len(workers) == 2
-    os.kill(max(workers), signal.SIGKILL)
-    assert job.wait(timeout=120) != 0
-    done = len((killed/'metrics.jsonl').read_text().splitlines())
-    assert 2 <= done < 6
+    kill_after_checkpoint(killed, 2, **settings)
     again = run(killed, 2, **settings, resume=True)
     assert [m['iteration'] for m in again[0]] == list(range(6))
     assert all(torch.equal(one[1][n], again[1][n]) for n in one[1])
+
+
+def kill_after_checkpoint(out, processes, iterations, **settings):
+    "Start a run, and kill one of its processes once there is a checkpoint; the launcher ends the others."
+    words = command(out, processes, iterations=iterations, **settings)
+    job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    while job.poll() is None and not (out/'checkpoint').exists(): time.sleep(.05)
+    workers = [int(p) for p in os.listdir('/proc') if p.isdigit() and is_worker(p, out)]
+    assert len(workers) == processes
+    os.kill(max(workers), signal.SIGKILL)
+    assert job.wait(timeout=120) != 0
+    assert 2 <= len((out/'metrics.jsonl').read_text().splitlines()) < iterations
 
 
 def is_worker(pid, out):
@@ -127,3 +172,71 @@ def test_std_of_the_batch_is_that_of_all_processes(tmp_path, monkeypatch):
     torch.testing.assert_close(advantages_of_two(trainer, monkeypatch, lambda both, own, p: both), one, rtol=1e-3, atol=1e-3)
     alone = advantages_of_two(trainer, monkeypatch, lambda both, own, p: [own[0] if i == p else [t[:0] for t in own[0]] for i in range(2)])
     assert (alone - one).abs().max() > .01
+
+
+# ---- a network that is shared, by one process alone
+
+@pytest.fixture
+def mesh():
+    "A mesh of this process alone."
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh('cpu', (1,))
+    dist.destroy_process_group()
+
+
+def gradients(policy, prompt='a red circle'):
+    "The policy's velocity at three latents, and the gradient of its square."
+    latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    with policy.together():
+        velocity = policy.velocity(latents, torch.tensor([.2, .5, .9]), policy.encode([prompt] * 3))
+        velocity.square().sum().backward()
+    return velocity.detach(), {n: whole_tensor(p.grad) for n, p in policy.parameters().items() if p.grad is not None}
+
+
+@pytest.mark.parametrize('lora_rank', [0, 2])
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16', 'fp16'])
+@pytest.mark.parametrize('family', ['flux-dev', 'sd3.5', 'sdxl'])
+def test_every_family_computes_the_same_when_shared(tmp_path, mesh, family, dtype, lora_rank):
+    "Velocity and gradient but for rounding; parameters are parts, a LoRA's excepted; a whole network in fp16 is refused."
+    small_pipeline(family).save_pretrained(tmp_path)
+    def load(**more): return load_policy(str(tmp_path), 'cpu', dtype, lora_rank, micro_batch=2, **more)
+    if dtype == 'fp16' and not lora_rank:
+        with pytest.raises(ValueError, match='dtype fp16 cannot train a whole network that is shared'): load(mesh=mesh)
+        return
+    plain, shared = load(), load(mesh=mesh)
+    frozen = [p for p in shared.transformer.parameters() if not p.requires_grad]
+    assert all(isinstance(p, DTensor) for p in (frozen if lora_rank else shared.parameters().values()))
+    (v, grads), (other, others) = gradients(plain), gradients(shared)
+    error = {'fp32': 1e-5, 'bf16': .1, 'fp16': .02}[dtype] # less than a dtype's distance from fp32
+    assert grads.keys() == others.keys() and len(grads) > 10 and plain.nfe == shared.nfe
+    for a, b in ((v, other), *((g, others[n]) for n, g in grads.items())): assert (a - b).norm() <= error * a.norm() + 1e-8
+
+
+def test_a_shared_network_runs_in_company_only(mesh):
+    "Outside `together` a pass would wait for the others for ever: refused."
+    policy = load_policy(device='cpu', mesh=mesh)
+    with torch.no_grad(), pytest.raises(ValueError, match='run it in all of them, inside `with policy.together'):
+        policy.velocity(torch.zeros(1, *policy.latent_shape), torch.ones(1), policy.encode(['a red circle']))
+
+
+def test_different_passes_at_once_are_an_error(mesh, monkeypatch):
+    "Two processes that would wait for each other see it, and stop."
+    policy, other = load_policy(device='cpu', mesh=mesh), PASSES.index('backward')
+    monkeypatch.setattr(dist, 'all_reduce', lambda wanted, group: wanted.__setitem__(other, 1.))
+    assert policy._announce() == policy._announce('backward') == 'backward'
+    with pytest.raises(RuntimeError, match='processes make different passes at once \\(forward, backward\\)'): policy._announce('forward')
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    "One line names what to take instead."
+    monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
+    with pytest.raises(ValueError, match='distributed_type DEEPSPEED is not supported: launch with distributed_type FSDP'):
+        Trainer(TrainConfig(**SMALL, out=str(tmp_path/'run')))
+
+
+def test_a_reward_that_fails_elsewhere_fails_here(tmp_path, monkeypatch):
+    "All processes raise, so all can write the checkpoint."
+    trainer = Trainer(TrainConfig(**SMALL, out=str(tmp_path/'run')))
+    monkeypatch.setattr(trainer, '_total', lambda count: float(count) + 1)
+    with pytest.raises(trainer_module.RewardError, match='the reward failed in another process'):
+        trainer._score(torch.zeros(1, 3, 64, 64), ['a red circle'])
