@@ -678,7 +678,7 @@ def add_sample(
     group = parser.add_argument_group('images')
     group.add_argument('--prompt', action='append', metavar='TEXT',
                        help='What to draw; may be repeated (default: a held-out shapes prompt of each category)')
-    add_own(group, Option('prompts', 'str', None, "Text file with one prompt a line, or 'shapes'", 'FILE'),
+    add_own(group, Option('prompts', 'str', None, "Text file with one prompt a line, 'shapes' or 'hpd'", 'FILE'),
             Option('images', 'int', 1, 'Images per prompt, each from its own noise'),
             Option('out', 'str', 'samples.png', 'Picture to write, a grid', 'FILE'))
 
@@ -717,9 +717,9 @@ def add_evaluate(
     defaults = config_options()
     add_model_options(parser)
     group = parser.add_argument_group('evaluation')
-    add_own(group, Option('prompts', 'str', 'shapes', "'shapes' (held-out prompts of the miniature's world) or a text file"),
+    add_own(group, Option('prompts', 'str', 'shapes', "'shapes' or 'hpd' (held-out prompts of the miniature, of HPD) or a text file"),
             Option('size', 'int', defaults['eval_size'].default, 'Most prompts to use'),
-            Option('rewards', 'str', defaults['eval_rewards'].default, 'What to measure: names or your own module:function, + between'),
+            Option('rewards', 'str', 'verifier + verifier_strict', 'What to measure: names or your own module:function, + between'),
             Option('out', 'str', None, 'CSV file for the scores of every prompt', 'FILE'))
 
 COMMANDS['evaluate'] = Command(run_evaluate, add_evaluate, 'Score a model on held-out prompts, with intervals.',
@@ -779,7 +779,7 @@ def check_run(
     check_config(config)
     make_plan(config.method, **asdict(config))
     for prompts in (config.prompts, config.eval_prompts or 'shapes'): load_prompts(prompts, n=1)
-    for reward in (config.reward, config.eval_rewards): get_reward(reward)
+    for reward in (config.reward, config.eval_rewards or config.reward): get_reward(reward)
     check_device(config.device)
     check_out(config.out, config.resume)
     return config

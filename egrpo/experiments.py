@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -239,14 +239,23 @@ def _meet():
     "Wait until all processes are here."
     if distributed.is_initialized(): distributed.barrier()
 
+@contextmanager
+def _alone(
+    path, # A cell's file
+):
+    "Inside: no other command runs this cell."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix('.lock')) as lock:
+        try: yield
+        finally: Path(lock.lock_file).unlink(missing_ok=True)
+
 def _run_and_store(
     config:TrainConfig, # The cell
     path, # Its file
 ):
     "Run a cell, or go on with it, and write its result whole or not at all."
-    path, lock, run = Path(path), Path(path).with_suffix('.lock'), Path(path).with_suffix('.run')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock) if _is_first() else nullcontext():
+    path, run = Path(path), Path(path).with_suffix('.run')
+    with _alone(path) if _is_first() else nullcontext():
         if path.exists(): return
         if _is_first() and not (run/'checkpoint').exists(): shutil.rmtree(run, ignore_errors=True)
         _meet()
@@ -254,7 +263,6 @@ def _run_and_store(
         if _is_first():
             save_cell(result, path)
             shutil.rmtree(run)
-            lock.unlink()
         _meet()
 
 def _work(
@@ -580,7 +588,7 @@ KERNELS = {'flow': {}, 'dance': dict(kernel='dance', noise_level=.3, tau=0.), 'c
 
 # %% ../nbs/32_experiments.ipynb #3a3784c5
 TABLE_1 = tuple(name for name in METHODS if name != 'aegpo') # methods compared in E-GRPO's Table 1, and two more
-LEARNING_RATES = (5e-5, 1e-4, 2e-4)
+LEARNING_RATES = (.5, 1, 2) # times that of the scale
 
 def _lr_cells(
     scale, # A `Scale`
@@ -589,8 +597,9 @@ def _lr_cells(
     base = _base(scale)
     budget = training_nfe(TrainConfig(**base)) // 3
     base |= dict(eval_prompts=f"{base.get('prompts', 'shapes')}_tuning", eval_every=0, seed=100)
+    rates = [factor * base.get('lr', TrainConfig.lr) for factor in LEARNING_RATES]
     return {f'{name} {lr:g}': [with_budget({**base, **PUBLISHED[name], 'method': name, 'lr': lr}, budget)]
-            for name in TABLE_1 for lr in LEARNING_RATES}
+            for name in TABLE_1 for lr in rates}
 
 def _lr_data(
     results:dict, # 'method lr' -> one result
@@ -603,7 +612,7 @@ def _lr_data(
         gains.setdefault(name, {})[lr] = {k: s['gain'] for k, s in summarize([r]).items()}
         grid.setdefault(name, {})[lr] = r['key']
     chosen = {name: float(max(g, key=lambda lr: next(iter(g[lr].values()))[0])) for name, g in gains.items()}
-    edge = [name for name, lr in chosen.items() if lr in (min(LEARNING_RATES), max(LEARNING_RATES))]
+    edge = [name for name, lr in chosen.items() if lr in (min(map(float, gains[name])), max(map(float, gains[name])))]
     return dict(gains=gains, chosen=chosen, at_the_edge=edge, cells=grid, cost={k: run_cost(rs) for k, rs in results.items()})
 
 def learning_rate(

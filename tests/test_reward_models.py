@@ -426,6 +426,36 @@ def test_three_iterations_on_every_reward(places, tmp_path):
         assert all(math.isfinite(line[f'reward/{name}']) for name in SMALL_REWARDS) and line['ratio_error'] < 1e-6
 
 
+def test_the_flux_scale(places, tmp_path, monkeypatch):
+    "One setting leads from the miniature to HPD's prompts, HPS and the paper's four scores; here its model and rewards are small."
+    import json
+    from dataclasses import replace
+
+    from egrpo import claims, experiments, records
+    from egrpo.reward_models import HPD_STYLES
+    from egrpo.small_pipelines import small_pipeline
+    small_pipeline('flux-dev').save_pretrained(tmp_path/'flux')
+    benchmark = tmp_path/'hps/datasets/benchmark'
+    benchmark.mkdir(parents=True)
+    for style in HPD_STYLES: (benchmark/f'{style}.json').write_text(json.dumps([f'{style} of a red circle {i}' for i in range(800)]))
+    monkeypatch.setenv('HPS_ROOT', str(tmp_path/'hps'))
+    scale = records.get_scale('flux')
+    names = scale.settings['eval_rewards'].split(' + ')
+    rewards = [f'{name}({places[name]})' for name in names]
+    assert names[0] == scale.settings['reward'] and set(names) <= set(SMALL_REWARDS)
+    small = dict(model=str(tmp_path/'flux'), reward=rewards[0], eval_rewards=' + '.join(rewards), resolution=None, iterations=1,
+                 prompts_per_iteration=1, num_generations=2, eval_size=4, device='cpu', dtype='fp32')
+    monkeypatch.setitem(records.SCALES, 'flux', replace(scale, settings=scale.settings | small))
+    path = experiments.reproduce('merge_length', 'flux', 0, tmp_path/'cells', tmp_path/'merge_length.json', only=['6', 'adaptive'])
+    record = json.loads(path.read_text())
+    assert record['scale'] == 'flux' and experiments.rewards_of(record['data']) == names
+    assert [claims.best(place)(record['data'])[1] for place in range(4)] == ['undecided (1 of 5 seeds)'] * 4
+    kept = experiments.load_cell(next((tmp_path/'cells').glob('*.json')))
+    assert set(kept['shown']['prompts']) < {f'{style} of a red circle {i}' for style in HPD_STYLES for i in range(800)}
+    assert len(kept['images']) == 4 and kept['ratio_error'] < 1e-6
+    with pytest.raises(ValueError, match='no verifier'): experiments.reproduce('reward_hacking', 'flux', 0, tmp_path/'cells')
+
+
 # --- letters in images
 
 def sign(text, side=192):
