@@ -498,15 +498,16 @@ def entered_seconds(
 def memory_text(
     config, # A `TrainConfig`
     device_memory:float|None=None, # GiB of a device
+    share:int=1, # Devices that share the network
 )->str: # Lines
     "What a run holds on one device."
     from egrpo.cost import default_micro_batch, network_dtype, run_memory
-    parts = {k: v / 2**30 for k, v in run_memory(config).items()}
+    parts = {k: v / 2**30 for k, v in run_memory(config, share).items()}
     total, digits = sum(parts.values()), 1 if sum(parts.values()) > 5 else 3
     rows = table([['one device holds, GiB', ''], *([k, f'{v:.{digits}f}'] for k, v in parts.items()), ['all', f'{total:.{digits}f}']])
     kind = f'micro-batch {default_micro_batch(config)}, {network_dtype(config)}'
     text = f'{rows}\n{kind}; decoding, rewards and what the allocator wastes come on top'
-    remedy = 'try --lora-rank 32, --gradient-checkpointing, --text-encoders offload, --micro-batch 1, or share the weights among devices'
+    remedy = 'try --lora-rank 32, --gradient-checkpointing, --text-encoders offload, --micro-batch 1, or --share with more --processes'
     if device_memory is None: return text
     fits = 'fits in' if total <= device_memory else 'does not fit in'
     return f'{text}\n{fits} {device_memory:g} GiB' + (f': {remedy}' if total > device_memory else '')
@@ -533,7 +534,7 @@ def run_cost(
     config = TrainConfig(**published(chosen.get('method', TrainConfig.method)) | chosen)
     check_config(config)
     if args.processes < 1: raise ValueError(f"processes must be >= 1, got {args.processes}")
-    memory, seconds = memory_text(config, args.device_memory), entered_seconds(args, config)
+    memory, seconds = memory_text(config, args.device_memory, args.processes if args.share else 1), entered_seconds(args, config)
     prompts, devices = config.prompts_per_iteration, f'{args.processes} device' + 's' * (args.processes > 1)
     nfe = f'an iteration of {prompts} prompts on {devices} takes {iteration_nfe(config):,} velocities, those with gradient included'
     missing = 'for seconds add --seconds-forward and --seconds-backward as measured on the device, or --probe on it'
@@ -571,6 +572,7 @@ def add_plan(
     add_own(group, Option('scale', 'str|None', None, 'Settings of a scale, smoke, mini, gpu or flux', 'NAME'))
     add_fields(group, COST_OPTIONS)
     add_own(group, Option('processes', 'int', 1, 'Devices that share the prompts of an iteration'),
+            Option('share', 'bool', False, 'They share the network, too: memory as with FSDP, traffic not in the seconds'),
             Option('device_memory', 'float|None', None, 'What a device has, in GiB: says whether the run fits'),
             Option('probe', 'bool', False, 'Load the model and measure what a latent takes'),
             *(Option(f'seconds_{name}', 'float|None', None, text) for name, text in SECONDS.items()))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'Architecture', 'architecture', 'build_part', 'count_parameters', 'network_inputs', 'kept_bytes',
-           'activation_bytes', 'evaluations_per_velocity', 'default_micro_batch', 'network_dtype', 'run_memory',
-           'Seconds', 'probe', 'iteration_seconds', 'policy_of', 'free_bytes', 'tune', 'best_micro_batch']
+           'activation_bytes', 'evaluations_per_velocity', 'default_micro_batch', 'network_dtype', 'block_parameters',
+           'run_memory', 'shared_traffic', 'Seconds', 'probe', 'iteration_seconds', 'policy_of', 'free_bytes', 'tune',
+           'best_micro_batch']
 
 # %% ../nbs/29_cost.ipynb #7a540d95
 import json
@@ -234,20 +235,55 @@ def network_dtype(
     "What the network computes in: as configured, or as `egrpo.policy` chooses on a GPU; fp32 where the CPU is named."
     return config.dtype or ('fp32' if config.device == 'cpu' else 'bf16')
 
+@lru_cache(maxsize=8)
+def block_parameters(
+    model:str, # As for `architecture`
+)->tuple: # Parameters of the largest block; of all that is in no block
+    "What is gathered at once of a network that is shared."
+    network = build_part(*architecture(model).network)
+    sizes = [_count(b) for b in _blocks(network)]
+    return max(sizes, default=0), _count(network) - sum(sizes)
+
+def _weights_memory(
+    config:TrainConfig, # The configuration
+    small:int, # Bytes of a number in the network's dtype
+    share:int, # Devices that share the network
+)->dict: # Part -> bytes
+    "What a run holds per parameter on one device."
+    n = count_parameters(config.model, config.lora_rank)
+    lora, trained, (block, rest) = n['lora'], n['lora'] or n['network'], block_parameters(config.model)
+    part = trained if lora or share == 1 else -(-trained // share) # a LoRA is not shared
+    copied = block if share > 1 and config.gradient_checkpointing and not lora else trained
+    gathered = (2 * block + rest) * (small if lora else 4) + (0 if lora else 2 * block * 4)
+    return {'frozen weights': -(-n['network'] // share) * small if lora else 0, 'trained weights': 4 * part, 'gradients': 4 * part,
+            "Adam's moments": 8 * part, 'copy for autocast': copied * small if small < 4 else 0,
+            'average of the weights': 4 * part if config.ema_decay else 0,
+            'reference': 4 * part * (2 if share > 1 else 1) if config.beta and not lora else 0, # two: those trained are kept, too
+            'gathered blocks': gathered if share > 1 else 0}
+
 def run_memory(
     config:TrainConfig, # The configuration
+    share:int=1, # Devices that share the network (FSDP), >= 1
 )->dict: # Part -> bytes
     "What a run holds in the memory of one device, by part."
+    if share < 1: raise ValueError(f"share must be >= 1 devices, got {share}: 1 holds the whole network")
     a, n, dtype = architecture(config.model), count_parameters(config.model, config.lora_rank), network_dtype(config)
-    small, trained = DTYPES[dtype].itemsize, n['lora'] or n['network']
-    parts = {'frozen weights': n['network'] * small if n['lora'] else 0, 'trained weights': 4 * trained, 'gradients': 4 * trained,
-             "Adam's moments": 8 * trained, 'copy for autocast': trained * small if small < 4 else 0,
-             'average of the weights': 4 * trained if config.ema_decay else 0,
-             'reference': 4 * trained if config.beta and not n['lora'] else 0,
-             'text encoders': n['text'] * small if config.text_encoders in (None, 'keep') else 0, 'decoder': n['vae'] * small}
+    small = DTYPES[dtype].itemsize
+    parts = _weights_memory(config, small, share) | {
+        'text encoders': n['text'] * small if config.text_encoders in (None, 'keep') else 0, 'decoder': n['vae'] * small}
     kept = activation_bytes(config.model, _side(config, a), dtype)[bool(config.gradient_checkpointing)] * evaluations_per_velocity(config)
     rows = config.prompts_per_iteration * gradient_nfe(make_plan(config.method, **vars(config))) # no update has more
     return {k: v for k, v in parts.items() if v} | {'activations': kept * min(rows, default_micro_batch(config))}
+
+# %% ../nbs/29_cost.ipynb #aac7b9aa
+def shared_traffic(
+    config:TrainConfig, # The configuration
+    share:int, # Devices that share the network, >= 1
+)->tuple: # Bytes that a process receives: in a forward pass, in a backward pass
+    "Traffic of a pass through a network that is shared, of any number of latents."
+    n = count_parameters(config.model)['network'] * (share - 1) // share
+    weights = n * (DTYPES[network_dtype(config)].itemsize if config.lora_rank or config.lora_from else 4)
+    return weights, weights + (0 if config.lora_rank or config.lora_from else 4 * n)
 
 # %% ../nbs/29_cost.ipynb #ac3421c0
 @dataclass(frozen=True)

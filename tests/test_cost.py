@@ -3,9 +3,14 @@ import shlex
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from egrpo import cost, speed
 from egrpo import rollout as rollout_module
@@ -124,6 +129,30 @@ def test_memory_is_what_a_trainer_holds(tmp_path, rank):
     assert parts.get('frozen weights', 0) == held(o for o in pipeline.transformer.parameters() if not o.requires_grad)
 
 
+@pytest.mark.parametrize('rank', [0, 4])
+def test_memory_of_a_shared_network_is_what_a_process_holds(rank):
+    "The first of four processes, the others imagined: torch's fake process group."
+    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=4)
+    try:
+        policy = load_policy(device='cpu', lora_rank=rank, mesh=init_device_mesh('cpu', (4,)))
+        def held(trained): return sum(own(p).numel() * 4 for p in policy.transformer.parameters() if p.requires_grad == trained)
+        def own(p): return p.to_local() if isinstance(p, DTensor) else p
+        parts = cost.run_memory(TrainConfig(lora_rank=rank, dtype='fp32'), share=4)
+        assert parts['trained weights'] == pytest.approx(held(True), rel=.01)
+        assert parts.get('frozen weights', 0) == pytest.approx(held(False), rel=.01)
+        groups = [sum(p._orig_size.numel() for g in m._get_fsdp_state()._fsdp_param_groups for p in g.fsdp_params)
+                  for m in policy.transformer.modules() if isinstance(m, FSDPModule)]
+        assert cost.block_parameters('miniature') == (max(groups[1:]), groups[0]) # the root comes first
+    finally: dist.destroy_process_group()
+
+
+def test_traffic_of_a_shared_network():
+    dev, billion = TrainConfig(model='flux.1-dev', dtype='bf16'), 1e9
+    whole, lora = (cost.shared_traffic(TrainConfig(**vars(dev) | dict(lora_rank=r)), 2) for r in (0, 32))
+    half = cost.count_parameters('flux.1-dev')['network'] / 2
+    assert whole == pytest.approx((4 * half, 8 * half)) and lora == pytest.approx((2 * half, 2 * half)) and half > 5 * billion
+
+
 @pytest.mark.parametrize('make', [small_flux, small_sd3, lambda: small_sd3((0,))], ids=['flux', 'sd3', 'sd3.5'])
 def test_parameters_and_activations_of_a_folder(tmp_path, make):
     pipeline = make()
@@ -149,6 +178,14 @@ def test_less_memory_with_less(model):
 # ---- the command line
 COST = ('plan --model flux.1-dev --scale flux --lora-rank 32 --gradient-checkpointing --text-encoders offload --micro-batch 2 '
         '--processes 8 --seconds-forward 0.25 --seconds-backward 1')
+
+
+def test_plan_of_devices_that_share(capsys):
+    "A LoRA of FLUX.1-dev does not fit into 24 GB (22 GiB); two such devices hold it."
+    for words, fits in (('', 'does not fit in 22 GiB'), ('--share', 'gathered blocks'), ('--share', '\nfits in 22 GiB')):
+        assert main(shlex.split(f"plan --model flux.1-dev --scale flux --lora-rank 32 --gradient-checkpointing --text-encoders offload "
+                                f"--micro-batch 1 --processes 2 --device-memory 22 {words}")) == 0
+        assert fits in capsys.readouterr().out
 
 
 def test_plan_says_what_a_run_costs(capsys):
