@@ -367,7 +367,7 @@ def swapped(
 PASSES = ('forward', 'gradient', 'reference', 'backward')
 
 class _Announced(torch.autograd.Function):
-    "The identity; the backward pass is announced before it enters the network."
+    "The identity; the backward pass is announced before it enters the network, and no longer pending."
     @staticmethod
     def forward(ctx, x, policy):
         "Nothing happens."
@@ -378,6 +378,7 @@ class _Announced(torch.autograd.Function):
     def backward(ctx, grad):
         "Announce."
         ctx.policy._announce('backward')
+        ctx.policy._pending = False
         return grad, None
 
 # %% ../nbs/10_policy.ipynb #358cd262
@@ -430,7 +431,7 @@ class Policy:
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
         self.nfe, self._frozen, self._start, self._empty, self._scale = 0, None, {}, None, {'factor': 1.}
-        self.mesh, self._joined, self._in_reference, self._graphs = mesh, False, False, []
+        self.mesh, self._joined, self._in_reference, self._pending, self._graphs = mesh, False, False, False, []
         self.embeddings = Embeddings(embeddings, text_fingerprint(pipeline, self.text_length))
         self._prepare_network(lora_rank, lora_from, seed, gradient_checkpointing)
         self._place(vae_tiling)
@@ -599,9 +600,11 @@ class Policy:
     )->Tensor: # (B,C,H,W) fp32 velocity
         "One forward pass, announced to the other processes where the network is shared; its backward pass will be, too."
         if self.mesh is None: return self._guided(*inputs)
-        if not self._joined:
-            raise ValueError("the network is shared among processes: run it in all of them, inside `with policy.together():`")
-        self._announce('reference' if self._in_reference else 'gradient' if torch.is_grad_enabled() else 'forward')
+        kind = 'reference' if self._in_reference else 'gradient' if torch.is_grad_enabled() else 'forward'
+        if kind == 'gradient' and self._pending:
+            raise ValueError("a shared network makes one pass with gradient, its backward pass, then the next: take micro_batch latents")
+        self._announce(kind)
+        self._pending |= kind == 'gradient'
         out = self._guided(*inputs)
         return _Announced.apply(out, self) if out.requires_grad else out
 
@@ -629,7 +632,7 @@ class Policy:
         if self.mesh is None:
             yield
             return
-        self._joined = True
+        self._joined, self._pending = True, False
         try:
             yield # an error ends this process here, and the launcher the others
             while kind := self._announce(): self._accompany(kind)
@@ -639,6 +642,8 @@ class Policy:
         kind:str|None=None, # The pass that this process makes next, one of `PASSES`; None = it has made all
     )->str|None: # The pass that all make next; None = the phase is over
         "Hear from all processes which pass comes next."
+        if not self._joined:
+            raise ValueError("the network is shared among processes: run it in all of them, inside `with policy.together():`")
         wanted = torch.tensor([float(kind == k) for k in PASSES], device=self.device)
         torch.distributed.all_reduce(wanted, group=self.mesh.get_group())
         asked = [k for k, n in zip(PASSES, wanted.tolist()) if n]

@@ -33,7 +33,7 @@ from .checkpoint import check_same_run, load_checkpoint, load_optimizer_tensors,
 from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import make_plan, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
-from .policy import check_settings, load_policy, own_part, swapped, whole_tensor, whole_tensors
+from .policy import best_device, check_settings, load_policy, own_part, swapped, whole_tensor, whole_tensors
 from .reward import RewardError, get_reward
 from .reward_models import hpd_prompts
 from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
@@ -404,7 +404,7 @@ class Trainer:
     "GRPO on a policy: `fit()` runs it, `step(i)` is one iteration."
     def __init__(self,
         config:TrainConfig, # The configuration
-        policy=None, # A policy of your own (`egrpo.policy.Policy`); None loads `config.model`
+        policy=None, # A policy of your own (`egrpo.policy.Policy`, shared if made with a `mesh`); None loads `config.model`
         reward=None, # Any callable (images (B,3,H,W) in [0, 1], B prompts) -> B scores; None takes `config.reward`
         method=None, # A function that returns a Plan; None takes `config.method`
     ):
@@ -414,7 +414,7 @@ class Trainer:
         self.chooses, shared = chooses_steps(self.method), sharing_asked()
         self._load_prompts_and_rewards(reward)
         with patch_environment(accelerate_use_fsdp='false'): # with it, accelerate would do the sharing, on GPUs only
-            self.accelerator = Accelerator(cpu=config.device == 'cpu', log_with=config.tracker, project_dir=config.out)
+            self.accelerator = Accelerator(cpu=best_device(config.device).type == 'cpu', log_with=config.tracker, project_dir=config.out)
         processes = self.accelerator.num_processes
         if processes > config.prompts_per_iteration:
             n = config.prompts_per_iteration

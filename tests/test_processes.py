@@ -63,7 +63,8 @@ def assert_same_run(one, several, lora_rank=0):
     for m, o in zip(metrics, others, strict=True):
         assert m.keys() == o.keys() and m['by_step'].keys() == o['by_step'].keys()
         for k in ('nfe_rollout', 'nfe_gradient', 'zero_variance_groups', 'samples', 'explored'): assert m.get(k) == o.get(k), k
-        for k in ('reward/verifier', 'reward_std', 'grad_norm', 'kl'): assert o[k] == pytest.approx(m[k], rel=.02, abs=2e-3), k
+        for k in ('reward/verifier', 'reward_std', 'grad_norm'): assert o[k] == pytest.approx(m[k], rel=.02, abs=2e-3), k
+        assert o['kl'] == pytest.approx(m['kl'], rel=.02, abs=1e-9)
     assert others[0]['reward/verifier'] == pytest.approx(metrics[0]['reward/verifier'], abs=1e-5) # before any update
 
 
@@ -199,7 +200,7 @@ def gradients(policy, prompt='a red circle'):
 def test_every_family_computes_the_same_when_shared(tmp_path, mesh, family, dtype, lora_rank):
     "Velocity and gradient but for rounding; parameters are parts, a LoRA's excepted; a whole network in fp16 is refused."
     small_pipeline(family).save_pretrained(tmp_path)
-    def load(**more): return load_policy(str(tmp_path), 'cpu', dtype, lora_rank, micro_batch=2, **more)
+    def load(**more): return load_policy(str(tmp_path), 'cpu', dtype, lora_rank, **more)
     if dtype == 'fp16' and not lora_rank:
         with pytest.raises(ValueError, match='dtype fp16 cannot train a whole network that is shared'): load(mesh=mesh)
         return
@@ -219,9 +220,20 @@ def test_a_shared_network_runs_in_company_only(mesh):
         policy.velocity(torch.zeros(1, *policy.latent_shape), torch.ones(1), policy.encode(['a red circle']))
 
 
+def test_one_pass_with_gradient_at_a_time(mesh):
+    "Two graphs at once would be gathered in another order than a process that accompanies them does."
+    policy = load_policy(device='cpu', mesh=mesh, micro_batch=1)
+    batch = torch.zeros(2, *policy.latent_shape), torch.ones(2), policy.encode(['a red circle'] * 2)
+    with pytest.raises(ValueError, match='makes one pass with gradient, its backward pass, then the next'), policy.together():
+        policy.velocity(*batch)
+    with policy.together():
+        for _ in range(2): policy.velocity(*(x[:1] for x in batch[:2]), batch[2][:1]).sum().backward()
+
+
 def test_different_passes_at_once_are_an_error(mesh, monkeypatch):
     "Two processes that would wait for each other see it, and stop."
     policy, other = load_policy(device='cpu', mesh=mesh), PASSES.index('backward')
+    policy._joined = True
     monkeypatch.setattr(dist, 'all_reduce', lambda wanted, group: wanted.__setitem__(other, 1.))
     assert policy._announce() == policy._announce('backward') == 'backward'
     with pytest.raises(RuntimeError, match='processes make different passes at once \\(forward, backward\\)'): policy._announce('forward')
