@@ -128,7 +128,8 @@ def images_at(
     "The images that an evaluation makes at these places."
     policy, plan = trainer.policy, ode_plan(trainer.config.num_steps, trainer.config.shift)
     cond = policy.encode([trainer.eval_prompts[i] for i in places])
-    with swapped(trainer.parameters, trainer.ema): return policy.decode(rollout(policy, cond, plan, 'sample', 0, prompt_ids=places).latents)
+    with swapped(trainer.parameters, trainer.ema), policy.together(): out = rollout(policy, cond, plan, 'sample', 0, prompt_ids=places)
+    return policy.decode(out.latents)
 
 def _shown(
     trainer:Trainer, # A trained one
