@@ -73,6 +73,7 @@ def _cuda_attend(
     "One of torch's fused attentions on CUDA, values = keys."
     arguments = () if kernel == 'flash' else (None, True) # no bias, and do compute the log-sum-exp
     def attend(q, k, scale):
+        "Mean key and log-sum-exp of every query, without the padding."
         values = keys = _pad(k)
         op = getattr(torch.ops.aten, f'_scaled_dot_product_{kernel}_attention')
         mean_key, logsumexp = op(_pad(q), keys, values, *arguments, scale=scale)[:2]
@@ -84,6 +85,7 @@ def _cuda_usable(
 )->Callable: # (q, k) -> bool
     "Torch's own check whether the kernel serves such tensors."
     def usable(q, k):
+        "Torch's answer, for tensors padded as `_cuda_attend` pads them."
         q, k = _pad(q), _pad(k)
         params = torch.backends.cuda.SDPAParams(q, k, k, None, 0., False, False)
         return getattr(torch.backends.cuda, f'can_use_{kernel}_attention')(params)

@@ -173,6 +173,7 @@ def flops_of_recording(
     inputs = flux_inputs(model, 1, image, text)
     with FlopCounterMode(display=False) as plain: model(**inputs)
     def added(n):
+        "FLOPs of recording one image query of `n`: the fused call's, twice the fallback's that are counted."
         with FlopCounterMode(display=False) as recorded, record_attention_entropy(model, every=n): model(**inputs)
         return 2 * (recorded.get_total_flops() - plain.get_total_flops())
     products = {str(op): n for op, n in plain.get_flop_counts()['Global'].items()}
@@ -188,6 +189,7 @@ def _recorded(
     "A forward pass that is recorded."
     from egrpo.recorder import record_attention_entropy
     def recorded():
+        "What `run` gives, its entropies recorded on the way."
         with record_attention_entropy(model, every=every): return run()
     return recorded
 

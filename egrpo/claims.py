@@ -54,6 +54,7 @@ def best(
 )->Callable: # A judge
     "The setting claimed to be best is above the others."
     def judge(data):
+        "The best setting's score and its closest rival, also at equal iterations; the verdict on all rivals."
         reward = rewards_of(data)[place]
         others = {k: d[reward] for k, d in data['against_best'].items() if over is None or k in over}
         if not others: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
@@ -85,6 +86,7 @@ def moves(
 )->Callable: # A judge
     "A held-out score rises, or falls, during training."
     def judge(data):
+        "The setting that moved least; the verdict on all."
         gains = {k: s[rewards_of(data)[place]]['gain'] for k, s in data['settings'].items() if settings is None or k in settings}
         least = (min if up else max)(gains, key=lambda k: gains[k][0])
         return f"{least} {show(gains[least], '+')}", verdict([negative(g) if up else g for g in gains.values()], seeds_of(data))
@@ -102,6 +104,7 @@ def explores(
 )->Callable: # A judge
     "The CLIP score varies more after one kind of step than after another."
     def judge(data):
+        "Ratios of variance; the verdict on the differences."
         pairs = {n: data['contrasts']['clip'][n] for n in names}
         seen = '; '.join(f"{n}: variance × {p['ratio'][0]:.2f} [{p['ratio'][1]:.2f}, {p['ratio'][2]:.2f}]" for n, p in pairs.items())
         return seen, positive(*(p['difference'] for p in pairs.values()))
@@ -152,6 +155,7 @@ def pays(
 )->Callable: # A judge
     "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which AEGPO builds on, and E-GRPO's."
     def judge(data):
+        "The lead of the peaks under each kernel; the verdict on both."
         lead = {k: data['kernels'][k]['statistics'][value]['chosen']['attention peaks'] for k in ('dance', 'flow')}
         seen = '; '.join('{}: {:+.5f} [{:+.5f}, {:+.5f}]'.format(k, *v) for k, v in lead.items())
         return f'peaks minus other steps, kernel {seen}', positive(*lead.values())
@@ -164,6 +168,7 @@ def faster(
 )->Callable: # A judge
     "A setting reaches the score that the base ended with, in the reward trained on, so many times as fast."
     def judge(data):
+        "How many times as fast, in what is saved first; the verdict on whether that reaches `factor`."
         if setting not in data['speed_up']: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
         ratios = data['speed_up'][setting][rewards_of(data)[0]]
         seen = '; '.join('{}: {:.2f} [{:.2f}, {:.2f}]'.format(k, *ratios[k]) for k in (by, *(k for k in ratios if k != by)))
@@ -177,6 +182,7 @@ def overhead(
 )->Callable: # A judge
     "The probes add at most so much to a step's time."
     def judge(data):
+        "Shares added to time and network evaluations; the verdict on the time."
         if setting not in data['overhead']: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
         (mean, low, high), nfe = (data['overhead'][setting][o] for o in ('seconds', 'nfe'))
         seen = f"+{mean:.1%} [{low:.1%}, {high:.1%}] of the time, +{nfe[0]:.1%} network evaluations"
@@ -250,6 +256,7 @@ def claims_table()->pd.DataFrame: # A row per claim
 def claims_text()->str: # Lines
     "The claims for a terminal: what is claimed and the verdict, then the numbers."
     def lines(row):
+        "Two lines of one claim."
         yield f"{row.place:<8} {row.claim}: {row.verdict}"
         yield f"{'':<9}paper {row.paper}" + f" | ours {row.ours} ({row.scale})" * bool(row.ours) + f" | {row.notebook}"
     return '\n'.join(line for row in claims_table().itertuples() for line in lines(row))
@@ -257,6 +264,7 @@ def claims_text()->str: # Lines
 def claims_markdown()->str: # A table in Markdown, with links as they work from nbs/
     "The claims for the README."
     def row(r):
+        "One claim's line of the table, its bars escaped."
         name = Path(r.notebook).name
         cells = (r.place, r.claim, r.paper, r.ours, r.scale, f'**{r.verdict}**', f'[{Path(name).stem}]({name})')
         return '| ' + ' | '.join(c.replace('|', '\\|') for c in cells) + ' |'

@@ -434,6 +434,7 @@ def plan_table(
     sigmas, lengths, first = flow_sigmas(settings.num_steps, settings.shift), plan_lengths(settings), settings.first_step or 0
     def entropy(k, length): return f'{step_entropy(sigmas, length, settings.noise_level, kernel=settings.kernel)[k]:.3f}'
     def row(k, length):
+        "Cells of step `k`, merged with `length` steps; 0 = cannot be stochastic."
         none = '=' if k == settings.num_steps - 1 else '✗'
         active = '●' * (first <= k < first + settings.active_steps)
         merged = [str(length), entropy(k, length), active] if length else [none, '', '']
@@ -847,6 +848,7 @@ def time_is_up(
     last, entered = began + 60 * minutes, time.monotonic()
     reserve = []
     def stop(trainer):
+        "True when another iteration and an evaluation would end too late; the first call measures what they take."
         if not reserve: reserve.append(time.monotonic() - entered + 5) # an evaluation, an iteration, and the picture
         return time.monotonic() + reserve[0] > last
     return stop
@@ -895,6 +897,7 @@ def stack_pictures(
     import numpy as np
     from PIL import Image
     def pixels(figure):
+        "(H,W,3) in 0..255, drawn at 110 dpi."
         figure.set_dpi(110)
         figure.canvas.draw()
         return np.asarray(figure.canvas.buffer_rgba())[..., :3]

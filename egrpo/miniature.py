@@ -289,6 +289,7 @@ class Flow(nn.Module):
         clip_ids:Tensor, # (B,TEXT_LENGTH+1)
         t5_ids:Tensor # (B,TEXT_LENGTH)
     )->Tensor: # (B,16,64) velocity, noise - data
+        "One pass through the encoders and the transformer"
         return self.transformer(hidden_states=latents, timestep=sigma, pooled_projections=self.clip(clip_ids).pooler_output,
             encoder_hidden_states=self.t5(t5_ids)[0], img_ids=self.img_ids, txt_ids=self.txt_ids, return_dict=False)[0]
 

@@ -171,6 +171,7 @@ class _Session:
     def enter(self, name):
         "A hook that runs before the attention layer `name`."
         def hook(module, args, kwargs):
+            "Note the name and whether the layer got text, within a forward pass of the model only."
             joint = kwargs.get('encoder_hidden_states', args[1] if len(args) > 1 else None) is not None
             if self.found is not None: self.layer = name, joint
         return hook

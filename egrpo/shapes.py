@@ -110,6 +110,7 @@ def _core(category, rng):
 
 # %% ../nbs/12_shapes.ipynb #da191044
 def _checked(name, value, choices):
+    "Refuse a value that is none of the choices"
     if value not in choices: raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 def sample_prompts(
