@@ -273,6 +273,7 @@ def _work(
 ):
     "A worker's job. Ctrl-C is for the parent to handle."
     def follow():
+        "End with the parent."
         multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=follow, daemon=True).start()
@@ -695,6 +696,7 @@ def contrast_hacked(
 )->tuple: # (mean, low, high): share of hacked samples, joint minus alone
     "Does the second reward prevent hacking?"
     def hacked(rs):
+        "(S,P) 1 where a sample is hacked."
         rise, truth = (_at(rs, r) - _at(rs, r, 0) for r in ('preference', 'verifier'))
         return ((rise > 0) & (truth <= -FALL + 1e-9)).astype(float)
     return paired_interval(*map(hacked, paired_seeds(alone, joint)))
@@ -785,6 +787,7 @@ def _aegpo_data(
 )->Callable: # The `data` of an `Experiment`
     "A grid, with speed-ups over the base and what the probes cost."
     def data(results, scale):
+        "Of a grid's results."
         compared = {k: rs for k, rs in results.items() if base in results and k != base}
         speed = {k: {r: {by: speed_up(rs, results[base], r, by) for by in ('iterations', 'nfe', 'seconds')} for r in rs[0]['scores']}
                  for k, rs in compared.items()}
