@@ -464,6 +464,7 @@ def plot_training(
     x:str='iterations', # iterations, nfe or seconds
     settings=None, # Which settings, in which order; all if not given
     reward:str|None=None, # A held-out score, its change since the start; None = the training samples' reward
+    band:bool=True, # Show how far the mean may be off? Of many settings the bands hide the lines
     ax=None, # Axes to draw on; None makes a figure
 )->Axes: # The axes
     "Reward of the training samples, or change of a held-out score, with its band over seeds, against what training took."
@@ -474,7 +475,7 @@ def plot_training(
         at, mean, low, high = np.array(curve, dtype=float).T
         at, look = at * data['cost'][name][x] / data['cost'][name]['iterations'], dict(color=COLORS[i % 6], ls='-' if i < 6 else '--')
         ax.plot(at, mean, label=name, **look)
-        ax.fill_between(at, low, high, color=look['color'], alpha=.15, lw=0)
+        if band: ax.fill_between(at, low, high, color=look['color'], alpha=.15, lw=0)
     if x == 'nfe': ax.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=''))
     ax.set(xlabel=COSTS[x], ylabel=f'change of {reward}, held-out' if reward else 'reward of the training samples')
     ax.legend()
