@@ -53,7 +53,7 @@ from .reward import get_reward
 from .rollout import rollout
 from .shapes import CATEGORIES, parse_prompt, verify_batch
 from .sigmas import flow_sigmas
-from .trainer import TrainConfig, Trainer, iteration_nfe, ode_plan, swapped, training_nfe
+from .trainer import EVAL_REWARDS, TrainConfig, Trainer, iteration_nfe, ode_plan, swapped, training_nfe
 
 # %% ../nbs/32_experiments.ipynb #d882276b
 WHERE = ('device', 'micro_batch', 'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
@@ -150,7 +150,7 @@ def _wants_images(
     config:TrainConfig, # A run
 )->bool: # Are its images kept?
     "Is it the first seed of a run whose rewards are held out, too, and of which more is measured?"
-    trained, measured = ({*get_reward(o).names} for o in (config.reward, config.eval_rewards))
+    trained, measured = ({*get_reward(o).names} for o in (config.reward, config.eval_rewards or EVAL_REWARDS))
     return config.seed == 0 and config.eval_prompts is None and trained < measured
 
 # %% ../nbs/32_experiments.ipynb #21bcac53
