@@ -55,9 +55,10 @@ def best(
     "The setting claimed to be best is above the others."
     def judge(data):
         "The best setting's score and its closest rival, also at equal iterations; the verdict on all rivals."
+        names = [k for k in data['against_best'] if over is None or k in over]
+        if not names: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
         reward = rewards_of(data)[place]
-        others = {k: d[reward] for k, d in data['against_best'].items() if over is None or k in over}
-        if not others: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
+        others = {k: data['against_best'][k][reward] for k in names}
         own, seeds = data['settings'][data['best']][reward]['after'], seeds_of(data, over and (data['best'], *over))
         equal = {k: e['against_best'][reward] for k, e in data.get('equal_iterations', {}).items() if k in others}
         beside = f"; at equal iterations {_closest(equal)}, {verdict(equal.values(), seeds)}" if len(equal) == len(others) else ''

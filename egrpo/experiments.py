@@ -263,7 +263,7 @@ def _run_and_store(
         result = run_cell(config, out=run)
         if _is_first():
             save_cell(result, path)
-            shutil.rmtree(run)
+            shutil.rmtree(run, ignore_errors=True)
         _meet()
 
 def _work(

@@ -155,7 +155,8 @@ def advantages_of_two(trainer, monkeypatch, gather):
     for run in ('collect', 'join'):
         found = {}
         for p, (ids, out, rewards) in enumerate(local):
-            monkeypatch.setattr(trainer, 'accelerator', SimpleNamespace(process_index=p, num_processes=2))
+            one_of_two = SimpleNamespace(process_index=p, num_processes=2, device=torch.device('cpu'), reduce=lambda x, how: x)
+            monkeypatch.setattr(trainer, 'accelerator', one_of_two)
             joined = gather if run == 'join' else lambda both, own, p: given.append(own[0]) or [own[0]] * 2
             monkeypatch.setattr(trainer_module, 'gather_object', lambda own, p=p, joined=joined: joined(given, own, p))
             advantages, _ = trainer.advantages(out, rewards)
