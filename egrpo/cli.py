@@ -106,7 +106,7 @@ def add_own(
 # %% ../nbs/35_cli.ipynb #5e936676
 GROUPS = {
     'model': 'model lora_rank lora_from resolution guidance',
-    'device and memory': 'device dtype micro_batch gradient_checkpointing vae_tiling text_encoders embeddings',
+    'device and memory': 'device dtype micro_batch gradient_checkpointing compiled vae_tiling text_encoders embeddings',
     'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length window '
               'train_share keep pruned_steps',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
@@ -600,7 +600,7 @@ def run_tune(
     say(table([['micro-batch', 'ms a latent', 'with gradient', 'MiB'], *rows]))
     say(f'\nlargest that fits: {tried[-1][0]}; as fast as any: --micro-batch {best_micro_batch(tried)}')
 
-TUNE_OPTIONS = 'model lora_rank lora_from resolution guidance device dtype gradient_checkpointing vae_tiling'.split()
+TUNE_OPTIONS = 'model lora_rank lora_from resolution guidance device dtype gradient_checkpointing compiled vae_tiling'.split()
 
 def add_tune(
     parser:Parser, # The command's parser

@@ -357,8 +357,8 @@ def policy_of(
     config:TrainConfig, # The configuration
 ): # The policy
     "The policy that a configuration trains."
-    same = {k: getattr(config, k) for k in 'resolution guidance micro_batch seed lora_from gradient_checkpointing vae_tiling'.split()}
-    return load_policy(config.model, config.device, config.dtype, config.lora_rank, **same)
+    same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing compiled vae_tiling'.split()
+    return load_policy(config.model, config.device, config.dtype, config.lora_rank, **{k: getattr(config, k) for k in same})
 
 def free_bytes(
     device, # A torch device

@@ -49,7 +49,7 @@ from .policy import load_policy
 from .records import bootstrap_interval, bootstrap_means, paired_interval
 from .reward import RewardSet, get_reward
 from .sigmas import flow_sigmas
-from .speed import speed_of
+from .speed import compiled_of, speed_of
 from .suffix import STRIDES, cache_scores, group_agreement, suffix_costs, suffix_plan, suffix_scores
 from .trainer import TrainConfig, load_prompts
 
@@ -392,7 +392,9 @@ def speed_data(
     config = TrainConfig(prompts_per_iteration=size['prompts'], num_generations=size['generations'], active_steps=size['active_steps'],
                          reward='preference', device='cpu', dtype='fp32', eval_size=2)
     found = speed_of(config, size['rounds'])
-    return dict(size, seed=0, threads=1, clock='processor time', plan=describe(make_plan('egrpo', **vars(config))), **found)
+    compiled = compiled_of(config, size['rounds']) if size['rounds'] > 1 else [] # compiling takes minutes
+    return dict(size, seed=0, threads=1, clock='processor time', plan=describe(make_plan('egrpo', **vars(config))), **found,
+                compiled=compiled)
 
 # %% ../nbs/31_measurements.ipynb #e2c5a038
 def _agreements(

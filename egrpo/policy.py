@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DTYPES', 'MEMORY_BYTES', 'LORA_TARGETS', 'PASSES', 'MICRO_BATCH_ELEMENTS', 'TEXT_ENCODERS', 'POLICIES', 'best_device',
            'assets_path', 'limit_hub_waiting', 'load_pipeline', 'Conditions', 'Embeddings', 'text_fingerprint',
-           'check_lora_file', 'load_lora', 'shard_network', 'whole_tensor', 'whole_tensors', 'own_part', 'swapped',
-           'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy']
+           'check_lora_file', 'load_lora', 'compile_blocks', 'shard_network', 'whole_tensor', 'whole_tensors',
+           'own_part', 'swapped', 'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy']
 
 # %% ../nbs/10_policy.ipynb #b8d27e80
 import copy
@@ -307,6 +307,21 @@ def _scaled_down(
     "A hook that takes the factor out of a parameter's gradient."
     return lambda grad: grad / scale['factor']
 
+# %% ../nbs/10_policy.ipynb #6b2b831b
+def compile_blocks(
+    network, # A transformer or UNet of diffusers; changed in place
+    device:torch.device, # Where it will run
+    told:bool=True, # Are fused kernels told to round as single operations do? Else the two passes differ in bf16
+):
+    "Compile a network's repeated blocks, so that passes with and without gradient round alike; before it is shared."
+    try: torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+    except Exception as e: # each compiler has errors of its own
+        why = ' '.join(str(e).split())[:200]
+        raise ValueError(f"compiled needs a C++ compiler on a CPU and Triton on a GPU, leave it out without ({why})") from e
+    names = network._repeated_blocks or network._no_split_modules # diffusers names those that compile well; SD3's are not named yet
+    for m in network.modules():
+        if type(m).__name__ in names: m.compile(options=dict(emulate_precision_casts=told))
+
 # %% ../nbs/10_policy.ipynb #ef00d4b3
 def shard_network(
     network, # A network on any device; changed in place, its parts go to the mesh's device, block by block
@@ -423,6 +438,7 @@ class Policy:
         vae_tiling:bool|None=None, # Decode large images in overlapping tiles; changes the images a little
         text_encoders:str|None=None, # keep, offload (on the device only while embedding) or drop (after `drop_text_encoders`); None = keep
         embeddings=None, # Folder in which prompts' embeddings are kept; None = the last ones in memory
+        compiled:bool|None=None, # Compile the network's blocks: minutes at the start, faster afterwards (`compile_blocks`)
         mesh=None, # Processes among which the network is shared (`torch.distributed` device mesh); None = this one holds it all
     ):
         check_settings(lora_rank, micro_batch, guidance, lora_from, text_encoders, embeddings)
@@ -430,7 +446,7 @@ class Policy:
         self.dtype = _check_dtype(dtype, self.device)
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
-        self.nfe, self._frozen, self._start, self._empty, self._scale = 0, None, {}, None, {'factor': 1.}
+        self.nfe, self.compiled, self._frozen, self._start, self._empty, self._scale = 0, compiled, None, {}, None, {'factor': 1.}
         self.mesh, self._joined, self._in_reference, self._pending, self._graphs = mesh, False, False, False, []
         self.embeddings = Embeddings(embeddings, text_fingerprint(pipeline, self.text_length))
         self._prepare_network(lora_rank, lora_from, seed, gradient_checkpointing)
@@ -485,6 +501,7 @@ class Policy:
         if lora_rank and not lora_from: _add_lora(self.transformer, lora_rank, seed)
         for p in self.parameters().values(): p.data = p.data.float()
         if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()
+        if self.compiled: compile_blocks(self.transformer, self.device)
 
     def _load_lora(self,
         lora_rank:int|None, # Its rank must be this; 0 = any, None = it is not trained
@@ -716,6 +733,7 @@ class Policy:
         if self.lora_rank != 0 or self._frozen is not None or self._start: return
         if self.mesh: self._start = {n: p.detach().clone() for n, p in self.parameters().items()}
         else: self._frozen = copy.deepcopy(self.transformer).requires_grad_(False)
+        if self.compiled and self._frozen: compile_blocks(self._frozen, self.device) # a copy is not compiled
 
     # ---- the result
     def save(self,

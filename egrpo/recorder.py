@@ -56,7 +56,6 @@ def _find_model(
     transformer:nn.Module # A model of `LAYOUTS`, or a wrapper around one
 )->nn.Module: # The model
     "The diffusers model to be recorded."
-    if hasattr(transformer, '_orig_mod'): raise ValueError("transformer must not be compiled to be recorded: give its `_orig_mod`")
     for m in transformer.modules():
         if isinstance(m, tuple(LAYOUTS)): return m
     names = ', '.join(c.__name__ for c in LAYOUTS)
@@ -246,7 +245,7 @@ def _hooks(
 
 @contextmanager
 def record_attention_entropy(
-    transformer:nn.Module, # FLUX or SD3 transformer or UNet2DConditionModel, with or without LoRA or wrapper, not compiled
+    transformer:nn.Module, # FLUX or SD3 transformer or UNet2DConditionModel, with or without LoRA or wrapper; runs uncompiled meanwhile
     every:int=1, # Take one of every `every` image queries, 1 = all (exact); 16 costs a sixteenth and has a standard error
     start:int=0, # Which subset of the queries, any integer (`egrpo.attention.query_subset`); 0 keeps two models comparable token by token
     blocks:str|None=None, # Record layers whose name contains this, e.g. 'attn2' (a UNet's cross-attention) or 'single'; None = all
@@ -263,7 +262,7 @@ def record_attention_entropy(
     handles = _hooks(session)
     _RECORDED.add(model)
     try:
-        with _Watch(session.look): yield session.out
+        with torch.compiler.set_stance('force_eager'), _Watch(session.look): yield session.out
     finally:
         _RECORDED.discard(model)
         for h in handles: h.remove()

@@ -105,6 +105,7 @@ class TrainConfig:
     vae_tiling:bool|None = None # Decode large images in tiles; changes them a little
     text_encoders:str|None = None # keep on the device, offload between uses, or drop once all prompts are embedded; None = keep
     embeddings:str|None = None # Folder that keeps prompts' embeddings for this run and the next; None = the last ones in memory
+    compiled:bool|None = None # Compile the network's blocks: minutes at the start, faster afterwards
     checkpoint_every:int = 50 # Iterations between checkpoints; 0 = at the end only
     tracker:str|None = None # A tracker of accelerate besides metrics.jsonl, e.g. tensorboard
     out:str = 'runs/egrpo' # Folder of metrics, checkpoints and the trained model
@@ -444,7 +445,7 @@ class Trainer:
     ):
         "The policy that the configuration names."
         c, a = self.config, self.accelerator
-        same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing vae_tiling text_encoders embeddings'.split()
+        same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing vae_tiling text_encoders embeddings compiled'.split()
         device = a.device if c.device in (None, 'cuda') else c.device # each process its own GPU
         mesh = init_device_mesh(torch.device(device).type, (a.num_processes,)) if shared else None
         policy = load_policy(c.model, device, c.dtype, c.lora_rank, mesh=mesh, **{k: getattr(c, k) for k in same})
@@ -519,11 +520,17 @@ class Trainer:
         images:Tensor, # (L,3,H,W) images in [0, 1]
         prompts:list, # Their L prompts
     )->dict: # Name -> (L,) rewards
-        "Score images; a reward that fails in one process fails in all, so that they can write a checkpoint together."
-        try: rewards, failed = self.reward(images, prompts), None
-        except RewardError as e: rewards, failed = None, e
+        "Score images."
+        return self._in_all(lambda: self.reward(images, prompts))
+
+    def _in_all(self,
+        score, # () -> anything; may raise a `RewardError`
+    ): # What it gives
+        "Score; a reward that fails in one process fails in all, so that they can write a checkpoint together."
+        try: found, failed = score(), None
+        except RewardError as e: found, failed = None, e
         if self._total(failed is not None): raise failed or RewardError("the reward failed in another process, which says why")
-        return rewards
+        return found
 
     def _mine(self,
         plans:list, # A plan for each of an iteration's prompts
@@ -650,10 +657,11 @@ class Trainer:
         "Score the evaluation prompts with the averaged weights, or with the weights where there is no average; each process its share."
         c, a, before = self.config, self.accelerator, self.policy.nfe
         places = range(len(self.eval_prompts))[a.process_index::a.num_processes]
+        prompts = [self.eval_prompts[i] for i in places]
         with swapped(self.parameters, self.ema), self.policy.together():
-            own = [evaluate(self.policy, [self.eval_prompts[i] for i in places], self.eval_reward, ids=places,
-                            num_steps=c.num_steps, shift=c.shift).set_axis(places)] if places else []
+            images = sample_images(self.policy, prompts, c.num_steps, c.shift, ids=places) if places else None
         self.policy.nfe = before # evaluation is not training's cost
+        own = self._in_all(lambda: [evaluate(self.policy, prompts, self.eval_reward, images).set_axis(places)] if places else [])
         return pd.concat(gather_object(own)).sort_index()
 
     # ---- the run
@@ -663,14 +671,16 @@ class Trainer:
         "Run to `config.iterations`. Ctrl-C stops after the current iteration, with a checkpoint."
         self._open()
         bar = self._bar()
-        if self.iteration == 0: self._record_evaluation()
+        if self._evaluation_is_due() and not any(o['iteration'] == self.iteration for o in self.history):
+            self._record_evaluation()
+            if self.iteration: self.save() # one that failed before
         with stop_on_interrupt() as interrupt:
             for i in bar:
                 metrics = self._step_or_save(i)
                 self.iteration, self.nfe = i + 1, self.nfe + metrics['nfe_rollout'] + metrics['nfe_gradient']
                 stopped = self._total(interrupt.asked or self.spent() or bool(stop and stop(self))) > 0 # all stop, or none
                 self._log(metrics, bar)
-                self._evaluate_and_save(stopped or self.iteration == self.config.iterations)
+                self._evaluate_and_save(stopped)
                 if stopped: break
         self._close()
         return pd.DataFrame(self.history)
@@ -678,7 +688,7 @@ class Trainer:
     def _step_or_save(self,
         iteration:int, # Number of the iteration
     )->dict: # Metrics
-        "An iteration. Where its rewards fail nothing has been trained on them yet, so a checkpoint keeps all that was done before."
+        "An iteration. Where its rewards fail, nothing has been trained on them yet, and a checkpoint keeps all that was done before."
         try: return self.step(iteration)
         except RewardError:
             if iteration: self.save()
@@ -693,12 +703,22 @@ class Trainer:
         c, hidden = self.config, not self.accelerator.is_main_process
         return tqdm(range(self.iteration, c.iterations), initial=self.iteration, total=c.iterations, desc=c.method, disable=hidden)
 
-    def _evaluate_and_save(self,
-        done:bool, # Is this the run's end?
-    ):
-        "Evaluate and write a checkpoint, each where it is due; both at the end."
+    def _evaluation_is_due(self)->bool:
+        "Is this an iteration after which the configuration wants an evaluation?"
         c, i = self.config, self.iteration
-        if done or (c.eval_every and i % c.eval_every == 0): self._record_evaluation()
+        return i in (0, c.iterations) or (c.eval_every > 0 and i % c.eval_every == 0)
+
+    def _evaluate_and_save(self,
+        stopped:bool, # Is this the end before its time?
+    ):
+        "Evaluate and write a checkpoint, each where it is due; both at the end. Where the evaluation fails, it is due when resumed."
+        c, i = self.config, self.iteration
+        done = stopped or i == c.iterations
+        try:
+            if done or self._evaluation_is_due(): self._record_evaluation()
+        except RewardError:
+            self.save()
+            raise
         if done or (c.checkpoint_every and i % c.checkpoint_every == 0): self.save()
 
     def _record_evaluation(self):

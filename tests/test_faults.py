@@ -14,13 +14,16 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from egrpo import cli, policy
+from egrpo.checkpoint import load_checkpoint
 from egrpo.cli import main
-from egrpo.trainer import Trainer
+from egrpo.reward import RewardError, get_reward
+from egrpo.trainer import TrainConfig, Trainer
 
 command = Path(sys.executable).parent/'egrpo'
 small = '--num-steps 6 --active-steps 2 --num-generations 2 --prompts-per-iteration 1 --eval-size 2 --device cpu'
@@ -256,6 +259,27 @@ def test_reward_that_fails_between_checkpoints(here, capsys, call, said):
 
 
 # ---- folders and disks
+
+@pytest.mark.parametrize('call, iteration', [(2, 2), (4, 5)]) # of four evaluations: at 0, 2, 4, 5
+def test_evaluation_that_fails(tmp_path, call, iteration):
+    "All that was trained is in the checkpoint, and the evaluation that failed is made when the run goes on."
+    calls, settings = [], dict(iterations=5, eval_every=2, eval_size=2, checkpoint_every=0, num_steps=4, tau=0, active_steps=2,
+                               num_generations=2, device='cpu')
+    class Trial(Trainer):
+        "A trainer whose evaluations' rewards can fail."
+        def evaluate(self):
+            "Count, and fail once."
+            calls.append(1)
+            if len(calls) == call: self.eval_reward = get_reward(lambda images, prompts: 1 / 0)
+            return super().evaluate()
+    straight, broken = tmp_path/'straight', tmp_path/'broken'
+    whole = Trainer(TrainConfig(**settings, out=str(straight))).fit()
+    with pytest.raises(RewardError): Trial(TrainConfig(**settings, out=str(broken))).fit()
+    assert load_checkpoint(broken/'checkpoint')[1]['iteration'] == iteration
+    pd.testing.assert_frame_equal(Trainer(TrainConfig(**settings, out=str(broken), resume=True)).fit(), whole)
+    (tensors, info), (others, other) = (load_checkpoint(o/'checkpoint') for o in (straight, broken))
+    assert info['history'] == other['history'] and all(torch.equal(w, others['weights'][n]) for n, w in tensors['weights'].items())
+
 
 def test_folder_that_holds_a_run(here, capsys):
     words = f'train {small} --iterations 1 --out run'

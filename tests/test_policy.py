@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from egrpo.diffusion import chord_sigma
 from egrpo.plan import rollout_nfe
 from egrpo.policy import _add_lora, load_pipeline, load_policy
+from egrpo.recorder import record_attention_entropy
 from egrpo.rollout import rollout
 from egrpo.sde import ode_step
 from egrpo.sigmas import flow_sigmas
@@ -346,6 +349,27 @@ def test_gradient_checkpointing_changes_nothing(load, name, lora_rank):
     (plain, many), (checked, few) = gradients(), gradients(gradient_checkpointing=True)
     assert few < .7 * many
     for n, g in plain.items(): assert_close(checked[n], g, rtol=1e-4, atol=float(1e-5 * g.abs().max()))
+
+
+def test_compiled_blocks_round_as_uncompiled_ones(folders):
+    "In bf16, passes with and without gradient agree to the last bit; attention is recorded uncompiled; no compiler is an error."
+    def load(compiled): return moved(load_policy(str(folders/'sd3'), 'cpu', 'bf16', 2, compiled=compiled))
+    missing = inductor.patch({'cpp.cxx': ('no-such-compiler',), 'force_disable_caches': True})
+    with missing, pytest.raises(ValueError, match='compiled needs'): load(True)
+    counters.clear()
+    plain, compiled = load(None), load(True)
+    x, sigma, cond = noise_of(plain), torch.tensor([.3, .8]), plain.encode(PROMPTS)
+    with torch.no_grad(), record_attention_entropy(compiled.transformer) as seen: recorded = compiled.velocity(x, sigma, cond)
+    assert seen.blocks and counters['stats']['unique_graphs'] == 1 # that of the compiler's trial
+    with torch.no_grad(): sampled = compiled.velocity(x, sigma, cond)
+    trained = compiled.velocity(x, sigma, cond)
+    assert counters['stats']['unique_graphs'] > 2 and torch.equal(sampled, trained)
+    assert_close(sampled, plain.velocity(x, sigma, cond).detach(), rtol=.02, atol=.02)
+    assert torch.equal(recorded, plain.velocity(x, sigma, cond).detach())
+    trained.square().sum().backward()
+    plain.velocity(x, sigma, cond).square().sum().backward()
+    found = compiled.parameters()
+    for n, p in plain.parameters().items(): assert_close(found[n].grad, p.grad, rtol=.05, atol=.05 * float(p.grad.abs().max()))
 
 
 def test_tiles_and_slices(load, folders):
