@@ -21,13 +21,13 @@ from torch import Tensor
 from .advantage import group_advantages
 from .allocation import delta_entropy, query_share
 from .methods import make_plan
-from .plan import Branch, Plan
+from .plan import Plan
 from .recorder import record_attention_entropy
 from .reward import get_reward
 from .rollout import Rollout, addressed_noise, prune, rollout
 from .sde import ode_step
 from .sigmas import flow_sigmas
-from .trainer import TrainConfig, Trainer, rows_loss, sample_images
+from .trainer import TrainConfig, Trainer, loss_weights, ode_plan, rows_loss, sample_images
 
 # %% ../nbs/26_attention_signal.ipynb #d0ba437e
 @torch.no_grad()
@@ -39,8 +39,8 @@ def block_profiles(
 )->tuple: # (P,T,B) nats, fp32, on the CPU; names of the B blocks
     "Attention entropy of every block along a prompt's ODE trajectory: T network evaluations per prompt."
     if not prompts: raise ValueError("prompts is empty: a probe needs at least one")
-    plan = Plan(flow_sigmas(num_steps, shift), (Branch(),))
-    with record_attention_entropy(policy.transformer, every=query_share(policy)) as H:
+    plan = ode_plan(num_steps, shift)
+    with policy.unguided(), record_attention_entropy(policy.transformer, every=query_share(policy)) as H:
         rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)
     return H.entropy(samples=len(prompts)).permute(2, 0, 1).contiguous(), H.blocks
 
@@ -75,10 +75,10 @@ def policy_gradient(
     rows, total = torch.unique(out.row[out.weight > 0]), 0.
     for p in parameters: p.grad = None
     for chunk in rows.split(policy.micro_batch):
-        loss, seen, *_ = rows_loss(policy, cond, out, chunk, advantages, config)
+        loss, _, index, _ = rows_loss(policy, cond, out, chunk, advantages, config)
         loss.backward()
-        total += len(seen)
-    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]) / max(total, 1)
+        total += float(loss_weights(out, config)[index].sum())
+    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]) / (total or 1)
     for p in parameters: p.grad = None
     return gradient
 
@@ -290,7 +290,7 @@ def mean_score(
 )->float: # The mean of their scores
     "Mean score of a prompt's ODE samples, on noise of their own."
     ids = [f'{number}, {i}' for i in range(samples)]
-    out = rollout(policy, policy.encode([prompt] * samples), Plan(flow_sigmas(num_steps), (Branch(),)), 'other noise', prompt_ids=ids)
+    out = rollout(policy, policy.encode([prompt] * samples), ode_plan(num_steps), 'other noise', prompt_ids=ids)
     scores = reward(policy.decode(out.latents), [prompt] * samples)
     return float(sum(reward.weights[k] * s for k, s in scores.items()).double().mean())
 

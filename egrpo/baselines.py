@@ -138,13 +138,14 @@ def tempflow_grpo(
     num_generations:int=24, # G, samples per group and step, >= 2
     noise_level:float=0.7, # a of the kernel, > 0
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
-    noises:int|None=None, # Initial noises they leave from, a divisor of G; None = one for every six samples
+    noises:int|None=None, # Initial noises they leave from, a divisor of G; None = the largest that leaves each six samples or more
     stride:int=1, # Schedule steps per ODE step after the stochastic one, >= 1; 1 is exact
     solver:str='euler', # Solver of that ODE: euler or ab2, of second order
 )->Plan: # The plan of one prompt
     "TempFlow-GRPO (arXiv 2508.04324): one stochastic step at a time from ODE anchors, weighted by its noise."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    noises, sigmas = noises or max(1, num_generations // 6), flow_sigmas(num_steps, shift)
+    sigmas, most = flow_sigmas(num_steps, shift), max(1, num_generations // 6)
+    noises = noises or max(n for n in range(1, most + 1) if num_generations % n == 0)
     if num_generations % noises:
         raise ValueError(f"num_generations ({num_generations}) must be a multiple of noises ({noises}): change one of them")
     stds = step_std(sigmas[:-2], sigmas[1:-1], noise_level, kernel, sigmas[1])

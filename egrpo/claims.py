@@ -42,11 +42,12 @@ def judged(
 
 # %% ../nbs/33_claims.ipynb #8de7ccb4
 def _closest(
-    differences:dict, # Other setting -> (mean, low, high)
-)->str: # e.g. a -0.020 [-0.030, -0.010]
+    differences:dict, # Other setting -> (mean, low, high) of it minus `best`
+    best:str, # The setting claimed to be best
+)->str: # e.g. a minus b -0.020 [-0.030, -0.010]
     "The setting that came closest, or passed."
     name = max(differences, key=lambda k: differences[k][0])
-    return f"{name} {show(differences[name], '+')}"
+    return f"{name} minus {best} {show(differences[name], '+')}"
 
 def best(
     place:int=0, # By which reward: 0 the one trained on, then the paper's CLIP, PickScore and ImageReward
@@ -61,8 +62,9 @@ def best(
         others = {k: data['against_best'][k][reward] for k in names}
         own, seeds = data['settings'][data['best']][reward]['after'], seeds_of(data, over and (data['best'], *over))
         equal = {k: e['against_best'][reward] for k, e in data.get('equal_iterations', {}).items() if k in others}
-        beside = f"; at equal iterations {_closest(equal)}, {verdict(equal.values(), seeds)}" if len(equal) == len(others) else ''
-        return f"{data['best']} {show(own)}; {_closest(others)}{beside}", verdict(others.values(), seeds)
+        beside = ''
+        if len(equal) == len(others): beside = f"; at equal iterations {_closest(equal, data['best'])}, {verdict(equal.values(), seeds)}"
+        return f"{data['best']} {show(own)}; {_closest(others, data['best'])}{beside}", verdict(others.values(), seeds)
     return judge
 
 def training_best(
@@ -71,7 +73,7 @@ def training_best(
     "The training reward of the setting claimed to be best rises most."
     others = data['rise_against_best']
     if not others: return '', f'undecided (0 of {SEEDS_NEEDED} seeds)'
-    seen = f"{data['best']} rises by {show(data['training_rise'][data['best']], '+')}; {_closest(others)}"
+    seen = f"{data['best']} rises by {show(data['training_rise'][data['best']], '+')}; {_closest(others, data['best'])}"
     return seen, verdict(others.values(), seeds_of(data))
 
 def negative(
@@ -139,9 +141,10 @@ def merging_raises(
 def hacked(
     data:dict, # Data of the record of Fig. 8
 )->tuple: # What we saw, verdict
-    "Trained on a learned reward alone, some samples gain in it and lose in truth."
-    share = data['settings']['egrpo']['hacked']
-    return f'{show(share)} of the samples', verdict([negative(share)], len(data['seeds_finished']['egrpo']))
+    "Trained on a learned reward alone, more samples gain in it and lose in truth than the other way round."
+    share, excess = (data['settings']['egrpo'][k] for k in ('hacked', 'excess'))
+    seen = f"{show(share)} of the samples, {show(excess, '+')} more than lost in it and got better"
+    return seen, verdict([negative(excess)], len(data['seeds_finished']['egrpo']))
 
 def predicts(
     data:dict, # Data of the record of learning values
@@ -214,7 +217,8 @@ CLAIMS = (
     Claim('Fig. 1c', 'the training reward rises most if the first half is trained', 'a picture', 'active_steps', training_best),
     Claim('Fig. 3', 'several consecutive stochastic steps make credit ambiguous', 'an argument', 'credit', ambiguous),
     Claim('Fig. 4', "E-GRPO's training reward rises most", 'a picture', 'methods', training_best),
-    Claim('Fig. 8', 'training on HPS alone is hacked: samples gain in it that got worse', 'pictures', 'reward_hacking', hacked),
+    Claim('Fig. 8', 'training on HPS alone is hacked: more samples gain in it that got worse than the other way round', 'pictures',
+          'reward_hacking', hacked),
     Claim('Fig. 8', 'a second reward, CLIP, lessens the hacking', 'pictures', 'reward_hacking', joint_prevents),
     Claim('Table 1', f'E-GRPO has the best HPS, {ALONE}', '.391; Granular .385, TempFlow .382, Mix .378, Branch .358, Dance .353',
           'methods', best()),

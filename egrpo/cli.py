@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -462,11 +462,13 @@ def preset(
     return dict(get_scale(name).settings) if name else {}
 
 def published(
-    method, # A name in `egrpo.methods.METHODS`
+    chosen:dict, # Fields of `TrainConfig`, some of them
 )->dict: # Fields of `TrainConfig`
-    "Clip range, KL weight and scale of the advantages as a method was published; nothing for a method that is not there."
+    "Clip range, KL weight and scale of the advantages as the method was published, AEGPO's base; nothing for one that is not there."
     from egrpo.methods import PUBLISHED
-    return PUBLISHED.get(method, {})
+    from egrpo.trainer import TrainConfig
+    method = chosen.get('method', TrainConfig.method)
+    return PUBLISHED.get(chosen.get('base') or method if method == 'aegpo' else method, {})
 
 # %% ../nbs/35_cli.ipynb #6c05335e
 def plan_cost(
@@ -478,8 +480,8 @@ def plan_cost(
     return (f'{images} images of a prompt take {nfe:,} network evaluations ({images * plan.num_steps:,} if each were sampled on its own), '
             f'an update {gradient_nfe(plan)} with gradient')
 
-COST_OPTIONS = '''model lora_rank resolution guidance device dtype micro_batch gradient_checkpointing text_encoders prompts_per_iteration
-iterations inner_epochs beta ema_decay'''.split()
+COST_OPTIONS = '''model lora_rank resolution guidance device dtype micro_batch gradient_checkpointing text_encoders embeddings
+prompts_per_iteration iterations inner_epochs beta ema_decay'''.split()
 SECONDS = dict(forward='Seconds of an evaluation of one latent, as measured on the device',
                backward='Seconds of an evaluation with gradient and its backward pass', image='Seconds of decoding and scoring an image')
 
@@ -532,7 +534,7 @@ def run_cost(
     "Memory, evaluations and time of a run."
     from egrpo.trainer import TrainConfig, check_config, iteration_nfe
     chosen = (preset(args.scale) if args.scale else {}) | given(args, PLAN_OPTIONS + COST_OPTIONS)
-    config = TrainConfig(**published(chosen.get('method', TrainConfig.method)) | chosen)
+    config = TrainConfig(**published(chosen) | chosen)
     check_config(config)
     if args.processes < 1: raise ValueError(f"processes must be >= 1, got {args.processes}")
     memory, seconds = memory_text(config, args.device_memory, args.processes if args.share else 1), entered_seconds(args, config)
@@ -548,7 +550,9 @@ def run_plan(
     from egrpo.methods import make_plan, method_settings
     from egrpo.plan import describe, plot_plan
     check_picture(args.picture, '--picture')
-    costs = args.scale or args.probe or args.seconds_forward is not None or given(args, COST_OPTIONS)
+    entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
+    asked = args.scale or args.probe or args.share or args.processes != 1
+    costs = asked or any(n is not None for n in entered) or given(args, COST_OPTIONS)
     cost = run_cost(args) if costs else '' # may take a moment, or be refused: before anything is printed
     scale = {k: v for k, v in (preset(args.scale) if args.scale else {}).items() if k in PLAN_OPTIONS}
     settings = {name: config_options()[name].default for name in PLAN_OPTIONS} | scale | given(args, PLAN_OPTIONS) # needs no trainer
@@ -600,7 +604,8 @@ def run_tune(
     say(table([['micro-batch', 'ms a latent', 'with gradient', 'MiB'], *rows]))
     say(f'\nlargest that fits: {tried[-1][0]}; as fast as any: --micro-batch {best_micro_batch(tried)}')
 
-TUNE_OPTIONS = 'model lora_rank lora_from resolution guidance device dtype gradient_checkpointing compiled vae_tiling'.split()
+TUNE_OPTIONS = '''model lora_rank lora_from resolution guidance device dtype gradient_checkpointing compiled vae_tiling text_encoders
+embeddings'''.split()
 
 def add_tune(
     parser:Parser, # The command's parser
@@ -614,8 +619,8 @@ def add_tune(
 
 COMMANDS['tune'] = Command(run_tune, add_tune, 'Find the largest micro-batch that fits and the one to use.', 'egrpo tune --lora-rank 8')
 
-# %% ../nbs/35_cli.ipynb #f42773aa
-SAMPLE_OPTIONS = 'model resolution guidance num_steps shift device dtype micro_batch vae_tiling text_encoders seed'.split()
+# %% ../nbs/35_cli.ipynb #b77d3591
+SAMPLE_OPTIONS = 'model resolution guidance num_steps shift device dtype micro_batch vae_tiling text_encoders embeddings seed'.split()
 
 def load_sampler(
     config, # A `TrainConfig`
@@ -624,7 +629,7 @@ def load_sampler(
     "A policy to sample from."
     from egrpo.policy import load_lora, load_policy
     check_device(config.device)
-    same = 'resolution guidance micro_batch vae_tiling text_encoders'.split()
+    same = 'resolution guidance micro_batch vae_tiling text_encoders embeddings'.split()
     policy = load_policy(config.model, config.device, config.dtype, None, **{name: getattr(config, name) for name in same})
     if lora: load_lora(policy.pipeline, lora, 'lora')
     return policy
@@ -639,7 +644,7 @@ def sample_prompts_of(
     if args.prompt and args.prompts: raise ValueError("prompt and prompts were both given: name prompts one by one, or a file of them")
     if any(not p.strip() for p in args.prompt or []): raise ValueError("prompt is blank: write what to draw")
     if args.images < 1: raise ValueError(f"images must be >= 1 per prompt, got {args.images}")
-    if args.prompts: prompts = load_prompts(args.prompts)
+    if args.prompts: prompts = load_prompts(args.prompts, 'held_out', 48)
     else: prompts = args.prompt or [sample_prompts(1, 0, 'held_out', c)[0] for c in CATEGORIES]
     return [p for p in prompts for _ in range(args.images)]
 
@@ -776,11 +781,10 @@ def check_run(
     config, # A `TrainConfig`
 ):
     "The same configuration, if all is well that can be known without a model and without writing."
-    from egrpo.methods import make_plan
     from egrpo.reward import get_reward
-    from egrpo.trainer import check_config, load_prompts
+    from egrpo.trainer import check_config, check_method, load_prompts
     check_config(config)
-    make_plan(config.method, **asdict(config))
+    check_method(config.method, config)
     for prompts in (config.prompts, config.eval_prompts or 'shapes'): load_prompts(prompts, n=1)
     for reward in (config.reward, config.eval_rewards or config.reward): get_reward(reward)
     check_device(config.device)
@@ -793,7 +797,7 @@ def run_train(
     "egrpo train: train a model."
     from egrpo.trainer import TrainConfig, Trainer, describe_run
     chosen = {**preset(args.scale), **given(args, config_options())}
-    config = check_run(TrainConfig(**{**published(chosen.get('method', TrainConfig.method)), **chosen}))
+    config = check_run(TrainConfig(**{**published(chosen), **chosen}))
     say(describe_run(config))
     if args.dry_run: return
     with run_folder(config.out):

@@ -20,11 +20,12 @@ import diffusers
 import torch
 import transformers
 
+from .allocation import signal_needed
 from .benchmark import _forget_most_held, _most_held
 from .methods import make_plan
 from .plan import count_leaves, gradient_nfe
 from .policy import DTYPES, LORA_TARGETS, MICRO_BATCH_ELEMENTS, assets_path, load_policy
-from .trainer import TrainConfig, iteration_nfe
+from .trainer import TrainConfig, chooses_steps, iteration_nfe
 
 # %% ../nbs/29_cost.ipynb #9817ccd3
 @dataclass(frozen=True)
@@ -253,12 +254,13 @@ def _weights_memory(
     n = count_parameters(config.model, config.lora_rank)
     lora, trained, (block, rest) = n['lora'], n['lora'] or n['network'], block_parameters(config.model)
     part = trained if lora or share == 1 else -(-trained // share) # a LoRA is not shared
+    reference = config.beta or chooses_steps(config.method) and signal_needed(vars(config))[1]
     copied = block if share > 1 and config.gradient_checkpointing and not lora else trained
     gathered = (2 * block + rest) * (small if lora else 4) + (0 if lora else 2 * block * 4)
     return {'frozen weights': -(-n['network'] // share) * small if lora else 0, 'trained weights': 4 * part, 'gradients': 4 * part,
             "Adam's moments": 8 * part, 'copy for autocast': copied * small if small < 4 else 0,
             'average of the weights': 4 * part if config.ema_decay else 0,
-            'reference': 4 * part * (2 if share > 1 else 1) if config.beta and not lora else 0, # two: those trained are kept, too
+            'reference': 4 * part * (2 if share > 1 else 1) if reference and not lora else 0, # two: those trained are kept, too
             'gathered blocks': gathered if share > 1 else 0}
 
 def run_memory(
@@ -357,7 +359,7 @@ def policy_of(
     config:TrainConfig, # The configuration
 ): # The policy
     "The policy that a configuration trains."
-    same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing compiled vae_tiling'.split()
+    same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing compiled vae_tiling text_encoders embeddings'.split()
     return load_policy(config.model, config.device, config.dtype, config.lora_rank, **{k: getattr(config, k) for k in same})
 
 def free_bytes(

@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
+from .checkpoint import find_checkpoint
 from .entropy import merge_lengths, step_entropy
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings
@@ -166,7 +167,7 @@ def run_cell(
     wall, busy = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
-        where = dict(out=str(folder), checkpoint_every=every, resume=(folder/'checkpoint').exists())
+        where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
         trainer = Trainer(TrainConfig(**asdict(config) | where))
         frame = trainer.fit()
         if trainer.iteration < config.iterations and not trainer.spent(): raise KeyboardInterrupt
@@ -258,7 +259,7 @@ def _run_and_store(
     path, run = Path(path), Path(path).with_suffix('.run')
     with _alone(path) if _is_first() else nullcontext():
         if path.exists(): return
-        if _is_first() and not (run/'checkpoint').exists(): shutil.rmtree(run, ignore_errors=True)
+        if _is_first() and not find_checkpoint(run/'checkpoint'): shutil.rmtree(run, ignore_errors=True)
         _meet()
         result = run_cell(config, out=run)
         if _is_first():
@@ -663,11 +664,13 @@ def real_share(
 def hacking(
     results:list, # Results of one setting, a seed each
     learned:str='preference', # The learned reward
-)->dict: # real_share; hacked, fell: (mean, low, high) over seeds and prompts
-    "How often and how much a learned reward rose without the truth."
+)->dict: # real_share; shares of samples: hacked, fell, rose, missed, excess: (mean, low, high) over seeds and prompts
+    "How often and how much a learned reward rose without the truth. Missed is hacked's mirror image; excess, hacked less missed."
     rise, truth = (_at(results, r) - _at(results, r, 0) for r in (learned, 'verifier'))
-    fell = truth <= -FALL + 1e-9
-    return dict(real_share=real_share(rise, truth), hacked=bootstrap_interval(fell & (rise > 0)), fell=bootstrap_interval(fell))
+    fell, rose = truth <= -FALL + 1e-9, truth >= FALL - 1e-9
+    hacked, missed = fell & (rise > 0), rose & (rise < 0)
+    shares = dict(hacked=hacked, fell=fell, rose=rose, missed=missed, excess=hacked * 1. - missed)
+    return dict(real_share=real_share(rise, truth), **{k: bootstrap_interval(v) for k, v in shares.items()})
 
 # %% ../nbs/32_experiments.ipynb #a7aa922e
 def _both_cells(
@@ -840,7 +843,9 @@ def said(
 )->str: # A line
     "Scale, seeds and cost of a record."
     data, hours = record['data'], record['wall_time'] / 3600
-    seeds = f"{seeds_of(data)} of {data['seeds_planned']} seeds of every setting"
+    fewest, most = (f(map(len, data['seeds_finished'].values())) for f in (min, max))
+    planned = data['seeds_planned']
+    seeds = f"{most} of {planned} seeds of every setting" if fewest == most else f"{fewest} to {most} of {planned} seeds, by setting"
     return f"scale {record['scale']}, {seeds}, {hours:.1f} hours of one core, {record['nfe']:,} network evaluations, {record['device']}"
 
 def rewards_of(

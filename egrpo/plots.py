@@ -452,7 +452,7 @@ def plot_rewards(
     for ax, reward in zip(axes, rewards):
         plot_scores({k: s[reward]['after'] for k, s in settings.items()}, ax=ax)
         ax.axvline(next(iter(settings.values()))[reward]['before'][0], color=GREY, ls=':', lw=1.2, zorder=1)
-        ax.set(title=reward.replace('_', ' ') + ' (trained on)' * (reward in trained), xlabel='held-out score')
+        ax.set(title=reward.replace('_', ' ') + ' (trained on)' * (reward in trained), xlabel='held-out score; dotted: before training')
     return axes
 
 # %% ../nbs/31_plots.ipynb #f0f4724c

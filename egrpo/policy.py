@@ -318,6 +318,8 @@ def compile_blocks(
     except Exception as e: # each compiler has errors of its own
         why = ' '.join(str(e).split())[:200]
         raise ValueError(f"compiled needs a C++ compiler on a CPU and Triton on a GPU, leave it out without ({why})") from e
+    # a variant for passes with and without gradient and LoRA, and for one latent and several; 8 would not be enough
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     names = network._repeated_blocks or network._no_split_modules # diffusers names those that compile well; SD3's are not named yet
     for m in network.modules():
         if type(m).__name__ in names: m.compile(options=dict(emulate_precision_casts=told))

@@ -229,7 +229,7 @@ COMPILED = (('fp32', True), ('bf16', True), ('bf16', False)) # dtype; are fused 
 def compiled_of(
     config, # A `TrainConfig` with the miniature, on the CPU; a LoRA is trained
     rounds:int, # Of timing, >= 1
-)->list: # a dict per pair of `COMPILED`: dtype, told, first (seconds), seconds: way -> list, ratio_error: way -> the largest
+)->list: # a dict per pair of `COMPILED`: dtype, told, nfe, first (seconds), seconds: way -> list, ratio_error: way -> the largest
     "Iterations with and without compiled blocks, and how far the first update's ratio is from 1."
     out = []
     for dtype, told in COMPILED:
@@ -239,7 +239,8 @@ def compiled_of(
         found = {way: [] for way in trainers}
         for i in range(rounds + 1):
             for way, trainer in trainers.items(): found[way].append(_timed_step(trainer, i))
-        out.append(dict(dtype=dtype, told=told, first=found['compiled'][0]['wall'],
+        nfe = sum(trainer.policy.nfe for trainer in trainers.values())
+        out.append(dict(dtype=dtype, told=told, nfe=nfe, first=found['compiled'][0]['wall'],
                         seconds={way: [o['seconds'] for o in steps[1:]] for way, steps in found.items()},
                         ratio_error={way: max(o['ratio_error'] for o in steps) for way, steps in found.items()}))
     return out

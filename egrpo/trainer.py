@@ -179,7 +179,7 @@ def check_config(
 def iteration_nfe(
     config:TrainConfig, # The configuration
     iteration:int=0, # Which iteration, >= 0
-)->int: # Network evaluations: probes, rollout, gradient and the KL's reference
+)->int: # Velocities (probes, rollout, gradient, the KL's reference): network evaluations, or half of them with classifier-free guidance
     "What an iteration costs: at most, where a plan keeps a share of siblings or its steps are chosen by attention entropy."
     c, settings = config, asdict(config)
     plan = make_plan(c.method, iteration, **settings)
@@ -189,7 +189,7 @@ def iteration_nfe(
 def training_nfe(
     config:TrainConfig, # The configuration
     iterations:int|None=None, # Iterations; None = the configuration's
-)->int: # Network evaluations
+)->int: # Velocities, as in `iteration_nfe`
     "What training costs without evaluations, at most."
     n, moves = iterations or config.iterations, 'iteration' in method_settings(config.method)
     return sum(iteration_nfe(config, i) for i in range(n)) if moves else n * iteration_nfe(config)
@@ -426,7 +426,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema_decay else {}
         if config.beta or self._signals()[1]: self.policy.freeze_reference()
-        address = config.model, *(getattr(config, k) for k in ('lora_from', 'num_steps', 'shift', 'resolution', 'guidance', 'dtype'))
+        loaded = str(self.policy.dtype), self.policy.resolution
+        address = config.model, *(getattr(config, k) for k in ('lora_from', 'num_steps', 'shift', 'guidance')), *loaded
         self.reference_profiles = ProfileCache(address, config.profile_cache or Path(config.out)/'profiles')
 
     def _load_prompts_and_rewards(self,
@@ -675,7 +676,7 @@ class Trainer:
             self._record_evaluation()
             if self.iteration: self.save() # one that failed before
         with stop_on_interrupt() as interrupt:
-            for i in bar:
+            for i in () if self.spent() else bar: # a run that is resumed may be over already
                 metrics = self._step_or_save(i)
                 self.iteration, self.nfe = i + 1, self.nfe + metrics['nfe_rollout'] + metrics['nfe_gradient']
                 stopped = self._total(interrupt.asked or self.spent() or bool(stop and stop(self))) > 0 # all stop, or none
@@ -706,7 +707,7 @@ class Trainer:
     def _evaluation_is_due(self)->bool:
         "Is this an iteration after which the configuration wants an evaluation?"
         c, i = self.config, self.iteration
-        return i in (0, c.iterations) or (c.eval_every > 0 and i % c.eval_every == 0)
+        return i in (0, c.iterations) or self.spent() or (c.eval_every > 0 and i % c.eval_every == 0)
 
     def _evaluate_and_save(self,
         stopped:bool, # Is this the end before its time?
@@ -756,11 +757,11 @@ class Trainer:
 
     def _close(self):
         "Write the evaluations and the trained model."
-        if self.config.tracker: self.accelerator.end_training()
         main, out = self.accelerator.is_main_process, Path(self.config.out)
         if main: pd.DataFrame(self.history).to_csv(out/'evaluations.csv', index=False)
         if main or self.policy.mesh:
             with swapped(self.parameters, self.ema): self.policy.save(out/'model')
+        if self.config.tracker: self.accelerator.end_training() # the processes can no longer meet after it
 
     # ---- checkpoints
     def save(self)->Path: # The checkpoint's folder
@@ -787,5 +788,6 @@ class Trainer:
         "Drop the metrics of iterations after the checkpoint; they are run again."
         log = Path(self.config.out)/'metrics.jsonl'
         if not (self.accelerator.is_main_process and log.exists()): return
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)['iteration'] < self.iteration]
-        log.write_text(''.join(line + '\n' for line in kept))
+        draft, kept = log.with_suffix('.new'), log.read_text().splitlines()[:self.iteration] # a line each; the last may be half a line
+        draft.write_text(''.join(line + '\n' for line in kept))
+        draft.replace(log)

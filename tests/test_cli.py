@@ -304,3 +304,19 @@ def test_installed_command_demonstrates_from_any_folder(tmp_path):
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     done = subprocess.run(f'{command} plan | head -n 1', shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.stdout.startswith('step') and not done.stderr, done.stderr
+
+
+def test_plan_counts_memory_for_a_device(capsys):
+    "One option of the group is enough."
+    for words in ('--device-memory 24', '--processes 2', '--seconds-forward 1 --seconds-backward 2'):
+        assert main(shlex.split(f'plan {words}')) == 0
+        assert 'one device holds, GiB' in capsys.readouterr().out
+    assert main(shlex.split('plan --seconds-backward 2')) == 2
+    assert 'seconds-forward and seconds-backward go together' in capsys.readouterr().err
+
+
+def test_dry_run_refuses_what_the_run_would(capsys):
+    "A setting of AEGPO for another method; and the base's published loss is AEGPO's."
+    assert main(shlex.split('train --dry-run --top 4')) == 2
+    assert 'top is for methods that choose' in capsys.readouterr().err
+    assert [cli.published(dict(method='aegpo', **o))['beta'] for o in ({}, dict(base='flow_grpo'))] == [0., .04]

@@ -33,7 +33,7 @@ def cell(scores, seed=0, reward=(0., 1.)):
 def test_committed_cell(path):
     found = ex.load_cell(path)
     assert ex.cell_key(TrainConfig(**found['config'])) == path.stem, 'not what its name says: a field of TrainConfig has changed'
-    assert path.stat().st_size < 30_000 and found['ratio_error'] < 1e-6
+    assert path.stat().st_size < 50_000 and found['ratio_error'] < 1e-6
     if 'shown' in found:
         assert path.with_suffix('.png').stat().st_size <= 60_000
         assert len(found['images']) == len(found['shown']['prompts']) == len(found['shown']['saw'])
@@ -140,10 +140,10 @@ def test_verdict_follows_the_intervals():
 
 
 def test_hacking_is_found():
-    scores = {'preference': {0: np.full(4, .5), 9: np.array([.6, .6, .4, .6])},
-              'verifier': {0: np.full(4, .9), 9: np.array([.7, .9, .7, .81])}}
+    scores = {'preference': {0: np.full(5, .5), 9: np.array([.6, .6, .4, .6, .4])},
+              'verifier': {0: np.array([.9, .9, .9, .9, .7]), 9: np.array([.7, .9, .7, .81, .9])}}
     found = ex.hacking([dict(scores=scores)])
-    assert found['hacked'][0] == .25 and found['fell'][0] == .5
+    assert [found[k][0] for k in ('hacked', 'fell', 'rose', 'missed', 'excess')] == [.2, .4, .2, .2, 0.]
 
 
 # ---- the grids

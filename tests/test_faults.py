@@ -19,11 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from egrpo import checkpoint as checkpoint_module
 from egrpo import cli, policy
-from egrpo.checkpoint import load_checkpoint
+from egrpo.checkpoint import load_checkpoint, save_checkpoint
 from egrpo.cli import main
 from egrpo.reward import RewardError, get_reward
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.trainer import TrainConfig, Trainer, training_nfe
 
 command = Path(sys.executable).parent/'egrpo'
 small = '--num-steps 6 --active-steps 2 --num-generations 2 --prompts-per-iteration 1 --eval-size 2 --device cpu'
@@ -260,11 +261,33 @@ def test_reward_that_fails_between_checkpoints(here, capsys, call, said):
 
 # ---- folders and disks
 
-@pytest.mark.parametrize('call, iteration', [(2, 2), (4, 5)]) # of four evaluations: at 0, 2, 4, 5
-def test_evaluation_that_fails(tmp_path, call, iteration):
+def test_killed_while_a_checkpoint_or_a_line_is_written(here):
+    "Half a line of metrics and a checkpoint that is still beside its place: the run goes on."
+    words = f'train {small} --out run --iterations'
+    assert main(shlex.split(f'{words} 2')) == 0
+    with open('run/metrics.jsonl', 'a') as f: f.write('{"iteration": 2, "rew')
+    Path('run/checkpoint').rename('run/checkpoint.old')
+    assert main(shlex.split(f'{words} 3 --resume')) == 0
+    assert [json.loads(o)['iteration'] for o in Path('run/metrics.jsonl').read_text().splitlines()] == [0, 1, 2]
+    assert sorted(p.name for p in Path('run').glob('checkpoint*')) == ['checkpoint']
+
+
+def test_the_last_checkpoint_outlives_one_that_cannot_be_written(tmp_path, monkeypatch):
+    "Also where it is still beside its place."
+    save_checkpoint(tmp_path/'checkpoint', {}, dict(iteration=1))
+    (tmp_path/'checkpoint').rename(tmp_path/'checkpoint.old')
+    def full(*args): raise OSError('no space left')
+    monkeypatch.setattr(checkpoint_module, '_write', full)
+    with pytest.raises(OSError, match='the last whole one is kept'): save_checkpoint(tmp_path/'checkpoint', {}, dict(iteration=2))
+    assert load_checkpoint(tmp_path/'checkpoint')[1] == dict(iteration=1)
+
+
+@pytest.mark.parametrize('call, iteration, budget', [(2, 2, None), (4, 5, None), (3, 3, 3)]) # evaluations at 0, 2, 4, 5; at 0, 2, 3
+def test_evaluation_that_fails(tmp_path, call, iteration, budget):
     "All that was trained is in the checkpoint, and the evaluation that failed is made when the run goes on."
     calls, settings = [], dict(iterations=5, eval_every=2, eval_size=2, checkpoint_every=0, num_steps=4, tau=0, active_steps=2,
                                num_generations=2, device='cpu')
+    if budget: settings['budget'] = training_nfe(TrainConfig(**settings), budget)
     class Trial(Trainer):
         "A trainer whose evaluations' rewards can fail."
         def evaluate(self):

@@ -20,7 +20,7 @@ from egrpo.advantage import group_advantages, keep_extremes, transition_values
 from egrpo.baselines import branch_grpo, chain, dance_grpo, flow_grpo_fast, g2rpo, grpo_guard, mix_grpo, tempflow_grpo
 from egrpo.loss import guard_logratio
 from egrpo.methods import METHODS, PAPERS, PUBLISHED, describe_method, egrpo, make_plan
-from egrpo.plan import Branch, Plan, SDEStep, describe, gradient_nfe, kept_count, rollout_nfe
+from egrpo.plan import Branch, Plan, SDEStep, count_leaves, describe, gradient_nfe, kept_count, rollout_nfe
 from egrpo.policy import load_policy
 from egrpo.rollout import prune, rollout
 from egrpo.sde import log_prob, ode_step, sde_sample, sde_step, step_std
@@ -288,6 +288,13 @@ def test_mix_window_is_the_released(iteration, start):
 def test_fast_window_is_the_released():
     "yifan123/flow_grpo: random.randint(0, 5 - 3), both ends included."
     assert {flow_grpo_fast(iteration=i).branches[0].steps[0].start for i in range(60)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize('samples, noises', [(8, 1), (12, 2), (16, 2), (24, 4), (31, 1), (32, 4)])
+def test_tempflow_has_noises_for_every_size_of_group(samples, noises):
+    "AEGPO changes the size of a group from prompt to prompt."
+    plan = make_plan('aegpo', base='tempflow_grpo', num_generations=samples, steps=(1, 2), num_steps=10)
+    assert {b.noises for b in plan.branches} == {noises} and count_leaves(plan) == 2 * samples
 
 
 def test_tempflow_weights_are_the_released():
