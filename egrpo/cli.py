@@ -10,8 +10,8 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'score_table', 'change_table', 'ends', 'change_tables', 'given', 'check_file', 'check_picture',
            'save_picture', 'try_reward', 'check_device', 'say', 'run_methods', 'read_images', 'run_rewards',
            'add_rewards', 'plan_lengths', 'plan_table', 'steps_table', 'preset', 'published', 'plan_cost',
-           'entered_seconds', 'memory_text', 'time_text', 'run_cost', 'run_plan', 'add_plan', 'run_tune', 'add_tune',
-           'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
+           'check_taken', 'entered_seconds', 'memory_text', 'time_text', 'run_cost', 'run_plan', 'add_plan', 'run_tune',
+           'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
            'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out',
            'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo',
            'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo',
@@ -480,6 +480,19 @@ def plan_cost(
     return (f'{images} images of a prompt take {nfe:,} network evaluations ({images * plan.num_steps:,} if each were sampled on its own), '
             f'an update {gradient_nfe(plan)} with gradient')
 
+def check_taken(
+    chosen:dict, # Fields of `TrainConfig` that were given by name
+    method:str, # The method
+    base:str|None=None, # AEGPO's base
+):
+    "Refuse a setting that the method has no use for."
+    from egrpo.methods import METHODS, method_settings
+    if method not in METHODS or (base or method) not in METHODS: return # refused where it is planned
+    takes = {k for name in (method, base or method) for k in method_settings(name)}
+    if method == 'aegpo' and not base: takes |= set(method_settings(method_settings('aegpo')['base']))
+    unused = [k for k in GROUPS['method'].split()[1:] if k in chosen and k not in takes]
+    if unused: raise ValueError(f"{unused[0]} is no setting of {base or method}: leave it out (`egrpo methods` has them all)")
+
 COST_OPTIONS = '''model lora_rank resolution guidance device dtype micro_batch gradient_checkpointing text_encoders embeddings
 prompts_per_iteration iterations inner_epochs beta ema_decay'''.split()
 SECONDS = dict(forward='Seconds of an evaluation of one latent, as measured on the device',
@@ -557,6 +570,7 @@ def run_plan(
     scale = {k: v for k, v in (preset(args.scale) if args.scale else {}).items() if k in PLAN_OPTIONS}
     settings = {name: config_options()[name].default for name in PLAN_OPTIONS} | scale | given(args, PLAN_OPTIONS) # needs no trainer
     method = settings.pop('method')
+    check_taken(given(args, PLAN_OPTIONS), method, settings['base'])
     merging = 'tau' in method_settings(method)
     if merging: say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
     plan = make_plan(method, args.iteration, **settings)
@@ -798,6 +812,7 @@ def run_train(
     from egrpo.trainer import TrainConfig, Trainer, describe_run
     chosen = {**preset(args.scale), **given(args, config_options())}
     config = check_run(TrainConfig(**{**published(chosen), **chosen}))
+    check_taken(given(args, config_options()), config.method, config.base)
     say(describe_run(config))
     if args.dry_run: return
     with run_folder(config.out):

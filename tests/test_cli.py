@@ -320,3 +320,14 @@ def test_dry_run_refuses_what_the_run_would(capsys):
     assert main(shlex.split('train --dry-run --top 4')) == 2
     assert 'top is for methods that choose' in capsys.readouterr().err
     assert [cli.published(dict(method='aegpo', **o))['beta'] for o in ({}, dict(base='flow_grpo'))] == [0., .04]
+
+
+@pytest.mark.parametrize('words, says', [
+    ('--window 3', 'window is no setting of egrpo'), ('--method dance_grpo --tau 1.8', 'tau is no setting of dance_grpo'),
+    ('--method aegpo --keep .5', 'keep is no setting of aegpo'), ('--method aegpo --base egrpo --train-share .5', 'no setting of egrpo')])
+def test_a_setting_the_method_has_no_use_for(words, says, capsys):
+    "It is refused, not ignored; those of the scale are not meant."
+    for command in ('plan', 'train --dry-run'):
+        assert main(shlex.split(f'{command} {words}')) == 2
+        assert says in capsys.readouterr().err
+    assert main(shlex.split('plan --method aegpo --base egrpo --tau 1.8')) == 0

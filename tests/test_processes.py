@@ -25,7 +25,7 @@ SMALL = dict(num_steps=6, num_generations=4, active_steps=2, tau=0, prompts_per_
              device='cpu', lr=1e-4)
 METHODS = {
     'egrpo, two updates': dict(updates_per_iteration=2, inner_epochs=2, ema_decay=.5),
-    'aegpo, unequal groups by prompt': dict(method='aegpo', active_steps=None, num_generations=6, top=2, weigh='prompt',
+    'aegpo, unequal groups by prompt': dict(method='aegpo', active_steps=None, tau=None, num_generations=6, top=2, weigh='prompt',
                                             prompts_per_iteration=5),
 }
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -78,8 +78,8 @@ def test_one_two_and_four_processes(tmp_path, settings):
 UNEVEN = dict(
     whole=(3, dict(iterations=5, num_steps=4, beta=.01, updates_per_iteration=2, ema_decay=.5, micro_batch=3, gradient_checkpointing=True,
                    eval_size=2)),
-    lora=(4, dict(iterations=2, lora_rank=2, lr=1e-3, beta=.01, method='branch_grpo', active_steps=None, num_generations=8, num_steps=10,
-                  keep=.5, pruned_steps=1, micro_batch=5, prompts_per_iteration=5, eval_size=5)))
+    lora=(4, dict(iterations=2, lora_rank=2, lr=1e-3, beta=.01, method='branch_grpo', active_steps=None, tau=None, num_generations=8,
+                  num_steps=10, keep=.5, pruned_steps=1, micro_batch=5, prompts_per_iteration=5, eval_size=5)))
 
 
 @pytest.mark.parametrize('name', UNEVEN)
