@@ -51,7 +51,7 @@ def entropy_profiles(
 class ProfileCache:
     "Profiles of the policy before training, each measured once."
     def __init__(self,
-        address:tuple, # What they depend on besides the prompt: model, resolution, dtype, guidance, …
+        address:tuple, # What they depend on besides the prompt: the weights, resolution, dtype, guidance, …
         folder=None, # Where to keep them; None = in memory only
     ):
         self.address, self.folder, self.known = address, folder and Path(folder), {}

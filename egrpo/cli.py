@@ -6,11 +6,11 @@
 __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COST_OPTIONS', 'SECONDS', 'TUNE_OPTIONS',
            'SAMPLE_OPTIONS', 'DEMO_FILES', 'NEXT', 'Option', 'config_options', 'yes_or_no', 'converter', 'show_default',
            'add_option', 'add_fields', 'add_own', 'option_groups', 'Parser', 'Command', 'make_parser', 'explain',
-           'set_environment', 'complain', 'main', 'table', 'show_interval', 'category_rows', 'score_names', 'show_mean',
-           'score_table', 'change_table', 'ends', 'change_tables', 'given', 'check_file', 'check_picture',
+           'set_environment', 'complain', 'main', 'table', 'category_rows', 'score_names', 'show_mean',
+           'category_table', 'change_table', 'ends', 'change_tables', 'given', 'check_file', 'check_picture',
            'save_picture', 'try_reward', 'check_device', 'say', 'run_methods', 'read_images', 'run_rewards',
            'add_rewards', 'plan_lengths', 'plan_table', 'steps_table', 'preset', 'published', 'plan_cost',
-           'check_taken', 'entered_seconds', 'memory_text', 'time_text', 'run_cost', 'run_plan', 'add_plan', 'run_tune',
+           'check_taken', 'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan', 'add_plan', 'run_tune',
            'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
            'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out',
            'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo',
@@ -211,15 +211,6 @@ def table(
     lines = ['  '.join([row[0].ljust(widths[0]), *[cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]]).rstrip() for row in rows]
     return '\n'.join([lines[0], '  '.join('-' * w for w in widths), *lines[1:]])
 
-def show_interval(
-    mean:float, # The mean
-    low:float, # Lower end of its interval
-    high:float, # Upper end
-    sign:str='', # '+' shows the sign of positive numbers too
-)->str: # e.g. 0.512 [0.470, 0.553]
-    "A mean with its interval."
-    return f'{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]'
-
 # %% ../nbs/35_cli.ipynb #f338c505
 def category_rows(
     prompts, # P prompts
@@ -241,13 +232,13 @@ def score_names(
 def show_mean(
     values, # (N,) scores or differences, a pandas Series
     prompts, # (N,) their prompts
-    sign:str='', # As in `show_interval`
+    sign:str='', # As in `egrpo.records.show_interval`
 )->str: # e.g. 0.512 [0.470, 0.553]
     "Mean of scores with its 95 % interval."
-    from egrpo.records import bootstrap_interval
-    return show_interval(*bootstrap_interval(values, prompts), sign) if prompts.nunique() > 1 else f'{values.mean():{sign}.3f}'
+    from egrpo.records import bootstrap_interval, show_interval
+    return show_interval(bootstrap_interval(values, prompts), sign) if prompts.nunique() > 1 else f'{values.mean():{sign}.3f}'
 
-def score_table(
+def category_table(
     frame, # An evaluation: a row per image, columns prompt and rewards
 )->str: # Lines
     "Mean scores by category."
@@ -541,7 +532,7 @@ def time_text(
     each = f'{seconds.forward:.3g} s an evaluation and {seconds.backward:.3g} s with gradient'
     return f'an iteration takes {total:.3g} s ({phases}) at {each}; {config.iterations} iterations {total * config.iterations / 3600:.3g} h'
 
-def run_cost(
+def run_text(
     args, # Parsed arguments
 )->str: # Lines
     "Memory, evaluations and time of a run."
@@ -566,7 +557,7 @@ def run_plan(
     entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
     asked = args.scale or args.probe or args.share or args.processes != 1
     costs = asked or any(n is not None for n in entered) or given(args, COST_OPTIONS)
-    cost = run_cost(args) if costs else '' # may take a moment, or be refused: before anything is printed
+    cost = run_text(args) if costs else '' # may take a moment, or be refused: before anything is printed
     scale = {k: v for k, v in (preset(args.scale) if args.scale else {}).items() if k in PLAN_OPTIONS}
     settings = {name: config_options()[name].default for name in PLAN_OPTIONS} | scale | given(args, PLAN_OPTIONS) # needs no trainer
     method = settings.pop('method')
@@ -720,7 +711,7 @@ def run_evaluate(
     policy = load_sampler(config, args.lora)
     try_reward(reward, prompts, policy.resolution)
     frame = evaluate(policy, prompts, reward, num_steps=config.num_steps, shift=config.shift, seed=config.seed)
-    say(score_table(frame))
+    say(category_table(frame))
     if out: save_scores(frame, out)
 
 def save_scores(

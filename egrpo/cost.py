@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from .allocation import signal_needed
-from .benchmark import _forget_most_held, _most_held
+from .benchmark import flux_inputs, highest_rise
 from .methods import make_plan
 from .plan import count_leaves, gradient_nfe
 from .policy import DTYPES, LORA_TARGETS, MICRO_BATCH_ELEMENTS, assets_path, load_policy
@@ -133,15 +133,12 @@ def network_inputs(
     batch:int=1, # Latents
 )->dict: # Arguments of its forward pass
     "Inputs of the right shapes for a network."
-    (C, H, W), c, like = latent, network.config, next(network.parameters())
+    C, H, W = latent
+    if a.network[0] == _flux_class: return flux_inputs(network, batch, H * W // 4, a.text_tokens)
+    c, like = network.config, next(network.parameters())
     def empty(*shape): return torch.zeros(batch, *shape, device=like.device, dtype=like.dtype)
-    common = dict(encoder_hidden_states=empty(a.text_tokens, c.joint_attention_dim), pooled_projections=empty(c.pooled_projection_dim))
-    if a.network[0] != _flux_class: return common | dict(hidden_states=empty(C, H, W), timestep=empty())
-    image = H * W // 4
-    ids = torch.zeros(image + a.text_tokens, 3, device=like.device)
-    guidance = empty() + 3.5 if c.guidance_embeds else None
-    return common | dict(hidden_states=empty(image, c.in_channels), timestep=empty() + .5, guidance=guidance,
-                         img_ids=ids[a.text_tokens:], txt_ids=ids[:a.text_tokens])
+    return dict(hidden_states=empty(C, H, W), encoder_hidden_states=empty(a.text_tokens, c.joint_attention_dim),
+                pooled_projections=empty(c.pooled_projection_dim), timestep=empty())
 
 def _blocks(
     network, # A transformer
@@ -370,20 +367,7 @@ def free_bytes(
     try: return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
     except (AttributeError, ValueError): return 4 * 2**30 # a system that does not say
 
-# %% ../nbs/29_cost.ipynb #c57b00b6
-def _rise(
-    run, # () -> anything
-    policy, # Says where it runs
-)->tuple: # What `run` gave; bytes that the memory rose at most
-    "Run, and see how far the memory held rises."
-    if policy.device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return run(), torch.cuda.max_memory_allocated() - before
-    _forget_most_held()
-    before = _most_held()
-    return run(), _most_held() - before
-
+# %% ../nbs/29_cost.ipynb #37a57816
 def tune(
     policy, # A policy with parameters to train
     limit:int, # Bytes that a micro-batch may take beyond what is held already, > 0; on a GPU its memory decides besides
@@ -394,7 +378,7 @@ def tune(
     if limit <= 0: raise ValueError(f"limit must be > 0 bytes, got {limit}: free some memory")
     found, n = [], 1
     while n <= most and (not found or n / found[-1][0] * found[-1][2] <= limit):
-        try: seconds, rise = _rise(lambda n=n: probe(policy, n, clock), policy)
+        try: seconds, rise = highest_rise(lambda n=n: probe(policy, n, clock), policy.device.type)
         except torch.OutOfMemoryError:
             for p in policy.parameters().values(): p.grad = None
             torch.cuda.empty_cache()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'REWARDS', 'EARLY', 'LATE', 'MERGED', 'CHAINS', 'MARGIN', 'PREDICTORS', 'LEARNING', 'STEP_KERNELS',
-           'STEP_VALUES', 'MEASUREMENTS', 'measurement_size', 'ratio_interval', 'verdict', 'one_step_data',
-           'credit_data', 'merging_noise_data', 'attention_profile_data', 'learning_value_data', 'peaks_data',
-           'speed_data', 'suffix_data']
+           'STEP_VALUES', 'MEASUREMENTS', 'measurement_size', 'ratio_interval', 'one_step_data', 'credit_data',
+           'merging_noise_data', 'attention_profile_data', 'learning_value_data', 'peaks_data', 'speed_data',
+           'suffix_data']
 
 # %% ../nbs/31_measurements.ipynb #a894fe39
 import numpy as np
@@ -95,14 +95,6 @@ def ratio_interval(
         raise ValueError(f"under must be as many numbers as over, {over.shape}, with a mean > 0, got {under.shape}: give the same prompts")
     resampled = bootstrap_means(over, n=n) / np.maximum(bootstrap_means(under, n=n), 1e-12)
     return float(over.mean() / under.mean()), *map(float, np.quantile(resampled, [.025, .975]))
-
-# %% ../nbs/31_measurements.ipynb #96325456
-def verdict(
-    difference:tuple, # (mean, low, high) of what the claim says is positive
-)->str: # holds, does not hold or undecided
-    "What an interval says about a claim."
-    _, low, high = difference
-    return 'holds' if low > 0 else 'does not hold' if high < 0 else 'undecided'
 
 # %% ../nbs/31_measurements.ipynb #3bad43af
 def _setup(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MEMORY_BYTES', 'LORA_TARGETS', 'PASSES', 'MICRO_BATCH_ELEMENTS', 'TEXT_ENCODERS', 'POLICIES', 'best_device',
-           'assets_path', 'limit_hub_waiting', 'load_pipeline', 'Conditions', 'Embeddings', 'text_fingerprint',
-           'check_lora_file', 'load_lora', 'compile_blocks', 'shard_network', 'whole_tensor', 'whole_tensors',
-           'own_part', 'swapped', 'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy']
+           'assets_path', 'limit_hub_waiting', 'load_pipeline', 'Conditions', 'Embeddings', 'network_fingerprint',
+           'text_fingerprint', 'check_lora_file', 'load_lora', 'compile_blocks', 'shard_network', 'whole_tensor',
+           'whole_tensors', 'own_part', 'swapped', 'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy',
+           'load_policy']
 
 # %% ../nbs/10_policy.ipynb #b8d27e80
 import copy
@@ -206,6 +207,24 @@ def _text_parts(
     "The names of a pipeline's text encoders or tokenizers."
     return [name for name, part in pipeline.components.items() if name.startswith(kind) and part is not None]
 
+def _add_weights(
+    h, # A hash; changed
+    name:str, # What to call the module
+    module, # A module
+):
+    "Put into a hash what a module's parameters are called, their shapes, and their first values."
+    for key, p in module.named_parameters():
+        h.update(f"{name}|{key}|{p.dtype}|{tuple(p.shape)}".encode())
+        h.update(p.detach().flatten()[:16].float().cpu().numpy().tobytes())
+
+def network_fingerprint(
+    network, # A transformer or UNet
+)->str: # 16 hexadecimal digits
+    "A network's weights, as a short text that differs if they were trained."
+    h = hashlib.blake2b(digest_size=8)
+    _add_weights(h, type(network).__name__, network)
+    return h.hexdigest()
+
 def text_fingerprint(
     pipeline, # A pipeline with its text encoders
     length:int|None=None, # Tokens of a prompt, where the pipeline is told
@@ -215,10 +234,7 @@ def text_fingerprint(
     for name in _text_parts(pipeline, 'tokenizer'):
         tokenizer = getattr(pipeline, name)
         h.update(f"{name}|{len(tokenizer)}|{tokenizer.model_max_length}".encode())
-    for name in _text_parts(pipeline):
-        for key, p in getattr(pipeline, name).named_parameters():
-            h.update(f"{name}|{key}|{p.dtype}|{tuple(p.shape)}".encode())
-            h.update(p.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    for name in _text_parts(pipeline): _add_weights(h, name, getattr(pipeline, name))
     return h.hexdigest()
 
 # %% ../nbs/10_policy.ipynb #ca6811b5
@@ -500,6 +516,7 @@ class Policy:
         "Freeze the network and add a LoRA, or unfreeze all of it; what is trained is fp32."
         self.transformer.eval().requires_grad_(lora_rank == 0 and not lora_from)
         self.lora_rank = self._load_lora(lora_rank, lora_from) if lora_from else lora_rank
+        self.fingerprint = network_fingerprint(self.transformer) # of what training starts from
         if lora_rank and not lora_from: _add_lora(self.transformer, lora_rank, seed)
         for p in self.parameters().values(): p.data = p.data.float()
         if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()

@@ -427,7 +427,7 @@ class Trainer:
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema_decay else {}
         if config.beta or self._signals()[1]: self.policy.freeze_reference()
         loaded = str(self.policy.dtype), self.policy.resolution
-        address = config.model, *(getattr(config, k) for k in ('lora_from', 'num_steps', 'shift', 'guidance')), *loaded
+        address = self.policy.fingerprint, *(getattr(config, k) for k in ('num_steps', 'shift', 'guidance')), *loaded
         self.reference_profiles = ProfileCache(address, config.profile_cache or Path(config.out)/'profiles')
 
     def _load_prompts_and_rewards(self,

@@ -165,6 +165,20 @@ def test_resume_equals_a_straight_run(tmp_path):
     assert straight.nfe == resumed.nfe == sum(m['nfe_rollout'] + m['nfe_gradient'] for m in logs[0])
 
 
+def test_a_model_trained_in_place_has_new_profiles(tmp_path):
+    "Runs of a model share its profiles; after it was trained on under the same name they are measured again."
+    model, shared = tmp_path/'model', tmp_path/'profiles'
+    def fit(out):
+        policy = load_policy(str(model), device='cpu')
+        trainer = trainer_of(policy, tmp_path/out, model=str(model), profile_cache=str(shared), iterations=1)
+        trainer.fit()
+        return trainer.policy, len(list(shared.iterdir()))
+    load_policy(device='cpu').save(model)
+    (trained, first), (_, again) = fit('a'), fit('b')
+    trained.save(model)
+    assert first == again == SMALL['prompts_per_iteration'] and fit('c')[1] == 2 * first
+
+
 def test_budget_ends_a_run(policy, tmp_path):
     "The run ends with the iteration that uses up its network evaluations."
     trainer = trainer_of(policy, tmp_path, method='egrpo', top=None, active_steps=2, budget=500, iterations=50)

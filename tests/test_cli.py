@@ -174,7 +174,7 @@ def test_change_is_paired():
     before = pd.DataFrame(dict(prompt=[f'a {c} circle' for c in ('red', 'blue', 'green', 'black')], score=[0., .3, .6, .9]))
     after = before.assign(score=before.score + .1)
     assert '+0.100 [+0.100, +0.100]' in cli.change_table(before, after, 'score').splitlines()[-1]
-    assert '[0.450, 0.450]' not in cli.score_table(before)
+    assert '[0.450, 0.450]' not in cli.category_table(before)
 
 
 def test_prompts_of_another_world_have_no_categories():

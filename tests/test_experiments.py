@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from egrpo import experiments as ex
-from egrpo.records import get_scale, load_record
+from egrpo.records import get_scale, load_record, verdict
 from egrpo.trainer import TrainConfig
 
 FIGURES = Path(__file__).parent.parent/'figures'
@@ -134,9 +134,9 @@ def test_partial_grid_leaves_out_what_cannot_be_compared():
 
 
 def test_verdict_follows_the_intervals():
-    assert ex.verdict([(-1, -2, -.1), (-1, -2, 0.)], 5) == 'undecided' # touching 0 is not below it
-    assert ex.verdict([], 5) == 'undecided'
-    assert ex.verdict([(1, .5, 2)], 4).startswith('undecided (4 of 5')
+    assert verdict((1, .1, 2), (1, 0., 2)) == 'undecided' # touching 0 is not above it
+    assert verdict() == 'undecided'
+    assert verdict((1, .5, 2), seeds=4).startswith('undecided (4 of 5')
 
 
 def test_hacking_is_found():

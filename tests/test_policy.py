@@ -352,8 +352,8 @@ def test_gradient_checkpointing_changes_nothing(load, name, lora_rank):
 
 
 def test_compiled_blocks_round_as_uncompiled_ones(folders):
-    "In bf16, passes with and without gradient agree to the last bit; attention is recorded uncompiled; no compiler is an error."
-    def load(compiled): return moved(load_policy(str(folders/'sd3'), 'cpu', 'bf16', 2, compiled=compiled))
+    "In bf16, passes with and without gradient agree to the last bit, checkpointed too; attention is recorded uncompiled; no compiler, no run."
+    def load(compiled, **kwargs): return moved(load_policy(str(folders/'sd3'), 'cpu', 'bf16', 2, compiled=compiled, **kwargs))
     missing = inductor.patch({'cpp.cxx': ('no-such-compiler',), 'force_disable_caches': True})
     with missing, pytest.raises(ValueError, match='compiled needs'): load(True)
     counters.clear()
@@ -370,6 +370,13 @@ def test_compiled_blocks_round_as_uncompiled_ones(folders):
     plain.velocity(x, sigma, cond).square().sum().backward()
     found = compiled.parameters()
     for n, p in plain.parameters().items(): assert_close(found[n].grad, p.grad, rtol=.05, atol=.05 * float(p.grad.abs().max()))
+    checked = load(True, gradient_checkpointing=True)
+    again = checked.velocity(x, sigma, cond)
+    again.square().sum().backward()
+    assert torch.equal(again, trained)
+    for n, p in checked.parameters().items(): assert_close(p.grad, found[n].grad, rtol=.05, atol=.05 * float(p.grad.abs().max()))
+    with torch.no_grad(), checked.reference(), plain.reference():
+        assert_close(checked.velocity(x, sigma, cond), plain.velocity(x, sigma, cond), rtol=.02, atol=.02)
 
 
 def test_tiles_and_slices(load, folders):
