@@ -352,7 +352,7 @@ def test_gradient_checkpointing_changes_nothing(load, name, lora_rank):
 
 
 def test_compiled_blocks_round_as_uncompiled_ones(folders):
-    "In bf16, passes with and without gradient agree to the last bit, checkpointed too; attention is recorded uncompiled; no compiler, no run."
+    "In bf16, passes with and without gradient agree to the last bit; attention is recorded uncompiled; no compiler, no run."
     def load(compiled, **kwargs): return moved(load_policy(str(folders/'sd3'), 'cpu', 'bf16', 2, compiled=compiled, **kwargs))
     missing = inductor.patch({'cpp.cxx': ('no-such-compiler',), 'force_disable_caches': True})
     with missing, pytest.raises(ValueError, match='compiled needs'): load(True)
