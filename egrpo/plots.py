@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'INK', 'GREY', 'PALE', 'STYLE', 'NOT_REWARDS', 'COSTS', 'style', 'save_figure', 'spread_labels',
            'plot_entropy', 'plot_merge_lengths', 'learning_curve', 'load_metrics', 'total_nfe', 'plot_learning',
            'plot_metric', 'ratio_by_step', 'plot_ratio', 'plot_scores', 'plot_rewards', 'plot_training',
-           'plot_categories', 'image_grid', 'plot_before_after', 'plot_side_by_side']
+           'plot_convergence', 'plot_categories', 'image_grid', 'plot_before_after', 'plot_side_by_side']
 
 # %% ../nbs/31_plots.ipynb #d5833817
 import json
@@ -458,6 +458,13 @@ def plot_rewards(
 # %% ../nbs/31_plots.ipynb #f0f4724c
 COSTS = dict(iterations='iteration', nfe='network evaluations', seconds='seconds of one processor core')
 
+def _moving_mean(
+    values:np.ndarray, # (N,)
+    n:int, # How many neighbours, >= 1; fewer at the ends
+)->np.ndarray: # (N,)
+    "Each value with its neighbours."
+    return pd.Series(values).rolling(n, center=True, min_periods=1).mean().to_numpy()
+
 @style()
 def plot_training(
     data:dict, # A record's data: training -> setting -> list of (iteration, mean, low, high); cost -> setting -> iterations, nfe, seconds
@@ -465,6 +472,7 @@ def plot_training(
     settings=None, # Which settings, in which order; all if not given
     reward:str|None=None, # A held-out score, its change since the start; None = the training samples' reward
     band:bool=True, # Show how far the mean may be off? Of many settings the bands hide the lines
+    smooth:int=1, # Neighbouring points that are averaged, >= 1, of the training samples' reward
     ax=None, # Axes to draw on; None makes a figure
 )->Axes: # The axes
     "Reward of the training samples, or change of a held-out score, with its band over seeds, against what training took."
@@ -473,6 +481,7 @@ def plot_training(
     for i, name in enumerate(settings or data['training']):
         curve = data['training'][name] if reward is None else [(int(k), *v) for k, v in data['held_out'][name][reward].items()]
         at, mean, low, high = np.array(curve, dtype=float).T
+        if reward is None: mean, low, high = (_moving_mean(o, smooth) for o in (mean, low, high))
         at, look = at * data['cost'][name][x] / data['cost'][name]['iterations'], dict(color=COLORS[i % 6], ls='-' if i < 6 else '--')
         ax.plot(at, mean, label=name, **look)
         if band: ax.fill_between(at, low, high, color=look['color'], alpha=.15, lw=0)
@@ -482,6 +491,22 @@ def plot_training(
     return ax
 
 # %% ../nbs/31_plots.ipynb #68944d6f
+@style()
+def plot_convergence(
+    data:dict, # As for `plot_training`
+    rewards, # A row for each: held-out scores, or None = the training samples' reward
+    **kwargs, # `settings`, `band`, `smooth` of `plot_training`
+)->np.ndarray: # (R,3) axes
+    "Curves of several rewards against iterations, network evaluations and seconds."
+    rewards = list(rewards)
+    figure, axes = plt.subplots(len(rewards), len(COSTS), figsize=(15, 3.7 * len(rewards)), dpi=64, sharey='row', squeeze=False)
+    for row, reward in zip(axes, rewards):
+        for ax, x in zip(row, COSTS): plot_training(data, x, reward=reward, ax=ax, **kwargs).get_legend().remove()
+        for ax in row[1:]: ax.set_ylabel('')
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right upper')
+    return axes
+
+# %% ../nbs/31_plots.ipynb #49b13d66
 @style()
 def plot_categories(
     before:dict, # Category -> (mean, low, high) before training
@@ -549,7 +574,7 @@ def _title(
     "A small title in several lines."
     ax.set_title('\n'.join(textwrap.wrap(str(text), width, max_lines=lines, placeholder=' …')), fontsize=9, loc='center', pad=4)
 
-# %% ../nbs/31_plots.ipynb #49b13d66
+# %% ../nbs/31_plots.ipynb #8699b6dc
 @style()
 def image_grid(
     images:Tensor, # (N,3,H,W) in [0, 1]
@@ -567,18 +592,14 @@ def image_grid(
         if titles is not None: _title(ax, titles[i], 19)
     return axes
 
-# %% ../nbs/31_plots.ipynb #b5358687
-def _verdict(
-    ax:Axes, # Axes of a pair
-    x:float, # Right edge of its image, pixels
-    y:float, # Lower edge, pixels
-    passed:bool, # Tick or cross
-):
-    "A tick or a cross in the image's corner."
-    ax.annotate('✓' if passed else '✗', (x, y), (-9, 9), textcoords='offset points', ha='center', va='center', fontsize=11,
-                weight='bold', color='white', bbox=dict(boxstyle='circle,pad=.15', fc=COLORS[2] if passed else COLORS[1], ec='white', lw=1))
+# %% ../nbs/31_plots.ipynb #b480c259
+def _mark(
+    passed:bool, # Tick or cross?
+)->tuple: # (sign, colour)
+    "The verifier's verdict, to be put below an image: in a corner of it an object may be."
+    return ('✓', COLORS[2]) if passed else ('✗', COLORS[1])
 
-# %% ../nbs/31_plots.ipynb #8699b6dc
+# %% ../nbs/31_plots.ipynb #452ab03d
 @style()
 def plot_before_after(
     before:Tensor, # (N,3,H,W) images in [0, 1] before training
@@ -599,14 +620,14 @@ def plot_before_after(
     axes = _grid(len(a), columns, 2.7, 1.85, figure)
     for i, ax in enumerate(axes):
         ax.imshow(np.concatenate([a[i], np.ones((h, gap, 3)), b[i]], axis=1))
-        ax.set_xticks([w/2, 1.5*w + gap], ['before', 'after'], fontsize=8, color=GREY)
+        marks = [('', GREY)] * 2 if verdicts is None else [_mark(passed) for passed in verdicts[i]]
+        ax.set_xticks([w/2, 1.5*w + gap], [f'{word} {sign}'.strip() for word, (sign, _) in zip(('before', 'after'), marks)], fontsize=8)
+        for label, (_, color) in zip(ax.get_xticklabels(), marks): label.set_color(color)
         ax.tick_params(length=0, pad=1)
         _title(ax, prompts[i], 32, 2)
-        if verdicts is not None:
-            for x, passed in zip((w, 2*w + gap), verdicts[i]): _verdict(ax, x - .5, h - .5, bool(passed))
     return axes
 
-# %% ../nbs/31_plots.ipynb #452ab03d
+# %% ../nbs/31_plots.ipynb #ac073c39
 @style()
 def plot_side_by_side(
     images:dict, # Name -> (N,3,H,W) images in [0, 1] of the same prompts and noise, a column each
@@ -627,8 +648,9 @@ def plot_side_by_side(
             ax.imshow(column[i])
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            if passed and name in passed: # below the image, not on it: an object may be in the corner
-                ax.set_xlabel('✓' if passed[name][i] else '✗', color=COLORS[2] if passed[name][i] else COLORS[1], labelpad=1, fontsize=9)
+            if passed and name in passed:
+                sign, color = _mark(passed[name][i])
+                ax.set_xlabel(sign, color=color, labelpad=1, fontsize=9)
     for ax, prompt in zip(axes[:, 0], prompts):
         ax.set_ylabel('\n'.join(textwrap.wrap(prompt, 26)), fontsize=8, rotation=0, ha='right', va='center')
     return axes
