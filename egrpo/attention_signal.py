@@ -21,7 +21,7 @@ from torch import Tensor
 from .advantage import group_advantages
 from .allocation import delta_entropy, query_share
 from .methods import make_plan
-from .plan import Plan
+from .plan import Branch, Plan
 from .recorder import record_attention_entropy
 from .reward import get_reward
 from .rollout import Rollout, addressed_noise, prune, rollout
@@ -52,14 +52,15 @@ def velocity_distance(
     num_steps:int=16, # T, denoising steps, >= 2
     shift:float=3.0, # Shift of the schedule, > 0
 )->Tensor: # (P,) root mean square, in units of the latents, >= 0, on the CPU
-    "How far the velocity is from the policy's before training, along the probe: 2T network evaluations per prompt."
+    "How far the velocity is from the policy's before training, along the unguided probe: 2T network evaluations per prompt."
     x = torch.stack([addressed_noise(policy.latent_shape, 'probe', p, 'root', 0) for p in prompts]).to(policy.device)
     sigmas, cond, apart = flow_sigmas(num_steps, shift).to(policy.device), policy.encode(prompts), 0.
-    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-        velocity = policy.velocity(x, sigma.expand(len(x)), cond)
-        with policy.reference(): before = policy.velocity(x, sigma.expand(len(x)), cond)
-        apart = apart + (velocity - before).square().flatten(1).mean(1).sqrt() / num_steps
-        x = ode_step(velocity, x, sigma.item(), sigma_next.item())
+    with policy.unguided():
+        for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+            velocity = policy.velocity(x, sigma.expand(len(x)), cond)
+            with policy.reference(): before = policy.velocity(x, sigma.expand(len(x)), cond)
+            apart = apart + (velocity - before).square().flatten(1).mean(1).sqrt() / num_steps
+            x = ode_step(velocity, x, sigma.item(), sigma_next.item())
     return apart.cpu()
 
 # %% ../nbs/26_attention_signal.ipynb #43e44b8d
@@ -89,11 +90,13 @@ def half_scores(
     prompts:list, # P prompts
     samples:int=16, # ODE samples of each prompt, even, >= 2
     seed:int=0, # Addresses their noise
+    num_steps:int=16, # T, denoising steps, >= 1
+    shift:float=3.0, # Shift of the schedule, > 0
 )->Tensor: # (P,2) mean score of half A and of half B
     "Mean score of each prompt on two halves of the same fixed noise."
     if samples < 2 or samples % 2: raise ValueError(f"samples must be even and >= 2, got {samples}: they are split into halves")
     each = [p for p in prompts for _ in range(samples)]
-    scores = reward(sample_images(policy, each, seed=seed), each)
+    scores = reward(sample_images(policy, each, num_steps, shift, seed=seed), each)
     return sum(reward.weights[k] * s for k, s in scores.items()).view(len(prompts), 2, -1).mean(-1)
 
 def group_signals(
@@ -149,7 +152,7 @@ def _state(
     "Every signal of every watched prompt."
     c, policy, prompts = trainer.config, trainer.policy, trainer.prompts
     profiles, _ = block_profiles(policy, prompts, c.num_steps, c.shift)
-    before, score = half_scores(policy, noted.reward, prompts, samples, c.seed).T
+    before, score = half_scores(policy, noted.reward, prompts, samples, c.seed, c.num_steps, c.shift).T
     last = noted.std(prompts) # before the fresh groups, which are scored by the same reward
     scored = dict(noted.last)
     group = group_signals(trainer, prompts, trainer.iteration, 'watched', c.seed, trainer.iteration)
@@ -286,11 +289,11 @@ def mean_score(
     prompt:str, # The prompt
     number:int, # Its number in the noise address
     samples:int, # ODE samples, >= 1
-    num_steps:int=16, # Denoising steps
+    sigmas:Tensor, # (T+1,) noise levels from 1 to 0, as `egrpo.sigmas.flow_sigmas` gives
 )->float: # The mean of their scores
     "Mean score of a prompt's ODE samples, on noise of their own."
     ids = [f'{number}, {i}' for i in range(samples)]
-    out = rollout(policy, policy.encode([prompt] * samples), ode_plan(num_steps), 'other noise', prompt_ids=ids)
+    out = rollout(policy, policy.encode([prompt] * samples), Plan(sigmas, (Branch(),)), 'other noise', prompt_ids=ids)
     scores = reward(policy.decode(out.latents), [prompt] * samples)
     return float(sum(reward.weights[k] * s for k, s in scores.items()).double().mean())
 
@@ -304,13 +307,14 @@ def step_values(
     seed:int=0, # Addresses the noise of the groups
 )->StepValues: # For each prompt and step
     "Try every step alone: spread, best, gain of one update, and how far the update repeats."
-    reward, before, found, T = get_reward(reward), policy.nfe, [], plan.num_steps
+    reward, before, found, sigmas = get_reward(reward), policy.nfe, [], plan.sigmas
     for number, prompt in enumerate(prompts):
         cond, out, scores, ode = step_groups(policy, prompt, number, plan, reward, seed)
         gradients, repeat = step_gradients(policy, cond, out, scores, TrainConfig())
-        start, gain = mean_score(policy, reward, prompt, number, samples, T), []
+        start, gain = mean_score(policy, reward, prompt, number, samples, sigmas), []
         for g in gradients:
-            with moved_along(policy.parameters(), -g, length): gain.append(mean_score(policy, reward, prompt, number, samples, T) - start)
+            with moved_along(policy.parameters(), -g, length): after = mean_score(policy, reward, prompt, number, samples, sigmas)
+            gain.append(after - start)
         found.append((scores.double().var(-1).float(), scores.amax(-1) - ode, torch.tensor(gain), repeat))
     return StepValues(*map(torch.stack, zip(*found)), policy.nfe - before)
 

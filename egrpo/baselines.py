@@ -38,6 +38,7 @@ def check_counts(
     name:str='active_steps', # What to call `active_steps` in the message
 ):
     "Refuse counts that no plan can have."
+    if num_steps < 2: raise ValueError(f"num_steps must be >= 2, got {num_steps}: the last step is never stochastic")
     if first_step < 0: raise ValueError(f"first_step must be >= 0, got {first_step}: 0 is where the noise is")
     if not 1 <= active_steps <= num_steps - 1 - first_step:
         allowed = f"from 1 to num_steps - 1 = {num_steps - 1}" + f" - first_step {first_step}" * (first_step > 0)

@@ -10,8 +10,8 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'category_table', 'change_table', 'ends', 'change_tables', 'given', 'check_file', 'check_picture',
            'save_picture', 'try_reward', 'check_device', 'say', 'run_methods', 'read_images', 'run_rewards',
            'add_rewards', 'plan_lengths', 'plan_table', 'steps_table', 'preset', 'published', 'plan_cost',
-           'check_taken', 'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan', 'add_plan', 'run_tune',
-           'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
+           'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan', 'add_plan', 'run_tune', 'add_tune',
+           'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
            'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out',
            'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo',
            'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo',
@@ -159,8 +159,10 @@ def explain(
     error:Exception, # What was raised
 )->str|None: # One line; None where it is no mistake of the user
     "An error in a line."
-    if type(error).__name__ == 'OutOfMemoryError': return 'the device has not enough memory: lower --micro-batch or --resolution'
-    return ' '.join(str(error).split()) if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+    said = ' '.join(str(error).split())
+    if type(error).__name__ == 'OutOfMemoryError': # torch's own, or the trainer's, which names the micro-batch to try
+        return said if 'micro_batch' in said else 'the device has not enough memory: lower --micro-batch or --resolution'
+    return said if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
 ENVIRONMENT = dict(
     TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error', # our errors are the ones to read
@@ -337,7 +339,8 @@ def check_device(
 ):
     "Refuse a device that is not there."
     import torch
-    try: torch.empty(1, device=name)
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name # of several processes each looks at its own
+    try: torch.empty(1, device=own)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         why = str(e).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used ({why}): name cpu, cuda or mps, or leave it out for the best there is") from e
@@ -471,19 +474,6 @@ def plan_cost(
     return (f'{images} images of a prompt take {nfe:,} network evaluations ({images * plan.num_steps:,} if each were sampled on its own), '
             f'an update {gradient_nfe(plan)} with gradient')
 
-def check_taken(
-    chosen:dict, # Fields of `TrainConfig` that were given by name
-    method:str, # The method
-    base:str|None=None, # AEGPO's base
-):
-    "Refuse a setting that the method has no use for."
-    from egrpo.methods import METHODS, method_settings
-    if method not in METHODS or (base or method) not in METHODS: return # refused where it is planned
-    takes = {k for name in (method, base or method) for k in method_settings(name)}
-    if method == 'aegpo' and not base: takes |= set(method_settings(method_settings('aegpo')['base']))
-    unused = [k for k in GROUPS['method'].split()[1:] if k in chosen and k not in takes]
-    if unused: raise ValueError(f"{unused[0]} is no setting of {base or method}: leave it out (`egrpo methods` has them all)")
-
 COST_OPTIONS = '''model lora_rank resolution guidance device dtype micro_batch gradient_checkpointing text_encoders embeddings
 prompts_per_iteration iterations inner_epochs beta ema_decay'''.split()
 SECONDS = dict(forward='Seconds of an evaluation of one latent, as measured on the device',
@@ -551,7 +541,7 @@ def run_plan(
     args, # Parsed arguments
 ):
     "egrpo plan: print the table, the plan and its cost."
-    from egrpo.methods import make_plan, method_settings
+    from egrpo.methods import check_taken, make_plan, method_settings
     from egrpo.plan import describe, plot_plan
     check_picture(args.picture, '--picture')
     entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
@@ -649,9 +639,10 @@ def sample_prompts_of(
     if args.prompt and args.prompts: raise ValueError("prompt and prompts were both given: name prompts one by one, or a file of them")
     if any(not p.strip() for p in args.prompt or []): raise ValueError("prompt is blank: write what to draw")
     if args.images < 1: raise ValueError(f"images must be >= 1 per prompt, got {args.images}")
-    if args.prompts: prompts = load_prompts(args.prompts, 'held_out', 48)
+    if args.size < 1: raise ValueError(f"size must be >= 1 prompts, got {args.size}")
+    if args.prompts: prompts = load_prompts(args.prompts, 'held_out', args.size)
     else: prompts = args.prompt or [sample_prompts(1, 0, 'held_out', c)[0] for c in CATEGORIES]
-    return [p for p in prompts for _ in range(args.images)]
+    return [p for p in prompts[:args.size] for _ in range(args.images)]
 
 def marks(
     images, # (N,3,H,W) images in [0, 1]
@@ -692,6 +683,7 @@ def add_sample(
     group.add_argument('--prompt', action='append', metavar='TEXT',
                        help='What to draw; may be repeated (default: a held-out shapes prompt of each category)')
     add_own(group, Option('prompts', 'str', None, "Text file with one prompt a line, 'shapes' or 'hpd'", 'FILE'),
+            Option('size', 'int', 48, 'Most prompts to draw'),
             Option('images', 'int', 1, 'Images per prompt, each from its own noise'),
             Option('out', 'str', 'samples.png', 'Picture to write, a grid', 'FILE'))
 
@@ -800,6 +792,7 @@ def run_train(
     args, # Parsed arguments
 ):
     "egrpo train: train a model."
+    from egrpo.methods import check_taken
     from egrpo.trainer import TrainConfig, Trainer, describe_run
     chosen = {**preset(args.scale), **given(args, config_options())}
     config = check_run(TrainConfig(**{**published(chosen), **chosen}))
@@ -827,7 +820,7 @@ def run_report(
 )->str: # Lines
     "Where things are, and what they are for."
     c, out = trainer.config, Path(trainer.config.out)
-    use = f'--model {c.model} --lora {out}/model' if c.lora_rank else f'--model {out}/model'
+    use = f'--model {c.model} --lora {out}/model' if c.lora_rank or c.lora_from else f'--model {out}/model'
     rows = [('model', f'{out}/model', f'egrpo sample {use}'),
             ('metrics', f'{out}/metrics.jsonl', 'a line per iteration'),
             ('evaluations', f'{out}/evaluations.csv', 'a row per evaluation and prompt'),

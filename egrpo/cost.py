@@ -10,6 +10,7 @@ __all__ = ['ARCHITECTURES', 'Architecture', 'architecture', 'build_part', 'count
 
 # %% ../nbs/29_cost.ipynb #7a540d95
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from safetensors import safe_open
 
 from .allocation import signal_needed
 from .benchmark import flux_inputs, highest_rise
@@ -242,14 +244,23 @@ def block_parameters(
     sizes = [_count(b) for b in _blocks(network)]
     return max(sizes, default=0), _count(network) - sum(sizes)
 
+def _file_parameters(
+    lora, # Folder or file of a LoRA
+)->int: # Parameters
+    "How many parameters a LoRA's file holds."
+    place = Path(lora)
+    with safe_open(place/'pytorch_lora_weights.safetensors' if place.is_dir() else place, 'pt') as f:
+        return sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys() if not k.endswith('alpha'))
+
 def _weights_memory(
     config:TrainConfig, # The configuration
     small:int, # Bytes of a number in the network's dtype
     share:int, # Devices that share the network
 )->dict: # Part -> bytes
     "What a run holds per parameter on one device."
-    n = count_parameters(config.model, config.lora_rank)
-    lora, trained, (block, rest) = n['lora'], n['lora'] or n['network'], block_parameters(config.model)
+    n, (block, rest) = count_parameters(config.model, config.lora_rank), block_parameters(config.model)
+    lora = _file_parameters(config.lora_from) if config.lora_from else n['lora']
+    trained = lora or n['network']
     part = trained if lora or share == 1 else -(-trained // share) # a LoRA is not shared
     reference = config.beta or chooses_steps(config.method) and signal_needed(vars(config))[1]
     copied = block if share > 1 and config.gradient_checkpointing and not lora else trained

@@ -40,6 +40,7 @@ from .entropy import merge_lengths, step_entropy
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings
 from egrpo.records import (
+    SCALES,
     bootstrap_interval,
     bootstrap_means,
     device_name,
@@ -427,13 +428,14 @@ def training_curve(
 
 def training_rise(
     results:list, # Results of one setting, a seed each
+    iterations:int|None=None, # Of the first so many; None = all
 )->np.ndarray: # (S,) last quarter minus first quarter
     "How far the training reward of each seed rose."
     def rise(reward):
         "Of one run."
         quarter = max(1, len(reward) // 4)
         return np.mean(reward[-quarter:]) - np.mean(reward[:quarter])
-    return np.array([rise(r['reward']) for r in results])
+    return np.array([rise(r['reward'][:iterations]) for r in results])
 
 def run_cost(
     results:list, # Results of one setting, a seed each
@@ -450,6 +452,14 @@ def _against(
 )->dict: # reward -> (mean, low, high) of results minus `best`
     "Differences of two settings in every reward."
     return {name: contrast(results, best, name, iteration) for name in best[0]['scores']}
+
+def _rise_against(
+    best:list, # Results of the setting compared with
+    results:list, # Results of another setting
+    iterations:int|None=None, # As in `training_rise`
+)->tuple: # (mean, low, high) of results minus `best`
+    "How much further the training reward rises."
+    return paired_interval(*(training_rise(rs, iterations) for rs in paired_seeds(best, results)))
 
 def shared_iteration(
     results:list, # Results of one setting
@@ -469,12 +479,12 @@ def grid_data(
     return dict(
         best=best, settings={k: summarize(rs) for k, rs in results.items()},
         against_best={k: _against(results[best], rs) for k, rs in others.items()},
-        equal_iterations={k: dict(iteration=i, against_best=_against(results[best], rs, i)) for k, rs in others.items()
-                          if (i := shared_iteration(rs, results[best]))},
+        equal_iterations={k: dict(iteration=i, against_best=_against(results[best], rs, i), rise=_rise_against(results[best], rs, i))
+                          for k, rs in others.items() if (i := shared_iteration(rs, results[best]))},
         held_out={k: {r: held_out_curve(rs, r) for r in rewards} for k, rs in results.items()},
         training={k: training_curve(rs) for k, rs in results.items()},
         training_rise={k: bootstrap_interval(training_rise(rs)) for k, rs in results.items()},
-        rise_against_best={k: paired_interval(*map(training_rise, paired_seeds(results[best], rs))) for k, rs in others.items()},
+        rise_against_best={k: _rise_against(results[best], rs) for k, rs in others.items()},
         cost={k: run_cost(rs) for k, rs in results.items()},
         ratio_error=max(r['ratio_error'] for rs in results.values() for r in rs),
         cells={k: {r['config']['seed']: r['key'] for r in rs} for k, rs in results.items()})
@@ -513,7 +523,17 @@ def _finished(
     if cells and not any(there.values()): raise ValueError("no cell of the experiment is finished yet: run it without --partial first")
     return {k: cs for k, cs in there.items() if cs}
 
-# %% ../nbs/32_experiments.ipynb #6b3785f5
+# %% ../nbs/32_experiments.ipynb #651fab59
+def _check_replaced(
+    path:Path, # Where a record will be written
+    scale, # Its `Scale`
+):
+    "Refuse to replace a record by one of a smaller scale."
+    there, order = load_record(path)['scale'] if path.exists() else scale.name, list(SCALES)
+    if order.index(scale.name) < order.index(there):
+        raise ValueError(f"{path.name} is a record of scale {there}, which one of scale {scale.name} would replace: give --scale {there}, "
+                         "or another folder as EGRPO_FIGURES")
+
 def reproduce(
     name:str, # A name in `EXPERIMENTS`
     scale:str|None=None, # A name in `egrpo.records.SCALES`; None = EGRPO_SCALE, else smoke
@@ -526,6 +546,8 @@ def reproduce(
     "Run what is missing of an experiment and write its record."
     experiment, scale = _find(name), get_scale(scale)
     planned = _choose(experiment.cells(scale), only)
+    if partial and not planned: raise ValueError(f"partial is for experiments of several runs; {name} is one measurement: leave it out")
+    _check_replaced(record_path(path or name), scale)
     cells = _finished(planned, store) if partial else planned
     results = iter(run_cells([c for cs in cells.values() for c in cs], workers, store))
     by_setting = {setting: [next(results) for _ in cs] for setting, cs in cells.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PAPERS', 'PUBLISHED', 'egrpo', 'stochastic_steps', 'explored', 'aegpo', 'method_settings', 'make_plan',
-           'describe_method']
+           'check_taken', 'describe_method']
 
 # %% ../nbs/22_methods.ipynb #68470d60
 import inspect
@@ -85,7 +85,7 @@ def explored(
 # %% ../nbs/22_methods.ipynb #76eb8bce
 def aegpo(
     base='dance_grpo', # What is chosen among: a name in `METHODS`, a function that returns a Plan, or a Plan
-    steps=None, # Steps that are explored, from `egrpo.allocation`; None = the first `top`, with which a plan costs most
+    steps=None, # Steps that are explored, from `egrpo.allocation`; None = the first `top`, with which a plan of one branch costs most
     top:int=4, # How many, where `steps` does not say (the paper's 4), >= 1
     num_generations:int=12, # Samples of the prompt (the paper's 16 or 8, 12 on average)
     iteration:int=0, # For a base whose plan changes with it
@@ -126,6 +126,19 @@ def make_plan(
 )->Plan: # The plan of one prompt
     "The plan of a method."
     return _find(method)(**method_settings(method, iteration=iteration, **settings))
+
+def check_taken(
+    given, # Names of settings that somebody chose; those that belong to no method may be among them
+    method, # A name in `METHODS`, or a function that returns a Plan
+    base=None, # What AEGPO is put upon, where it was chosen
+):
+    "Refuse settings of other methods, which `make_plan` would drop."
+    if not isinstance(method, str): return # a function of one's own takes what it wants
+    own = method_settings(method)
+    base = own.get('base') and (base or own['base'])
+    others = {k for name in METHODS if name != 'aegpo' for k in method_settings(name)} - {*own, *(method_settings(base) if base else ())}
+    unused = [k for k in given if k in others]
+    if unused: raise ValueError(f"{unused[0]} is no setting of {base or method}: leave it out (`egrpo methods` has them all)")
 
 # %% ../nbs/22_methods.ipynb #6e123224
 PAPERS = dict(flow_grpo='2505.05470', dance_grpo='2505.07818', mix_grpo='2507.21802', tempflow_grpo='2508.04324', branch_grpo='2509.06040',

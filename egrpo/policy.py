@@ -461,6 +461,7 @@ class Policy:
     ):
         check_settings(lora_rank, micro_batch, guidance, lora_from, text_encoders, embeddings)
         self.device, self.guidance = best_device(device), guidance
+        if self.device.type == 'cuda' and self.device.index is not None: torch.cuda.set_device(self.device) # what else says `cuda` means it
         self.dtype = _check_dtype(dtype, self.device)
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
@@ -514,10 +515,11 @@ class Policy:
         gradient_checkpointing:bool|None, # Compute activations again in the backward pass?
     ):
         "Freeze the network and add a LoRA, or unfreeze all of it; what is trained is fp32."
-        self.transformer.eval().requires_grad_(lora_rank == 0 and not lora_from)
+        self.transformer.requires_grad_(lora_rank == 0 and not lora_from)
         self.lora_rank = self._load_lora(lora_rank, lora_from) if lora_from else lora_rank
         self.fingerprint = network_fingerprint(self.transformer) # of what training starts from
         if lora_rank and not lora_from: _add_lora(self.transformer, lora_rank, seed)
+        self.transformer.eval() # the dropout of a LoRA as well: the policy that samples is the one that is trained
         for p in self.parameters().values(): p.data = p.data.float()
         if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()
         if self.compiled: compile_blocks(self.transformer, self.device)

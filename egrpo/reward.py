@@ -192,7 +192,11 @@ def _find(
     place:str|None=None, # What stands in parentheses
 )->object: # What has this name; `RewardSet` checks that it can be called
     "The reward called `name`."
-    if name == 'server': return RewardClient(place)
+    if name == 'server':
+        url, _, seconds = (place or '').partition(',')
+        try: wait = float(seconds or 120)
+        except ValueError: raise ValueError(f"reward server({place}): after the comma stand seconds to wait, got {seconds!r}") from None
+        return RewardClient(url.strip(), wait)
     if name in REWARD_MODELS: return RewardModel(name, place)
     if place: raise ValueError(f"reward {name!r} has no place to name: leave out ({place})")
     if name in BUILT_IN: return BUILT_IN[name]

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IN_BLOCK', 'OPEN_CLIP', 'TOKENIZER_FILES', 'BATCH', 'BLIP', 'IMAGE_REWARD_MEAN',
            'IMAGE_REWARD_STD', 'CLIP_L', 'BERT', 'REWARD_MODELS', 'HPD_STYLES', 'RewardError', 'normalise', 'cut_out',
-           'fit_in', 'read_weights', 'to_safetensors', 'renamed', 'split_projections', 'from_open_clip',
+           'squash', 'fit_in', 'read_weights', 'to_safetensors', 'renamed', 'split_projections', 'from_open_clip',
            'open_clip_config', 'filled', 'find_weights', 'load_clip', 'load_tokenizer', 'clean_prompt', 'ClipReward',
            'head_layers', 'apply_head', 'AestheticReward', 'blip_models', 'ImageReward', 'edit_distance', 'quoted',
-           'text_match', 'OcrReward', 'download', 'Published', 'locate', 'load_reward', 'RewardModel', 'hpd_prompts']
+           'text_match', 'OcrReward', 'download', 'preparation', 'Published', 'locate', 'load_reward', 'RewardModel',
+           'hpd_prompts']
 
 # %% ../nbs/11_reward_models.ipynb #9aa98a4b
 import json
@@ -46,6 +47,17 @@ def _scaled(
     "Bicubic interpolation, smoothed where it shrinks."
     return images if images.shape[-2:] == (h, w) else F.interpolate(images, (h, w), mode='bicubic', antialias=True, align_corners=False)
 
+def _picture_sized(
+    images:Tensor, # (B,3,H,W) in [0,1], floating
+    h:int, # New height, pixels
+    w:int, # New width, pixels
+)->Tensor: # (B,3,h,w) in [0,1]
+    "Scaled as Pillow does, first across and then down, each time rounded to the 8 bits of a picture."
+    def picture(x):
+        "With 8 bits a channel."
+        return (x * 255).round().clamp(0, 255) / 255
+    return picture(_scaled(picture(_scaled(picture(images.float()), images.shape[-2], w)), h, w))
+
 def cut_out(
     images:Tensor, # (B,3,H,W) in [0,1], floating
     size:int=224, # Side of the square, pixels
@@ -53,12 +65,15 @@ def cut_out(
     "The middle of images whose shorter side becomes `size`: CLIP's and BLIP's usual preparation, with the rounding of 8-bit pictures."
     H, W = images.shape[-2:]
     h, w = H * size // min(H, W), W * size // min(H, W)
-    def picture(x):
-        "With 8 bits a channel."
-        return (x * 255).round().clamp(0, 255) / 255
-    x = picture(_scaled(picture(_scaled(picture(images.float()), H, w)), h, w))
     top, left = (h - size) // 2, (w - size) // 2
-    return normalise(x[..., top:top + size, left:left + size])
+    return normalise(_picture_sized(images, h, w)[..., top:top + size, left:left + size])
+
+def squash(
+    images:Tensor, # (B,3,H,W) in [0,1], floating
+    size:int=224, # Side of the square, pixels
+)->Tensor: # (B,3,size,size), normalised
+    "All of an image, both sides made `size`: the preparation of some CLIPs, with the rounding of 8-bit pictures."
+    return normalise(_picture_sized(images, size, size))
 
 def fit_in(
     images:Tensor, # (B,3,H,W) in [0,1], floating
@@ -258,7 +273,7 @@ class ClipReward:
     def __init__(self,
         model, # CLIPModel
         tokenizer, # Its tokenizer
-        prepare:Callable=cut_out, # What is done to images first: `cut_out`, or `fit_in` for HPS
+        prepare:Callable=cut_out, # What is done to images first: `cut_out`, `squash`, or `fit_in` for HPS
         clean:Callable=str, # What is done to a prompt first: nothing, or `clean_prompt` for HPS
     ): self.model, self.tokenizer, self.prepare, self.clean = model, tokenizer, prepare, clean
 
@@ -467,6 +482,19 @@ def download(
     if not (place/files[0]).is_file(): raise ValueError(f"{repo} has no {files[0]}: {remedy}")
     return place
 
+# %% ../nbs/11_reward_models.ipynb #2e4eb861
+def preparation(
+    place:Path, # File or folder of a CLIP's weights
+)->Callable: # (images, size) -> prepared
+    "How a CLIP wants its images: as open_clip's configuration beside it says, cut out where there is none."
+    said = (place if place.is_dir() else place.parent)/'open_clip_config.json'
+    wants = json.loads(said.read_text()).get('preprocess_cfg', {}) if said.is_file() else {}
+    ways, way = dict(shortest=cut_out, squash=squash), wants.get('resize_mode', 'shortest')
+    for name, usual in (('mean', CLIP_MEAN), ('std', CLIP_STD)):
+        if any(abs(a - b) > 1e-4 for a, b in zip(wants.get(name, usual), usual)): way = f"{name} {wants[name]}"
+    if way not in ways: raise ValueError(f"open_clip_config.json asks for {way}: only {', '.join(ways)} with CLIP's mean and std are known")
+    return ways[way]
+
 # %% ../nbs/11_reward_models.ipynb #989b7c55
 CLIP_L, BERT = 'openai/clip-vit-large-patch14', 'google-bert/bert-base-uncased'
 
@@ -482,6 +510,7 @@ class Published:
 def _clip_reward(place, file, device, **settings):
     "A cosine."
     from transformers import CLIPTokenizer
+    settings = dict(prepare=preparation(place)) | settings
     return ClipReward(load_clip(place, file).to(device), load_tokenizer(place, CLIPTokenizer, CLIP_L), **settings)
 
 def _hps(place, file, device):

@@ -10,6 +10,8 @@ import base64
 import io
 import json
 import math
+import select
+import socket
 import threading
 import time
 import urllib.error
@@ -92,6 +94,10 @@ class _Handler(BaseHTTPRequestHandler):
     "One request; the server it belongs to has `reward`, `name` and `turn`."
     def log_message(self, *args): pass # silence
 
+    def _is_left(self)->bool:
+        "Has the client gone while it waited for its turn?"
+        return bool(select.select([self.connection], [], [], 0)[0]) and not self.connection.recv(1, socket.MSG_PEEK)
+
     def do_GET(self):
         "What is served."
         _answer(self, 200, reward=self.server.name, ask='POST {"prompts": [...], "images": ["<base64 of a PNG>", ...]}')
@@ -102,7 +108,9 @@ class _Handler(BaseHTTPRequestHandler):
         if size > MAX_BODY: return _answer(self, 413, error=f"the request has {size} bytes, more than {MAX_BODY}")
         body = self.rfile.read(size)
         try:
-            with self.server.turn: scores = _scores(self.server.reward, body)
+            with self.server.turn:
+                if self._is_left(): return # it asks again, and would be scored twice
+                scores = _scores(self.server.reward, body)
             _answer(self, 200, scores=scores)
         except BrokenPipeError: pass # the client has gone
         except ValueError as e: _answer(self, 400, error=' '.join(str(e).split()))
@@ -135,7 +143,8 @@ class RewardClient:
         if urlsplit(url or '').scheme not in ('http', 'https') or not urlsplit(url).netloc:
             raise ValueError(f"reward server needs an address, got {url!r}: write server(http://127.0.0.1:8000)")
         if not timeout > 0 or retries < 0: raise ValueError(f"timeout must be > 0 and retries >= 0, got {timeout} and {retries}")
-        self.url, self.timeout, self.retries, self.spec, self.__name__ = url, timeout, retries, f'server({url})', 'server'
+        self.url, self.timeout, self.retries, self.__name__ = url, timeout, retries, 'server'
+        self.spec = f'server({url})' if timeout == 120 else f'server({url}, {timeout:g})'
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def _ask(self,

@@ -14,14 +14,16 @@ import shutil
 import signal
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, parse_flag_from_env, patch_environment
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env, patch_environment
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -31,11 +33,11 @@ from .advantage import combine_advantages, sample_weights, transition_values, ze
 from .allocation import CHOOSES, ProfileCache, allocated_plans, describe_choice, entropy_profiles, share_work, signal_needed
 from .checkpoint import check_same_run, load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
 from .loss import guard_logratio, loss_metrics, policy_loss
-from .methods import make_plan, method_settings
+from .methods import check_taken, make_plan, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
 from .policy import best_device, check_settings, load_policy, own_part, swapped, whole_tensor, whole_tensors
 from .reward import RewardError, get_reward
-from .reward_models import hpd_prompts
+from .reward_models import HPD_STYLES, hpd_prompts
 from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
 from .sde import gaussian_kl
 from .shapes import sample_prompts
@@ -148,6 +150,7 @@ def check_method(
 ):
     "Plan once, so that settings no plan can have are refused before anything is loaded or written."
     settings, n = asdict(config), config.prompts_per_iteration
+    check_taken([f.name for f in fields(config) if f.default is None and settings[f.name] is not None], method, config.base)
     if chooses_steps(method):
         rising = torch.arange(float(n))[:, None].expand(n, config.num_steps)
         allocated_plans(method, n, rising, torch.zeros_like(rising), **settings)
@@ -180,7 +183,7 @@ def iteration_nfe(
     config:TrainConfig, # The configuration
     iteration:int=0, # Which iteration, >= 0
 )->int: # Velocities (probes, rollout, gradient, the KL's reference): network evaluations, or half of them with classifier-free guidance
-    "What an iteration costs: at most, where a plan keeps a share of siblings or its steps are chosen by attention entropy."
+    "What an iteration costs: at most, where a plan keeps a share of siblings or attention entropy chooses its steps (of a tree, about)."
     c, settings = config, asdict(config)
     plan = make_plan(c.method, iteration, **settings)
     probes = c.num_steps * sum(signal_needed(settings)) if chooses_steps(c.method) else 0
@@ -215,16 +218,17 @@ def describe_run(
     weights = lora if c.lora_from or c.lora_rank else "all weights"
     rows = dict(plan=describe(plan), iteration=_describe_iteration(c, plan),
                 run=f"{c.iterations} iterations, {images:,} images, {training_nfe(c):,} network evaluations",
-                training=f"{c.reward} · {weights} of {c.model} · lr {c.lr:g} · seed {c.seed}")
+                training=f"{c.reward} on {c.prompts} prompts · {weights} of {c.model} · lr {c.lr:g} · seed {c.seed}")
     return '\n'.join(f'{name:>9}  {text}' for name, text in rows.items())
 
 # %% ../nbs/24_trainer.ipynb #f2259473
 def _hpd_split(
     split:str, # train, held_out or tuning
-)->list: # Of each of the four styles alike: 2400 prompts to train on, 400 held out, 400 to choose settings on
+)->list: # The four styles in turn: 2400 prompts to train on, 400 held out, 400 to choose settings on
     "Prompts of HPD's benchmark."
-    place = dict(held_out=0, tuning=4)
-    return [p for i, p in enumerate(hpd_prompts()) if (i % 8 == place[split] if split in place else i % 8 not in place.values())]
+    place, prompts = dict(held_out=0, tuning=4), [p for together in zip(*map(hpd_prompts, HPD_STYLES)) for p in together]
+    def own(i): return i % 8 == place[split] if split in place else i % 8 not in place.values()
+    return [p for i, p in enumerate(prompts) if own(i // len(HPD_STYLES))]
 
 def load_prompts(
     source:str='shapes', # 'shapes', 'hpd', 'shapes_tuning' or 'hpd_tuning' (others, to choose settings on), or a text file, a prompt a line
@@ -373,23 +377,23 @@ def check_writable(
 
 # %% ../nbs/24_trainer.ipynb #40fc592a
 class stop_on_interrupt:
-    "Inside: the first Ctrl-C sets `asked`, the second interrupts at once."
+    "Inside: the first Ctrl-C, or a request to end (SIGTERM, as clusters send it), sets `asked`, the second interrupts at once."
     def __enter__(self):
-        "Catch Ctrl-C."
+        "Catch both."
         self.asked = False
-        try: self.old = signal.signal(signal.SIGINT, self._ask)
-        except ValueError: self.old = None # not the main thread: nothing to catch
+        try: self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError: self.old = {} # not the main thread: nothing to catch
         return self
 
     def _ask(self, *_):
-        "What Ctrl-C does."
+        "What they do."
         if self.asked: raise KeyboardInterrupt
         self.asked = True
         tqdm.write('stopping after this iteration, with a checkpoint; Ctrl-C again to stop at once')
 
     def __exit__(self, *_):
-        "Leave Ctrl-C as it was."
-        if self.old is not None: signal.signal(signal.SIGINT, self.old)
+        "Leave all as it was."
+        for s, old in self.old.items(): signal.signal(s, old)
 
 # %% ../nbs/24_trainer.ipynb #e0e7cc38
 def sharing_asked()->bool:
@@ -410,12 +414,14 @@ class Trainer:
         method=None, # A function that returns a Plan; None takes `config.method`
     ):
         check_config(config)
-        self.config, self.method, self.iteration, self.nfe, self.history = config, method or config.method, 0, 0, []
+        self.config, self.method, self.iteration, self.updates, self.nfe, self.history = config, method or config.method, 0, 0, 0, []
         check_method(self.method, config)
         self.chooses, shared = chooses_steps(self.method), sharing_asked()
         self._load_prompts_and_rewards(reward)
         with patch_environment(accelerate_use_fsdp='false'): # with it, accelerate would do the sharing, on GPUs only
-            self.accelerator = Accelerator(cpu=best_device(config.device).type == 'cpu', log_with=config.tracker, project_dir=config.out)
+            self.accelerator = Accelerator( # one process may write a checkpoint, or score, for long, while the others wait
+                mixed_precision='no', cpu=best_device(config.device).type == 'cpu', log_with=config.tracker, project_dir=config.out,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
         processes = self.accelerator.num_processes
         if processes > config.prompts_per_iteration:
             n = config.prompts_per_iteration
@@ -607,7 +613,7 @@ class Trainer:
         with self.policy.together():
             for chunk in rows.split(self.policy.micro_batch) if len(rows) else (): # another process may have all of an update's prompts
                 loss, *metrics = rows_loss(self.policy, cond, out, chunk, advantages, self.config)
-                self.accelerator.backward(loss / total)
+                (loss / total).backward()
                 seen.append(metrics)
         return seen
 
@@ -625,6 +631,7 @@ class Trainer:
             remedy = f"lower lr (now {self.config.lr:g}) or use dtype bf16; the last checkpoint is kept"
             raise FloatingPointError(f"the gradient is {norm} in iteration {self.iteration}: {remedy}")
         self.optimizer.step()
+        self.updates += 1
         with torch.no_grad():
             for n, e in self.ema.items(): e.lerp_(self.parameters[n], 1 - self.config.ema_decay)
         return float(norm)
@@ -647,9 +654,11 @@ class Trainer:
         advantages, zero = self.advantages(out, rewards)
         update = self.update(cond, out, advantages, self._mine(plans))
         scores, _ = self._gather(*rewards.values())
-        reward = {f'reward/{k}': float(v.mean()) for k, v in zip(rewards, scores)}
+        scores = dict(zip(rewards, scores))
+        reward = {f'reward/{k}': float(v.mean()) for k, v in scores.items()}
+        weighted = sum(self.reward.weights[k] * v for k, v in scores.items())
         nfe_rollout, nfe_gradient = (int(self._total(n)) for n in (nfe_rollout, self.policy.nfe - nfe - nfe_rollout))
-        return dict(iteration=iteration, **reward, reward_std=float(sum(scores).std()), zero_variance_groups=zero, **update,
+        return dict(iteration=iteration, **reward, reward_std=float(weighted.std()), zero_variance_groups=zero, **update,
                     nfe_rollout=nfe_rollout, nfe_gradient=nfe_gradient,
                     seconds_rollout=sampled - began, seconds_update=time.perf_counter() - sampled, **choice)
 
@@ -689,11 +698,23 @@ class Trainer:
     def _step_or_save(self,
         iteration:int, # Number of the iteration
     )->dict: # Metrics
-        "An iteration. Where its rewards fail, nothing has been trained on them yet, and a checkpoint keeps all that was done before."
+        "An iteration. Where it fails before its first update, a checkpoint keeps all that was done before."
+        self.updates = 0
         try: return self.step(iteration)
-        except RewardError:
-            if iteration: self.save()
-            raise
+        except (RewardError, FloatingPointError) as e: # in all processes alike
+            self._save_before(iteration)
+            raise e
+        except torch.OutOfMemoryError as e: # in this one: others may wait for it
+            if self.accelerator.num_processes == 1: self._save_before(iteration)
+            n = self.policy.micro_batch
+            remedy = f"lower micro_batch to {n // 2}" if n > 1 else "take gradient_checkpointing, a LoRA, or a lower resolution"
+            raise torch.OutOfMemoryError(f"the device has not enough memory for micro_batch {n}: {remedy}") from e
+
+    def _save_before(self,
+        iteration:int, # The iteration that failed
+    ):
+        "A checkpoint of what was before an iteration, if there is anything, and if it is still there."
+        if iteration and not self.updates: self.save()
 
     def spent(self)->bool:
         "Is the budget of network evaluations used up?"
@@ -751,6 +772,9 @@ class Trainer:
         with (Path(self.config.out)/'metrics.jsonl').open('a') as f: f.write(json.dumps(metrics) + '\n')
         flat = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.config.tracker: self.accelerator.log(flat, step=self.iteration)
+        if metrics['ratio_error'] > self.config.clip_range:
+            warnings.warn(f"ratio_error {metrics['ratio_error']:.1g} is above clip_range {self.config.clip_range:g}: samples are clipped "
+                          "before anything has moved (nbs/67_diagnostics.ipynb says why)", stacklevel=2)
         rewards = {k[7:]: f'{v:.3f}' for k, v in flat.items() if k.startswith('reward/')}
         evaluation = ' '.join(f'{v:.3f}' for v in self.scores().values())
         bar.set_postfix(**rewards, eval=evaluation, ratio=f"1±{metrics['ratio_error']:.0e}", refresh=False)
@@ -769,13 +793,19 @@ class Trainer:
         folder, main = Path(self.config.out)/'checkpoint', self.accelerator.is_main_process
         moments = optimizer_tensors(self.optimizer, list(self.parameters))
         tensors = {k: whole_tensors(v, main) for k, v in dict(weights=self.parameters, ema=self.ema, optimizer=moments).items()}
-        info = dict(iteration=self.iteration, nfe=self.nfe, config=asdict(self.config), history=self.history)
+        info = dict(iteration=self.iteration, nfe=self.nfe, config=asdict(self.config), history=self.history,
+                    model=self._start_of_run())
         return save_checkpoint(folder, {k: v for k, v in tensors.items() if v}, info) if main else folder
+
+    def _start_of_run(self)->dict: # Of the model that the configuration names
+        "What a folder's or device's name does not say, and a run that goes on must find as it was."
+        return dict(weights=self.policy.fingerprint, dtype=str(self.policy.dtype).removeprefix('torch.'))
 
     def load(self):
         "Go on from the checkpoint in `config.out`; refuses one of another configuration."
         tensors, info = load_checkpoint(Path(self.config.out)/'checkpoint')
         check_same_run(info['config'], asdict(self.config), FREE)
+        check_same_run(info.get('model', self._start_of_run()), self._start_of_run())
         with torch.no_grad():
             for n, p in self.parameters.items(): p.copy_(own_part(tensors['weights'][n], p))
             for n, e in self.ema.items(): e.copy_(own_part(tensors['ema'][n], e))

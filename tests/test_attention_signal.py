@@ -227,7 +227,7 @@ def test_gain_is_measured_on_other_noise(policy):
 def test_mean_score_follows_the_weights(policy):
     "It moves with them, and comes back with them."
     reward = get_reward(brightness)
-    def score(): return mean_score(policy, reward, PROMPTS[0], 0, 3, 5)
+    def score(): return mean_score(policy, reward, PROMPTS[0], 0, 3, flow_sigmas(5))
     before = score()
     with moved_along(policy.parameters(), torch.ones_like(flat(policy)), .3): assert score() != before
     assert score() == before

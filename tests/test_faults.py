@@ -23,6 +23,7 @@ from egrpo import checkpoint as checkpoint_module
 from egrpo import cli, policy
 from egrpo.checkpoint import load_checkpoint, save_checkpoint
 from egrpo.cli import main
+from egrpo.policy import load_policy
 from egrpo.reward import RewardError, get_reward
 from egrpo.trainer import TrainConfig, Trainer, training_nfe
 
@@ -182,8 +183,34 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
 def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
     def full(*args): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
     monkeypatch.setattr(Trainer, 'step', full)
-    fails(f'train {small} --out new', 'lower --micro-batch', capsys)
+    fails(f'train {small} --out new --micro-batch 6', 'not enough memory for micro_batch 6: lower micro_batch to 3', capsys)
+    fails(f'train {small} --out new --micro-batch 1', 'take gradient_checkpointing, a LoRA, or a lower resolution', capsys)
     assert not Path('new').exists()
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA'), FloatingPointError('the gradient is nan')], ids=['memory', 'nan'])
+def test_a_failure_before_an_update_keeps_what_was_before(here, monkeypatch, capsys, error):
+    "The third iteration fails when its gradient is taken: a checkpoint of two, from which a run with less memory goes on."
+    words, real = f'{small} --iterations 4 --checkpoint-every 0 --eval-every 0', Trainer._gradient
+    def gradient(self, *args):
+        if self.iteration == 2: raise error
+        return real(self, *args)
+    monkeypatch.setattr(Trainer, '_gradient', gradient)
+    fails(f'train {words} --out run', type(error).__name__ == 'OutOfMemoryError' and 'micro_batch' or 'nan', capsys)
+    assert json.loads(Path('run/checkpoint/state.json').read_text())['iteration'] == 2
+    monkeypatch.setattr(Trainer, '_gradient', real)
+    assert main(f'train {words} --out run --resume --micro-batch 3'.split()) == 0
+
+
+def test_resume_wants_the_model_it_began_with(here, capsys):
+    "A folder whose weights were changed since is another model, whatever it is called."
+    policy = load_policy(device='cpu')
+    policy.save('model')
+    words = f'{small} --model model --device cpu --lora-rank 2'
+    assert main(f'train {words} --out run'.split()) == 0
+    with torch.no_grad(): policy.transformer.proj_out.weight.mul_(1.05)
+    policy.save('model')
+    fails(f'train {words} --out run --iterations 9 --resume', 'resume: the checkpoint is of another configuration (weights was', capsys)
 
 
 # ---- the hub
@@ -400,11 +427,13 @@ def test_killed_run_resumes_to_the_bit(here):
     assert killed == straight and len(killed) == last
 
 
-def test_ctrl_c_stops_with_a_checkpoint(here):
+@pytest.mark.parametrize('how', [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_a_request_to_stop_leaves_a_checkpoint(here, how):
+    "Ctrl-C, or what a cluster sends before it takes the machine back."
     words = f'train {small} --iterations 500 --checkpoint-every 0 --eval-every 0 --out run'
     with started(words, {**os.environ, 'OMP_NUM_THREADS': '1'}) as process:
         wait_for('run/metrics.jsonl', process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(how)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     state = json.loads(Path('run/checkpoint/state.json').read_text())

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
@@ -392,6 +393,19 @@ def test_tiles_and_slices(load, folders):
     vae.enable_tiling()
     with torch.no_grad(): theirs = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
     assert_close(tiled.decode(latents), (theirs / 2 + .5).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+def test_dropout_of_a_lora_sleeps(folders, tmp_path):
+    "Another trainer's LoRA may have dropout; samples and updates would see two policies."
+    pipeline = load_pipeline(str(folders/'sd3'))
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, lora_dropout=.5, target_modules=['to_q', 'to_k']))
+    for n, p in pipeline.transformer.named_parameters(): p.data += .1 * ('lora_B' in n)
+    state, config = get_peft_model_state_dict(pipeline.transformer), pipeline.transformer.peft_config['default']
+    type(pipeline).save_lora_weights(tmp_path, transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict())
+    policy = load_policy(str(folders/'sd3'), 'cpu', lora_from=tmp_path)
+    x, cond = noise_of(policy), policy.encode(PROMPTS)
+    assert any(isinstance(m, torch.nn.Dropout) and m.p == .5 for m in policy.transformer.modules())
+    assert torch.equal(policy.velocity(x, torch.tensor([.3, .8]), cond), policy.velocity(x, torch.tensor([.3, .8]), cond))
 
 
 @every

@@ -150,6 +150,30 @@ def test_slow(no_waiting):
         RewardClient(url, timeout=.1, retries=1)(IMAGES, PROMPTS)
 
 
+def test_who_has_left_is_not_scored(no_waiting):
+    "A client that gave up asks again; its first request, still in the queue, must not cost the server twice."
+    scored, going = [], threading.Event()
+    def slow(images, prompts):
+        scored.append(prompts)
+        going.set()
+        threading.Event().wait(.8)
+        return [0.] * len(prompts)
+    with serving(slow) as url:
+        first = threading.Thread(target=RewardClient(url), args=(IMAGES, PROMPTS))
+        first.start()
+        assert going.wait(10)
+        with pytest.raises(RewardError, match='has not answered'): RewardClient(url, timeout=.1, retries=1)(IMAGES, PROMPTS)
+        first.join()
+        RewardClient(url)(IMAGES, PROMPTS)
+    assert len(scored) == 2
+
+
+def test_seconds_to_wait():
+    assert get_reward('server(http://a, 600)').rewards['server'].timeout == 600
+    assert str(get_reward('2*server(http://a, 600)')) == '2*server(http://a, 600)'
+    with pytest.raises(ValueError, match='after the comma stand seconds'): get_reward('server(http://a, soon)')
+
+
 @pytest.mark.parametrize('url', [None, '', '127.0.0.1:8000', 'ftp://a', 'http://'])
 def test_bad_addresses(url):
     with pytest.raises(ValueError, match=r'write server\(http://127.0.0.1:8000\)'): RewardClient(url)
