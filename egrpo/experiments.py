@@ -547,8 +547,8 @@ def reproduce(
     experiment, scale = _find(name), get_scale(scale)
     planned = _choose(experiment.cells(scale), only)
     if partial and not planned: raise ValueError(f"partial is for experiments of several runs; {name} is one measurement: leave it out")
-    _check_replaced(record_path(path or name), scale)
     cells = _finished(planned, store) if partial else planned
+    _check_replaced(record_path(path or name), scale)
     results = iter(run_cells([c for cs in cells.values() for c in cs], workers, store))
     by_setting = {setting: [next(results) for _ in cs] for setting, cs in cells.items()}
     began, runs = time.perf_counter(), [r for rs in by_setting.values() for r in rs]

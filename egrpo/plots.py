@@ -453,6 +453,7 @@ def plot_rewards(
         plot_scores({k: s[reward]['after'] for k, s in settings.items()}, ax=ax)
         ax.axvline(next(iter(settings.values()))[reward]['before'][0], color=GREY, ls=':', lw=1.2, zorder=1)
         ax.set(title=reward.replace('_', ' ') + ' (trained on)' * (reward in trained), xlabel='held-out score; dotted: before training')
+        ax.locator_params(axis='x', nbins=5)
     return axes
 
 # %% ../nbs/31_plots.ipynb #f0f4724c
