@@ -1,5 +1,6 @@
 "The command line: help that suffices, options that are the configuration, tables that say what the scores say, a repeatable demo."
 import json
+import re
 import resource
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from egrpo import cli, plots
 from egrpo.cli import COMMANDS, main
 from egrpo.records import SCALES
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.trainer import TrainConfig, Trainer, check_config, check_method
 
 command = Path(sys.executable).parent/'egrpo'
 small = shlex.split('--num-steps 6 --active-steps 2 --num-generations 4 --prompts-per-iteration 2 --eval-size 8 --device cpu')
@@ -331,3 +332,29 @@ def test_a_setting_the_method_has_no_use_for(words, says, capsys):
         assert main(shlex.split(f'{command} {words}')) == 2
         assert says in capsys.readouterr().err
     assert main(shlex.split('plan --method aegpo --base egrpo --tau 1.8')) == 0
+
+
+def commands_of_the_guides():
+    "Every `egrpo …` in the notebooks' blocks of shell: (notebook, words)."
+    for path in sorted((Path(__file__).parent.parent/'nbs').glob('*.ipynb')):
+        for cell in json.loads(path.read_text())['cells']:
+            if cell['cell_type'] != 'markdown': continue
+            for block in re.findall(r'```(?:sh|bash)\n(.*?)```', ''.join(cell['source']), re.DOTALL):
+                for line in block.replace('\\\n', ' ').splitlines():
+                    words = shlex.split(line, comments=True)
+                    if 'egrpo' in words and '…' not in line: yield path.stem, words[words.index('egrpo') + 1:]
+
+
+def test_the_guides_commands_are_understood(tmp_path, monkeypatch, capsys):
+    "A reader types them as they stand; plans are computed, and runs are refused here if they would be there."
+    monkeypatch.chdir(tmp_path)
+    found = list(commands_of_the_guides())
+    assert len(found) >= 10
+    for notebook, words in found:
+        try: args = cli.make_parser().parse_args(words)
+        except (ValueError, SystemExit) as e: pytest.fail(f"{notebook}: egrpo {' '.join(words)}: {e}")
+        if args.command == 'plan': assert main(words) == 0, (notebook, capsys.readouterr().err)
+        if args.command == 'train':
+            config = TrainConfig(**cli.preset(args.scale) | cli.given(args, cli.config_options()))
+            check_config(config)
+            check_method(config.method, config)
