@@ -135,8 +135,8 @@ def check_taken(
     "Refuse settings of other methods, which `make_plan` would drop."
     if not isinstance(method, str): return # a function of one's own takes what it wants
     own = method_settings(method)
-    base = own.get('base') and (base or own['base'])
-    others = {k for name in METHODS if name != 'aegpo' for k in method_settings(name)} - {*own, *(method_settings(base) if base else ())}
+    upon = own.get('base') and (base or own['base'])
+    others = {k for name in METHODS if name != 'aegpo' for k in method_settings(name)} - {*own, *(method_settings(upon) if upon else ())}
     unused = [k for k in given if k in others]
     if unused: raise ValueError(f"{unused[0]} is no setting of {base or method}: leave it out (`egrpo methods` has them all)")
 

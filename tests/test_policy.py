@@ -551,7 +551,7 @@ def test_commands(folders, tmp_path, prompts_file, monkeypatch, capsys):
 def test_aegpo_on_a_guided_model(folders, tmp_path, prompts_file):
     "Attention entropy picks steps and group sizes on Stable Diffusion 3 too."
     config = TrainConfig(model=str(folders/'sd3'), method='aegpo', prompts=prompts_file, iterations=2, out=str(tmp_path/'run'), guidance=3.,
-                         **{**SMALL_RUN, 'num_generations': 4})
+                         **{**SMALL_RUN, 'num_generations': 4, 'active_steps': None})
     Trainer(config, reward=darkness).fit()
     metrics = [json.loads(line) for line in (tmp_path/'run/metrics.jsonl').read_text().splitlines()]
     assert max(m['ratio_error'] for m in metrics) < 1e-6 and metrics[0]['nfe_probe'] == 2 * 2 * 6
