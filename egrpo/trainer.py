@@ -701,9 +701,9 @@ class Trainer:
         "An iteration. Where it fails before its first update, a checkpoint keeps all that was done before."
         self.updates = 0
         try: return self.step(iteration)
-        except (RewardError, FloatingPointError) as e: # in all processes alike
+        except (RewardError, FloatingPointError): # in all processes alike
             self._save_before(iteration)
-            raise e
+            raise
         except torch.OutOfMemoryError as e: # in this one: others may wait for it
             if self.accelerator.num_processes == 1: self._save_before(iteration)
             n = self.policy.micro_batch
