@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -239,11 +241,36 @@ def test_different_passes_at_once_are_an_error(mesh, monkeypatch):
     with pytest.raises(RuntimeError, match='processes make different passes at once \\(forward, backward\\)'): policy._announce('forward')
 
 
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    "One line names what to take instead."
-    monkeypatch.setenv('ACCELERATE_USE_DEEPSPEED', 'true')
-    with pytest.raises(ValueError, match='distributed_type DEEPSPEED is not supported: launch with distributed_type FSDP'):
-        Trainer(TrainConfig(**SMALL, out=str(tmp_path/'run')))
+@pytest.fixture
+def zero3():
+    "What accelerate's launcher puts into the environment for the DeepSpeed configuration that comes with the package."
+    words = ['--config_file', str(assets_path('accelerate/8gpu_zero3.yaml')), '-m', 'egrpo']
+    args, defaults, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    args.deepspeed_fields_from_accelerate_config, args.main_process_port = ','.join(defaults.deepspeed_config), 0
+    assert args.use_deepspeed and args.num_processes == 8
+    environment = prepare_deepspeed_cmd_env(args)[1]
+    return {k: v for k, v in environment.items() if k.startswith('ACCELERATE')}
+
+
+def test_a_deepspeed_configuration_shares_the_network(tmp_path, zero3, monkeypatch):
+    "Its ZeRO stage 3 is what FSDP does: the same run, to the last bit."
+    settings = dict(iterations=1, eval_size=2)
+    metrics, weights = run(tmp_path/'fsdp', 2, shared=True, **settings)
+    for k, v in zero3.items(): monkeypatch.setitem(ENVIRONMENT, k, v)
+    again, others = run(tmp_path/'zero3', 2, **settings)
+    assert metrics[0]['reward/verifier'] == again[0]['reward/verifier'] and all(weights[n].equal(others[n]) for n in weights)
+
+
+@pytest.mark.parametrize('name, value', dict(fsdp_offload_params='true', deepspeed_config_file='ds.json', offload_param_device='cpu',
+                                            offload_optimizer_device='nvme').items())
+def test_a_launcher_that_asks_for_what_is_not_there(zero3, monkeypatch, name, value):
+    "Names it; what is off is not asked for."
+    for k, v in zero3.items(): monkeypatch.setenv(k, v)
+    assert trainer_module.sharing_asked()
+    monkeypatch.setenv('ACCELERATE_DEEPSPEED_ZERO_STAGE', '0')
+    assert not trainer_module.sharing_asked()
+    monkeypatch.setenv(trainer_module.UNSHAREABLE[name], value)
+    with pytest.raises(ValueError, match=f'{name} is not supported'): trainer_module.sharing_asked()
 
 
 def test_a_reward_that_fails_elsewhere_fails_here(tmp_path, monkeypatch):
