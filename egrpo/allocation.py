@@ -137,8 +137,8 @@ def allocate(
     order = sorted(lottery, key=lambda i: -float(delta[i]))
     return _halves(order if rule == 'median' else order[::-1], num_generations)
 
-# %% ../nbs/23_allocation.ipynb #952ffdfe
-EXPLORE = ('peaks', 'first', 'random', 'all')
+# %% ../nbs/23_allocation.ipynb #c1228e6b
+EXPLORE = ('peaks', 'first', 'last', 'random', 'all')
 
 def entropy_peaks(
     profile:Tensor, # (T,) nats
@@ -159,7 +159,9 @@ def choose_steps(
     "The steps that explore."
     if rule not in EXPLORE: raise ValueError(f"explore must be one of {', '.join(EXPLORE)}, got {rule!r}")
     if rule == 'peaks': return entropy_peaks(profile, candidates, top)
-    order = random_order(len(candidates), 'explore', *address) if rule == 'random' else range(len(candidates))
+    order = range(len(candidates))
+    if rule == 'last': order = order[::-1]
+    if rule == 'random': order = random_order(len(candidates), 'explore', *address)
     return sorted(candidates[i] for i in order[:len(candidates) if rule == 'all' else top])
 
 # %% ../nbs/23_allocation.ipynb #26dfdc3b

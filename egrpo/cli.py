@@ -778,12 +778,10 @@ def check_run(
     config, # A `TrainConfig`
 ):
     "The same configuration, if all is well that can be known without a model and without writing."
-    from egrpo.reward import get_reward
-    from egrpo.trainer import check_config, check_method, load_prompts
+    from egrpo.trainer import check_config, check_method, prompts_and_rewards
     check_config(config)
     check_method(config.method, config)
-    for prompts in (config.prompts, config.eval_prompts or 'shapes'): load_prompts(prompts, n=1)
-    for reward in (config.reward, config.eval_rewards or config.reward): get_reward(reward)
+    prompts_and_rewards(config)
     check_device(config.device)
     check_out(config.out, config.resume)
     return config

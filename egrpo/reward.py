@@ -151,6 +151,16 @@ class RewardSet:
         "The weighted sum of the scores as they are."
         return sum(self.weights[k] * v for k, v in self(images, prompts).items())
 
+    def check(self,
+        prompts:list, # Strings
+    ):
+        "Refuse prompts that the verifier cannot read, before images are made for them."
+        verifiers = [k for k, f in self.rewards.items() if f in (_verifier, _verifier_strict)]
+        if not verifiers: return
+        from egrpo.shapes import parse_prompt
+        try: [parse_prompt(p) for p in prompts]
+        except ValueError as e: raise ValueError(f"reward {verifiers[0]!r} is the miniature's (`egrpo rewards` lists others): {e}") from e
+
     def __repr__(self):
         names = {k: getattr(f, 'spec', k) for k, f in self.rewards.items()}
         return ' + '.join(names[k] if w == 1 else f'{w:g}*{names[k]}' for k, w in self.weights.items())

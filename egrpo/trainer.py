@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVAL_REWARDS', 'FREE', 'CHOICES', 'UNSHAREABLE', 'TrainConfig', 'chooses_steps', 'check_method', 'check_config',
-           'iteration_nfe', 'training_nfe', 'describe_run', 'load_prompts', 'prompt_batch', 'ode_plan', 'sample_images',
-           'evaluate', 'loss_weights', 'rows_loss', 'check_writable', 'stop_on_interrupt', 'sharing_asked', 'Trainer']
+           'iteration_nfe', 'training_nfe', 'describe_run', 'load_prompts', 'prompts_and_rewards', 'prompt_batch',
+           'ode_plan', 'sample_images', 'evaluate', 'loss_weights', 'rows_loss', 'check_writable', 'stop_on_interrupt',
+           'sharing_asked', 'Trainer']
 
 # %% ../nbs/24_trainer.ipynb #b5075389
 import json
@@ -69,7 +70,7 @@ class TrainConfig:
     pruned_steps:int|None = None # Depth pruning: late steps that are sampled, not trained (BranchGRPO)
     base:str|None = None # Method whose steps and samples are allotted by attention entropy (AEGPO)
     allocation:str|None = None # Samples per prompt: median, proportional, inverted, random or uniform (AEGPO)
-    explore:str|None = None # Steps that stay stochastic: peaks, first, random or all (AEGPO)
+    explore:str|None = None # Steps that stay stochastic: peaks, first, last, random or all (AEGPO)
     explore_per:str|None = None # Chosen by each prompt or by the batch (AEGPO)
     top:int|None = None # How many steps are chosen (AEGPO)
     weigh:str|None = None # What weighs the same in the loss where groups are unequal: a sample or a prompt; None = a sample
@@ -248,6 +249,19 @@ def load_prompts(
     if blank: raise ValueError(f"prompts: line {blank[0]} of {source!r} is blank: delete it or write a prompt")
     return [line.strip() for line in lines]
 
+def prompts_and_rewards(
+    config, # A `TrainConfig`
+    reward=None, # Any reward; None takes `config.reward`
+)->tuple: # Prompts to train on, prompts to evaluate on, `RewardSet` to train on, `RewardSet` to evaluate by
+    "What a run needs beside its model."
+    c, source = config, config.eval_prompts or config.prompts
+    prompts, held_out = load_prompts(c.prompts), load_prompts(source, 'held_out', c.eval_size)[:c.eval_size]
+    trained = get_reward(reward or c.reward)
+    measured = get_reward(c.eval_rewards or (EVAL_REWARDS if source in ('shapes', 'shapes_tuning') else trained))
+    trained.check(prompts)
+    measured.check(held_out)
+    return prompts, held_out, trained, measured
+
 # %% ../nbs/24_trainer.ipynb #b22f7381
 def _order(
     n:int, # How many prompts
@@ -422,7 +436,7 @@ class Trainer:
         self.config, self.method, self.iteration, self.updates, self.nfe, self.history = config, method or config.method, 0, 0, 0, []
         check_method(self.method, config)
         self.chooses, shared = chooses_steps(self.method), sharing_asked()
-        self._load_prompts_and_rewards(reward)
+        self.prompts, self.eval_prompts, self.reward, self.eval_reward = prompts_and_rewards(config, reward)
         with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'): # accelerate would do it on GPUs only
             self.accelerator = Accelerator( # one process may write a checkpoint, or score, for long, while the others wait
                 mixed_precision='no', cpu=best_device(config.device).type == 'cpu', log_with=config.tracker, project_dir=config.out,
@@ -440,17 +454,6 @@ class Trainer:
         loaded = str(self.policy.dtype), self.policy.resolution
         address = self.policy.fingerprint, *(getattr(config, k) for k in ('num_steps', 'shift', 'guidance')), *loaded
         self.reference_profiles = ProfileCache(address, config.profile_cache or Path(config.out)/'profiles')
-
-    def _load_prompts_and_rewards(self,
-        reward, # As given to the trainer
-    ):
-        "Training and evaluation prompts and rewards."
-        c = self.config
-        source = c.eval_prompts or c.prompts
-        self.prompts, self.eval_prompts = load_prompts(c.prompts), load_prompts(source, 'held_out', c.eval_size)[:c.eval_size]
-        self.reward = get_reward(reward or c.reward)
-        usual = EVAL_REWARDS if source in ('shapes', 'shapes_tuning') else reward or c.reward
-        self.eval_reward = get_reward(c.eval_rewards or usual)
 
     def _load_policy(self,
         shared:bool, # Is the network shared among the processes?

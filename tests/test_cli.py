@@ -316,10 +316,15 @@ def test_plan_counts_memory_for_a_device(capsys):
     assert 'seconds-forward and seconds-backward go together' in capsys.readouterr().err
 
 
-def test_dry_run_refuses_what_the_run_would(capsys):
-    "A setting of AEGPO for another method; and the base's published loss is AEGPO's."
+def test_dry_run_refuses_what_the_run_would(capsys, tmp_path):
+    "A setting of AEGPO for another method; prompts that the reward cannot read; and the base's published loss is AEGPO's."
     assert main(shlex.split('train --dry-run --top 4')) == 2
     assert 'top is for methods that choose' in capsys.readouterr().err
+    (tmp_path/'prompts.txt').write_text('a red circle\na cat\n')
+    words = ['train', '--dry-run', '--prompts', str(tmp_path/'prompts.txt')]
+    assert main(words) == 2
+    assert "reward 'verifier' is the miniature's" in capsys.readouterr().err
+    assert main([*words, '--reward', 'hpsv2.1']) == 0
     assert [cli.published(dict(method='aegpo', **o))['beta'] for o in ({}, dict(base='flow_grpo'))] == [0., .04]
 
 
