@@ -790,11 +790,12 @@ def run_train(
     args, # Parsed arguments
 ):
     "egrpo train: train a model."
-    from egrpo.methods import check_taken
+    from egrpo.methods import taken
     from egrpo.trainer import TrainConfig, Trainer, describe_run
-    chosen = {**preset(args.scale), **given(args, config_options())}
+    scale, named = preset(args.scale), given(args, config_options())
+    method, base = ((scale | named).get(k, getattr(TrainConfig, k)) for k in ('method', 'base'))
+    chosen = taken(scale, method, base) | named
     config = check_run(TrainConfig(**{**published(chosen), **chosen}))
-    check_taken(given(args, config_options()), config.method, config.base)
     say(describe_run(config))
     if args.dry_run: return
     with run_folder(config.out):

@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from .checkpoint import find_checkpoint
 from .entropy import merge_lengths, step_entropy
 from .measurements import MEASUREMENTS
-from .methods import METHODS, PUBLISHED, method_settings
+from .methods import METHODS, PUBLISHED, method_settings, taken
 from egrpo.records import (
     SCALES,
     bootstrap_interval,
@@ -172,7 +172,7 @@ def run_cell(
     with tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
         where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
-        trainer = Trainer(TrainConfig(**asdict(config) | where))
+        trainer = Trainer(TrainConfig(**taken(asdict(config), config.method, config.base) | where))
         frame = trainer.fit()
         if trainer.iteration < config.iterations and not trainer.spent(): raise KeyboardInterrupt
         due = frame.iteration % (config.eval_every or np.inf) == 0
@@ -739,7 +739,8 @@ ALLOCATION = {'16/8 by ΔEntropy': dict(explore='all'), 'uniform 12': dict(metho
               'inverted 8/16': dict(explore='all', allocation='inverted'), 'random 16/8': dict(explore='all', allocation='random'),
               'proportional': dict(explore='all', allocation='proportional')}
 EXPLORED = {'4 peaks': dict(allocation='uniform'), 'all': dict(method='dance_grpo'),
-            'first 4': dict(allocation='uniform', explore='first'), 'random 4': dict(allocation='uniform', explore='random')}
+            'first 4': dict(allocation='uniform', explore='first'), 'random 4': dict(allocation='uniform', explore='random'),
+            'last 4': dict(allocation='uniform', explore='last')} # not in the paper
 ON_EGRPO = {'E-GRPO': dict(method='egrpo'), 'AEGPO on E-GRPO': dict(base='egrpo')}
 
 def aegpo_grid(
@@ -869,12 +870,14 @@ def seeds_of(
 def verdict_lines(
     record:dict, # A record of a grid
     claim:str, # That its setting `best` is above the others in the reward trained on, in words
+    over:tuple|None=None, # Which other settings the claim is about; None = all
 )->str: # Lines
     "The verdict on a claim and on each comparison in it."
     data, seeds = record['data'], seeds_of(record['data'])
     leads = {k: negative(d[rewards_of(data)[0]]) for k, d in data['against_best'].items()}
     each = [f'  better than {k}: {verdict(d, seeds=seeds)}' for k, d in leads.items()]
-    return '\n'.join([f"{claim}, at scale {record['scale']}: {verdict(*leads.values(), seeds=seeds)}", *each])
+    claimed = [d for k, d in leads.items() if over is None or k in over]
+    return '\n'.join([f"{claim}, at scale {record['scale']}: {verdict(*claimed, seeds=seeds)}", *each])
 
 def find_record(
     name:str, # A name in `EXPERIMENTS`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PAPERS', 'PUBLISHED', 'egrpo', 'stochastic_steps', 'explored', 'aegpo', 'method_settings', 'make_plan',
-           'check_taken', 'describe_method']
+           'taken', 'check_taken', 'describe_method']
 
 # %% ../nbs/22_methods.ipynb #68470d60
 import inspect
@@ -127,17 +127,26 @@ def make_plan(
     "The plan of a method."
     return _find(method)(**method_settings(method, iteration=iteration, **settings))
 
+def taken(
+    settings:dict, # Settings; those that belong to no method may be among them
+    method, # A name in `METHODS`, or a function that returns a Plan
+    base=None, # What AEGPO is put upon, where it was chosen
+)->dict: # The same, without those of other methods
+    "What is left of settings for all methods, such as a scale's."
+    if not isinstance(method, str): return dict(settings) # a function of one's own takes what it wants
+    own = method_settings(method)
+    upon = own.get('base') and (base or own['base'])
+    others = {k for name in METHODS if name != 'aegpo' for k in method_settings(name)} - {*own, *(method_settings(upon) if upon else ())}
+    return {k: v for k, v in settings.items() if k not in others}
+
 def check_taken(
     given, # Names of settings that somebody chose; those that belong to no method may be among them
     method, # A name in `METHODS`, or a function that returns a Plan
     base=None, # What AEGPO is put upon, where it was chosen
 ):
     "Refuse settings of other methods, which `make_plan` would drop."
-    if not isinstance(method, str): return # a function of one's own takes what it wants
-    own = method_settings(method)
-    upon = own.get('base') and (base or own['base'])
-    others = {k for name in METHODS if name != 'aegpo' for k in method_settings(name)} - {*own, *(method_settings(upon) if upon else ())}
-    unused = [k for k in given if k in others]
+    left = taken(dict.fromkeys(given), method, base)
+    unused = [k for k in given if k not in left]
     if unused: raise ValueError(f"{unused[0]} is no setting of {base or method}: leave it out (`egrpo methods` has them all)")
 
 # %% ../nbs/22_methods.ipynb #6e123224

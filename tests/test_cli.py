@@ -17,6 +17,7 @@ import torch
 
 from egrpo import cli, plots
 from egrpo.cli import COMMANDS, main
+from egrpo.methods import METHODS, method_settings
 from egrpo.records import SCALES
 from egrpo.trainer import TrainConfig, Trainer, check_config, check_method
 
@@ -337,6 +338,17 @@ def test_a_setting_the_method_has_no_use_for(words, says, capsys):
         assert main(shlex.split(f'{command} {words}')) == 2
         assert says in capsys.readouterr().err
     assert main(shlex.split('plan --method aegpo --base egrpo --tau 1.8')) == 0
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_at_every_scale(method, monkeypatch):
+    "A scale has settings that some methods have no use for: they are left out."
+    for scale in ('smoke', 'mini', 'gpu'):
+        words = f'--scale {scale} --method {method}'
+        assert main(shlex.split(f'train --dry-run {words}')) == 0
+        with monkeypatch.context() as patch: config = dry(words, patch)
+        assert config.method == method
+        assert config.stride == (SCALES[scale].settings.get('stride') if 'stride' in method_settings(method) else None)
 
 
 def commands_of_the_guides():

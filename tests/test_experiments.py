@@ -13,7 +13,7 @@ import pytest
 
 from egrpo import experiments as ex
 from egrpo.records import get_scale, load_record, verdict
-from egrpo.trainer import TrainConfig
+from egrpo.trainer import TrainConfig, check_config, check_method
 
 FIGURES = Path(__file__).parent.parent/'figures'
 CELLS = sorted((FIGURES/'cells').glob('*.json'))
@@ -160,6 +160,22 @@ def test_budgets_are_equal(name, rates):
         for c in cells[:1]:
             spent = sum(ex.iteration_nfe(c, i) for i in range(c.iterations))
             assert abs(spent - budget) <= ex.iteration_nfe(c, c.iterations), (setting, spent, budget)
+
+
+@pytest.mark.parametrize('scale', ['smoke', 'mini'])
+def test_every_cell_is_a_run_that_starts(scale, rates, monkeypatch):
+    "All settings that a scale gives its cells are accepted, those that a method has no use for are left out."
+    class Started(Exception): pass
+
+    def start(config):
+        check_config(config)
+        check_method(config.method, config)
+        raise Started
+
+    monkeypatch.setattr(ex, 'Trainer', start)
+    for experiment in ex.EXPERIMENTS.values():
+        for cells in experiment.cells(get_scale(scale)).values():
+            with pytest.raises(Started): ex.run_cell(cells[0])
 
 
 def test_default_is_one_cell_everywhere(rates):
