@@ -26,7 +26,7 @@ from .allocation import signal_needed
 from .benchmark import flux_inputs, highest_rise
 from .methods import make_plan
 from .plan import count_leaves, gradient_nfe
-from .policy import DTYPES, LORA_TARGETS, MICRO_BATCH_ELEMENTS, assets_path, load_policy
+from .policy import DTYPES, LORA_TARGETS, MICRO_BATCH_ELEMENTS, assets_path, is_out_of_memory, load_policy
 from .trainer import TrainConfig, chooses_steps, iteration_nfe
 
 # %% ../nbs/29_cost.ipynb #9817ccd3
@@ -390,7 +390,8 @@ def tune(
     found, n = [], 1
     while n <= most and (not found or n / found[-1][0] * found[-1][2] <= limit):
         try: seconds, rise = highest_rise(lambda n=n: probe(policy, n, clock), policy.device.type)
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:
+            if not is_out_of_memory(e): raise
             for p in policy.parameters().values(): p.grad = None
             torch.cuda.empty_cache()
             break

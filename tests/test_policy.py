@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from egrpo.diffusion import chord_sigma
 from egrpo.plan import rollout_nfe
-from egrpo.policy import _add_lora, load_pipeline, load_policy
+from egrpo.policy import _add_lora, is_out_of_memory, load_pipeline, load_policy
 from egrpo.recorder import record_attention_entropy
 from egrpo.rollout import rollout
 from egrpo.sde import ode_step
@@ -115,6 +115,18 @@ def test_micro_batches_change_nothing(load, name, micro_batch):
     with torch.no_grad(): whole = policy.velocity(x, s, cond)
     policy.micro_batch = micro_batch
     with torch.no_grad(): assert_close(policy.velocity(x, s, cond), whole, atol=float(2e-6 * whole.abs().max()), rtol=1e-5)
+
+
+# ---- memory
+
+@pytest.mark.parametrize('error, full', [
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'), True),
+    (RuntimeError('MPS backend out of memory (MPS allocated: 9.00 GB, max allowed: 9.07 GB).'), True),
+    (RuntimeError('Invalid buffer size: 64.00 GiB'), True), (RuntimeError('CUDA error: out of memory'), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+    (RuntimeError('mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)'), False), (ValueError('out of memory'), False)], ids=str)
+def test_full_devices_are_told_from_other_errors(error, full):
+    assert is_out_of_memory(error) == full
 
 
 # ---- loading
