@@ -27,7 +27,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline,
 from huggingface_hub import get_session, set_client_factory
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -158,7 +158,12 @@ class Embeddings:
         "Where a prompt's embeddings are kept."
         return self.folder/f"{hashlib.blake2b(f'{self.model}|{prompt}'.encode(), digest_size=16).hexdigest()}.safetensors"
 
-    def __contains__(self, prompt): return prompt in self.kept or bool(self.folder and self.path(prompt).exists())
+    def __contains__(self, prompt):
+        "Is a prompt kept, its file whole? The header says how long that is; the rest is not read."
+        if self.folder is None: return prompt in self.kept
+        try:
+            with safe_open(self.path(prompt), 'pt'): return True
+        except (OSError, SafetensorError): return False
 
     def get(self,
         prompt:str, # A prompt

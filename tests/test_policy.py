@@ -331,6 +331,15 @@ def test_text_encoders_away(load, tmp_path, name, how):
         with pytest.raises(ValueError, match="prompt 'a star' was not embedded"): policy.encode(['a star'])
 
 
+@pytest.mark.parametrize('left', [0, 20, -1], ids=['empty', 'no header', 'a byte short'])
+def test_damaged_embeddings_are_made_again_before_text_encoders_go(load, tmp_path, left):
+    images = ours(load('sd3', guidance=4., embeddings=tmp_path))
+    for file in tmp_path.iterdir(): file.write_bytes(file.read_bytes()[:left]) # the empty prompt's as well
+    policy = load('sd3', guidance=4., text_encoders='drop', embeddings=tmp_path)
+    policy.drop_text_encoders(PROMPTS)
+    assert torch.equal(ours(policy), images)
+
+
 @pytest.mark.parametrize('name', ['flux-dev', 'sd3', 'sdxl'])
 def test_whole_pipeline_is_saved_without_its_text_encoders_in_memory(load, tmp_path, name):
     policy = load(name, guidance=4., text_encoders='drop', embeddings=tmp_path/'kept')
