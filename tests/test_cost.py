@@ -1,4 +1,5 @@
 "What runs cost, what they hold, and that faster ways do the same."
+import gc
 import shlex
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,10 +18,10 @@ from egrpo import cost, speed
 from egrpo import rollout as rollout_module
 from egrpo.cli import main
 from egrpo.plan import Branch, Plan, SDEStep, gradient_nfe, rollout_nfe
-from egrpo.policy import load_policy
+from egrpo.policy import load_policy, swapped
 from egrpo.rollout import ab2_velocity, rollout
 from egrpo.sigmas import flow_sigmas
-from egrpo.small_pipelines import small_flux, small_sd3
+from egrpo.small_pipelines import small_flux, small_pipeline, small_sd3
 from egrpo.suffix import group_agreement
 from egrpo.trainer import TrainConfig, Trainer
 
@@ -129,6 +131,37 @@ def test_memory_is_what_a_trainer_holds(tmp_path, rank):
     assert parts.get('frozen weights', 0) == held(o for o in pipeline.transformer.parameters() if not o.requires_grad)
 
 
+def test_memory_of_a_lora_that_goes_on(tmp_path):
+    load_policy(device='cpu', lora_rank=4).save(tmp_path/'lora')
+    policy, config = (f(lora_from=str(tmp_path/'lora'), device='cpu') for f in (load_policy, TrainConfig))
+    parts = cost.run_memory(config)
+    assert parts['reference'] == sum(t.nbytes for t in policy._start.values()) == parts['trained weights']
+
+
+def rise(trainer, run):
+    "Most bytes that a call allocates, all tensors counted by torch."
+    tracker = MemTracker()
+    tracker.track_external(trainer.policy.transformer, trainer.optimizer)
+    with tracker: run()
+    peak, now = (tracker.get_tracker_snapshot(t)[torch.device('cpu')]['Total'] for t in ('peak', 'current'))
+    return peak - now
+
+
+@pytest.mark.parametrize('rank', [0, 4])
+def test_memory_of_evaluation_and_step_is_what_they_allocate(tmp_path, rank):
+    trainer = new_trainer(tmp_path, lora_rank=rank, dtype='fp32', micro_batch=1)
+    trainer.step(0)
+    def evaluation():
+        with swapped(trainer.parameters, trainer.ema): pass
+    trainer.optimizer.param_groups[0]['foreach'] = True # what torch takes on a GPU
+    held = cost.run_memory(trainer.config)['trained weights']
+    assert rise(trainer, evaluation) == held == pytest.approx(rise(trainer, trainer.optimizer.step), rel=1e-3)
+    for changes in (dict(), dict(device=None, ema_decay=0.)): # an evaluation on a CPU, a step on a GPU
+        parts = cost.run_memory(TrainConfig(**vars(trainer.config) | changes))
+        assert parts['activations'] + parts.get('evaluation or optimiser step', 0) == max(parts['activations'], held)
+    assert 'evaluation or optimiser step' not in cost.run_memory(TrainConfig(**vars(trainer.config) | dict(ema_decay=0.)))
+
+
 @pytest.mark.parametrize('rank', [0, 4])
 def test_memory_of_a_shared_network_is_what_a_process_holds(rank):
     "The first of four processes, the others imagined: torch's fake process group."
@@ -144,6 +177,33 @@ def test_memory_of_a_shared_network_is_what_a_process_holds(rank):
                   for m in policy.transformer.modules() if isinstance(m, FSDPModule)]
         assert cost.block_parameters('miniature') == (max(groups[1:]), groups[0]) # the root comes first
     finally: dist.destroy_process_group()
+
+
+def allocated():
+    "Bytes of all tensors that are alive."
+    gc.collect()
+    return sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor)
+
+
+def test_tune_leaves_room_for_what_a_run_holds(monkeypatch):
+    "Gradients and every latent take as much as the weights; moments and average three times that."
+    policy, seen = load_policy(device='cpu'), []
+    weights = sum(p.nbytes for p in policy.parameters().values())
+    monkeypatch.setattr(cost, 'probe', lambda policy, n, clock: (seen.append((n, allocated())), n)[1])
+    monkeypatch.setattr(cost, 'highest_rise', lambda run, device: (n := run(), (n + 1) * weights))
+    before = allocated()
+    assert [n for n, *_ in cost.tune(policy, 8 * weights)] == [1, 2, 4] == [n for n, _ in seen]
+    assert all(now - before == 3 * weights for _, now in seen) and allocated() == before
+    assert [n for n, *_ in cost.tune(policy, 8 * weights - 4)] == [1, 2]
+
+
+def test_a_probe_holds_gradients_as_a_run_does(monkeypatch):
+    policy, held = load_policy(device='cpu', lora_rank=2), []
+    right = policy.velocity
+    monkeypatch.setattr(policy, 'velocity', lambda *args: (held.append(all(p.grad is not None for p in policy.parameters().values())),
+                                                           right(*args))[1])
+    cost.probe(policy, 2)
+    assert held == [False] * 4 + [True] * 2 and all(p.grad is None for p in policy.parameters().values())
 
 
 def test_traffic_of_a_shared_network():
@@ -203,6 +263,14 @@ def test_plan_says_what_a_run_costs(capsys):
 def test_plan_refuses(words, error, capsys):
     assert main(shlex.split(f'plan {words}')) == 2
     assert error in capsys.readouterr().err
+
+
+def test_plan_of_a_unet_says_what_is_counted(tmp_path, capsys):
+    small_pipeline('sdxl').save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(['plan', '--model', str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'UNet2DConditionModel: costs are counted of FluxTransformer2DModel and SD3Transformer2DModel' in said
 
 
 def test_tune_prints_what_to_use(capsys):
