@@ -33,6 +33,9 @@ def _check_batch(
         got = 'one string' if isinstance(prompts, str) else f"{len(prompts)}"
         raise ValueError(f"prompts must be a list of {len(images)} strings, one per image, got {got}: "
                          "repeat a prompt for each of its images")
+    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if bad: raise RewardError(f"the images are not finite ({len(bad)} of {len(images)}, the first for prompt {prompts[bad[0]]!r}): "
+                              "where dtype is fp16, numbers overflow; take bf16 or fp32")
 
 # %% ../nbs/14_reward.ipynb #09ef633f
 def _as_scores(
@@ -52,6 +55,18 @@ def _as_scores(
                               "not finite): make it return a finite score for every image")
     return scores
 
+# %% ../nbs/14_reward.ipynb #b0188ffa
+def _failure(
+    error:Exception, # What a reward raised
+    prompts:list, # B prompts
+)->str: # Goes on after the reward's name
+    "What is said of a reward that raised."
+    said = ' '.join(str(error).split()) or 'no message'
+    full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search('out of memory|allocate memory', said, re.I)
+    if full: return (f"ran out of memory on {len(prompts)} images: take a smaller num_generations, or run it on another device "
+                     "(`egrpo serve` there, server(http://…) here)")
+    return f"raised {type(error).__name__} on {len(prompts)} images, the first for prompt {prompts[0]!r}: {said}"
+
 # %% ../nbs/14_reward.ipynb #cf6a7351
 def score(
     reward, # Callable (images, prompts) -> B scores
@@ -65,9 +80,7 @@ def score(
     try:
         with torch.no_grad(): raw = reward(images, list(prompts))
     except RewardError: raise
-    except Exception as e:
-        raise RewardError(f"reward {name!r} raised {type(e).__name__} on {len(prompts)} images, the first for prompt {prompts[0]!r}: "
-                          f"{' '.join(str(e).split()) or 'no message'}") from e
+    except Exception as e: raise RewardError(f"reward {name!r} {_failure(e, prompts)}") from e
     return _as_scores(raw, prompts, name)
 
 # %% ../nbs/14_reward.ipynb #31886be2
@@ -81,6 +94,17 @@ def _verifier_strict(images, prompts):
     "1 if the verifier finds all right, else 0."
     from egrpo.shapes import verify_batch
     return [float(o.strict) for o in verify_batch(images.float().cpu(), prompts)]
+
+# %% ../nbs/14_reward.ipynb #d9ed3d24
+def _check_readable(
+    prompts:list, # Strings
+):
+    "Refuse prompts of another world than the miniature's."
+    from egrpo.shapes import parse_prompt
+    try: [parse_prompt(o) for o in prompts]
+    except ValueError as e: raise ValueError(f"is the miniature's (`egrpo rewards` lists others): {e}") from e
+
+_verifier.check = _verifier_strict.check = _check_readable
 
 # %% ../nbs/14_reward.ipynb #dd0d0fe6
 @cache
@@ -154,12 +178,11 @@ class RewardSet:
     def check(self,
         prompts:list, # Strings
     ):
-        "Refuse prompts that the verifier cannot read, before images are made for them."
-        verifiers = [k for k, f in self.rewards.items() if f in (_verifier, _verifier_strict)]
-        if not verifiers: return
-        from egrpo.shapes import parse_prompt
-        try: [parse_prompt(p) for p in prompts]
-        except ValueError as e: raise ValueError(f"reward {verifiers[0]!r} is the miniature's (`egrpo rewards` lists others): {e}") from e
+        "Refuse prompts that a reward cannot score, before images are made for them. A reward that can tell has a `check(prompts)`."
+        for k, f in self.rewards.items():
+            if not hasattr(f, 'check'): continue
+            try: f.check(prompts)
+            except ValueError as e: raise ValueError(f"reward {k!r} {e}") from e
 
     def __repr__(self):
         names = {k: getattr(f, 'spec', k) for k, f in self.rewards.items()}

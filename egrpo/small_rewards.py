@@ -6,7 +6,8 @@
 __all__ = ['SMALL_REWARDS', 'random_tensors', 'linear_shapes', 'small_open_clip', 'small_clip_model', 'small_head',
            'small_image_reward', 'save_small_reward']
 
-# %% ../nbs/11_small_rewards.ipynb #b43bd29e
+# %% ../nbs/11_small_rewards.ipynb #70ff5c2d
+import json
 import math
 from pathlib import Path
 
@@ -139,6 +140,12 @@ def _save_bert_tokenizer(folder):
     words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters, *['##' + o for o in letters]]
     BertTokenizer({w: i for i, w in enumerate(words)}).save_pretrained(folder)
 
+def _save_open_clip(folder, seed):
+    "A CLIP of open_clip, and beside it what no tensor tells: 16 heads in either tower."
+    torch.save(small_open_clip(seed), folder/'open_clip_pytorch_model.bin')
+    model = dict(embed_dim=24, vision_cfg=dict(width=64, head_width=4), text_cfg=dict(width=32, heads=16))
+    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=model)))
+
 SMALL_REWARDS = ('hpsv2.1', 'hpsv2.0', 'pickscore', 'clip_score', 'imagereward', 'aesthetic')
 
 def save_small_reward(
@@ -153,7 +160,7 @@ def save_small_reward(
     _save_bert_tokenizer(folder) if name == 'imagereward' else _save_clip_tokenizer(folder)
     if name in ('pickscore', 'aesthetic'): small_clip_model(seed, 'gelu' if name == 'pickscore' else 'quick_gelu').save_pretrained(folder)
     if 'hps' in name: torch.save({'state_dict': small_open_clip(seed)}, folder/f'HPS_{"v2.1" if name == "hpsv2.1" else "v2"}_compressed.pt')
-    if name == 'clip_score': torch.save(small_open_clip(seed), folder/'open_clip_pytorch_model.bin')
+    if name == 'clip_score': _save_open_clip(folder, seed)
     if name == 'imagereward': torch.save(small_image_reward(seed, 57), folder/'ImageReward.pt')
     if name == 'aesthetic': torch.save(small_head(24, seed), folder/'aesthetic-model.pth')
     return folder

@@ -16,6 +16,12 @@ def broken(images, prompts): raise KeyError('weights')
 def multi_line(images, prompts): raise RuntimeError('first\nsecond')
 
 
+def full(error):
+    "A reward that meets this error."
+    def reward(images, prompts): raise error
+    return reward
+
+
 @pytest.mark.parametrize('form', [lambda o: o, torch.Tensor.double, torch.Tensor.half, torch.Tensor.numpy, torch.Tensor.tolist,
                                   list, tuple, np.asarray])
 def test_any_form_of_scores(form):
@@ -35,6 +41,9 @@ def test_any_form_of_scores(form):
     (lambda i, p: ['a', 'b', 'c'], 'got list'),
     (broken, "'mine' raised KeyError on 3 images, the first for prompt 'one'"),
     (multi_line, 'first second'),
+    (full(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')), "'mine' ran out of memory on 3 images: .*egrpo serve"),
+    (full(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")), 'ran out of memory on 3 images: take a'),
+    (full(RuntimeError('MPS backend out of memory')), 'ran out of memory'), (full(MemoryError()), 'ran out of memory'),
 ])
 def test_bad_rewards(reward, message):
     with pytest.raises(RewardError, match=message) as e: score(reward, IMAGES, PROMPTS, name='mine')
@@ -61,6 +70,41 @@ def test_interrupt_passes():
 ])
 def test_bad_batches(images, prompts, message):
     with pytest.raises(ValueError, match=message): score(brightness, images, prompts)
+
+
+@pytest.mark.parametrize('name', ['verifier', 'preference', 'server(http://127.0.0.1:9)'])
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_images_that_are_not_finite_are_not_the_rewards_doing(name, value):
+    "The verifier would find nothing in them, and give 0 without a word."
+    images = IMAGES.clone()
+    images[1, 2, 3, 4] = value
+    with pytest.raises(RewardError, match="images are not finite .1 of 3, the first for prompt 'a blue square'.*fp16.*bf16") as e:
+        get_reward(name)(images, ['a red circle', 'a blue square', 'two red crosses'])
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('spec, good, bad, message', [
+    ('verifier', 'a red circle', 'a cat', "^reward 'verifier' is the miniature's .*'a cat'"),
+    ('preference + verifier_strict', 'a red circle', 'a cat', "^reward 'verifier_strict' is the miniature's"),
+    ('ocr', 'a sign “GO”', 'a plain sign', "^reward 'ocr' looks for text in double quotes, and prompt 'a plain sign' has none"),
+    ('clip + 2*ocr', 'a sign "GO"', 'an empty sign " "', "^reward 'ocr' looks for text"),
+])
+def test_prompts_are_checked_before_images_are_made(spec, good, bad, message):
+    rewards = get_reward(spec)
+    rewards.check([good, good])
+    with pytest.raises(ValueError, match=message) as e: rewards.check([good, good, bad])
+    assert '\n' not in str(e.value)
+
+
+def test_a_reward_of_ones_own_may_check_prompts():
+    class Short:
+        def __call__(self, images, prompts): return brightness(images, prompts)
+        def check(self, prompts):
+            if max(map(len, prompts)) > 5: raise ValueError('reads five letters at most')
+    get_reward(brightness).check(['anything at all'])
+    rewards = get_reward(dict(short=Short(), other=brightness))
+    rewards.check(PROMPTS)
+    with pytest.raises(ValueError, match="^reward 'short' reads five letters"): rewards.check(['too long'])
 
 
 @pytest.mark.parametrize('spec, weights', [

@@ -1,7 +1,15 @@
 """Published rewards on small random weights, against computations that share nothing with them: torch's own layers, by the published names.
 What the package hpsv2 itself says is in test_hpsv2.py."""
+import json
 import math
+import shutil
+import threading
+from contextlib import contextmanager
+from functools import cache, partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -27,6 +35,7 @@ from egrpo.reward_models import (
     squash,
     to_safetensors,
 )
+from egrpo.reward_server import make_server
 from egrpo.small_rewards import SMALL_REWARDS, save_small_reward
 
 IMAGES = torch.rand(5, 3, 48, 32, generator=torch.Generator().manual_seed(0))
@@ -347,9 +356,94 @@ def test_nothing_is_unpickled(tmp_path):
     ('hpsv2.1', 'imagereward', 'no visual.conv1.weight'), ('imagereward', 'hpsv2.1', 'not the weights of ImageReward'),
     ('aesthetic', 'hpsv2.0', 'not the weights of a head'), ('clip_score', 'imagereward', 'no visual.conv1.weight'),
 ])
-def test_another_rewards_weights_are_refused(places, name, other, message):
-    with pytest.raises(RewardError, match=f"reward '{name}': .*{message}") as e: get_reward(f'{name}({places[other]})')(IMAGES, PROMPTS)
+def test_another_rewards_weights_are_refused(places, name, other, message, tmp_path):
+    "By the file's name, and under no name by its tensors."
+    file, folder = REWARD_MODELS[other].file, places[other]
+    with pytest.raises(RewardError, match=f"reward '{name}': '{file}' in .* is of {other}: put {REWARD_MODELS[name].file} there") as e:
+        get_reward(f'{name}({folder})')(IMAGES, PROMPTS)
     assert '\n' not in str(e.value)
+    place = shutil.copytree(folder, tmp_path/'it')/file
+    place = place.rename(place.with_stem('weights'))
+    with pytest.raises(RewardError, match=f"reward '{name}': .*{message}") as e: get_reward(f'{name}({place})')(IMAGES, PROMPTS)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('name, other', [
+    ('hpsv2.1', 'hpsv2.0'), ('hpsv2.0', 'hpsv2.1'), ('clip_score', 'hpsv2.1'), ('pickscore', 'hpsv2.0')])
+def test_one_version_of_hps_is_not_taken_for_another(places, tmp_path, name, other):
+    "Their tensors have the same names and shapes: only the file's name tells."
+    published = places[other]/REWARD_MODELS[other].file
+    link, moved = tmp_path/'link'/published.name, tmp_path/'moved'
+    for o in (link.parent, moved): o.mkdir()
+    link.symlink_to(published) # as in the hub's cache
+    to_safetensors(published, moved/f'{published.stem}.safetensors')
+    for place in (places[other], published, link, moved, moved/f'{published.stem}.safetensors'):
+        with pytest.raises(RewardError, match=f"'{name}': '{published.stem}.* is of {other}: put") as e:
+            get_reward(f'{name}({place})')(IMAGES, PROMPTS)
+        assert '\n' not in str(e.value)
+    both = shutil.copytree(places[name], tmp_path/'both')
+    shutil.copy(published, both)
+    assert_close(RewardModel(name, str(both))(IMAGES, PROMPTS), RewardModel(name, str(places[name]))(IMAGES, PROMPTS), atol=0, rtol=0)
+
+
+def test_a_link_to_weights_keeps_what_lies_beside_it(places, tmp_path):
+    "As the hub's cache has it: named links beside one another, contents elsewhere under numbers."
+    (tmp_path/'blobs').mkdir(), (tmp_path/'snapshot').mkdir()
+    for i, f in enumerate(sorted(places['clip_score'].iterdir())):
+        (tmp_path/'snapshot'/f.name).symlink_to(shutil.copy(f, tmp_path/'blobs'/str(i)))
+    file = tmp_path/'snapshot/open_clip_pytorch_model.bin'
+    expected = RewardModel('clip_score', str(places['clip_score']))(IMAGES, PROMPTS)
+    assert_close(RewardModel('clip_score', str(file))(IMAGES, PROMPTS), expected, atol=0, rtol=0)
+
+
+def without(*starts): return lambda w: {k: v for k, v in w.items() if not k.startswith(starts)}
+def custom_text(w): return {k if k.startswith(('visual', 'logit')) else f'text.{k}': v for k, v in w.items()}
+
+
+@pytest.mark.parametrize('change, lacks', [
+    (custom_text, 'token_embedding.weight'), (without('visual.positional', 'visual.transformer'), 'visual.positional_embedding'),
+    (without('visual.proj'), 'visual.proj'), (without('text_projection'), 'text_projection'),
+    (lambda w: {f'module.{k}': v for k, v in w.items()}, 'visual.conv1.weight'),
+], ids=['custom text tower', 'ResNet', 'no projection', 'no projection of texts', 'prefixed'])
+@pytest.mark.parametrize('name', ['clip_score', 'hpsv2.1'])
+def test_other_layouts_of_open_clip_are_refused(places, tmp_path, name, change, lacks):
+    "By the file, the tensor it lacks, and the layout that is read."
+    file = shutil.copytree(places[name], tmp_path/'it')/REWARD_MODELS[name].file
+    torch.save(change(read_weights(file)), file)
+    says = f"'{file.name}' is no CLIP of open_clip with a vision transformer .* it has no {lacks} "
+    with pytest.raises(RewardError, match=says) as e: get_reward(f'{name}({file.parent})')(IMAGES, PROMPTS)
+    assert '\n' not in str(e.value)
+
+
+def test_heads_are_not_guessed(places, tmp_path):
+    "A ViT-B has 12 and 8, HPS 16 and 16, and no tensor says so; nor whether gelu is the quick one. What lies beside a file counts, too."
+    folder = shutil.copytree(places['clip_score'], tmp_path/'it')
+    file, said = folder/'open_clip_pytorch_model.bin', folder/'open_clip_config.json'
+    w, pixels, ids = read_weights(file), cut_out(IMAGES, 28), byte_ids(PROMPTS)
+    own = json.loads(said.read_text())['model_cfg']
+    said.write_text(json.dumps(dict(model_cfg=own | dict(quick_gelu=True))))
+    for place in (folder, file):
+        assert_close(RewardModel('clip_score', str(place))(IMAGES, PROMPTS), open_clip_cosine(w, pixels, ids, quick_gelu), **TIGHT)
+    vision, text = dict(own['vision_cfg'], pool_type='avg'), dict(own['text_cfg'], no_causal_mask=True)
+    wrongs = {'heads and activation of .* put the model.s open_clip_config.json beside it': dict(vision_cfg=vision),
+              'asks for vision_cfg.pool_type': own | dict(vision_cfg=vision), 'asks for text_cfg.no_causal_mask': own | dict(text_cfg=text)}
+    for i, (message, model) in enumerate(wrongs.items()):
+        other = shutil.copytree(folder, tmp_path/str(i))
+        (other/said.name).write_text(json.dumps(dict(model_cfg=model)))
+        with pytest.raises(RewardError, match=message): get_reward(f'clip_score({other})')(IMAGES, PROMPTS)
+    said.unlink()
+    load_clip.cache_clear(), load_reward.cache_clear()
+    for place in (folder, file):
+        with pytest.raises(RewardError, match='heads and activation of'): get_reward(f'clip_score({place})')(IMAGES, PROMPTS)
+
+
+def test_hps_does_not_heed_the_configuration_of_a_clip_beside_it(places, tmp_path):
+    "One folder for all rewards: HPS stays a ViT-H with gelu."
+    folder = shutil.copytree(places['hpsv2.1'], tmp_path/'all')
+    model = dict(quick_gelu=True, vision_cfg=dict(head_width=8), text_cfg=dict(heads=8))
+    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=model, preprocess_cfg=dict(mean=[0, 0, 0]))))
+    expected = RewardModel('hpsv2.1', str(places['hpsv2.1']))(IMAGES, PROMPTS)
+    assert_close(RewardModel('hpsv2.1', str(folder))(IMAGES, PROMPTS), expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize('name', SMALL_REWARDS)
@@ -372,7 +466,6 @@ def test_without_a_network_the_message_says_what_to_fetch(name, monkeypatch, tmp
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     "A hub of local folders: repository -> folder; what was asked of it is kept."
-    import shutil
     repos, asked = {}, []
     def snapshot(repo, allow_patterns):
         asked.append((repo, list(allow_patterns)))
@@ -390,10 +483,41 @@ def hub(monkeypatch, tmp_path):
     load_clip.cache_clear()
 
 
+@contextmanager
+def serving(server):
+    "A server in a thread; inside, its address."
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.05), daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}'
+    finally: server.shutdown(), server.server_close()
+
+
+@pytest.mark.parametrize('name', [o for o, p in REWARD_MODELS.items() if p.repo])
+def test_a_gated_repository_asks_for_the_licence(name, monkeypatch, tmp_path):
+    "The hub as it answers who has not accepted a licence: 403, GatedRepo."
+    class Gate(BaseHTTPRequestHandler):
+        def log_message(self, *args): pass
+        def do_GET(self):
+            self.send_response(403)
+            for k, v in {'X-Error-Code': 'GatedRepo', 'Content-Length': '0'}.items(): self.send_header(k, v)
+            self.end_headers()
+        do_HEAD = do_GET
+
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    known = REWARD_MODELS[name]
+    load_reward.cache_clear()
+    with serving(ThreadingHTTPServer(('127.0.0.1', 0), Gate)) as url:
+        real = partial(huggingface_hub.snapshot_download, endpoint=url, cache_dir=tmp_path)
+        monkeypatch.setattr('huggingface_hub.snapshot_download', real)
+        with pytest.raises(RewardError) as e: get_reward(name)(IMAGES, PROMPTS)
+    said = str(e.value)
+    assert f"{known.repo} is gated: accept the licence at https://huggingface.co/{known.repo} and log in (`hf auth login`), or" in said
+    assert f'{name}(/path/of/' in said and '\n' not in said
+
+
 @pytest.mark.parametrize('name', SMALL_REWARDS)
 def test_from_the_hub(places, hub, name, tmp_path):
     "The published repository has no tokenizer of ours, and the file is fetched by its name alone."
-    import shutil
     repos, asked = hub
     known, bare = REWARD_MODELS[name], tmp_path/'bare'
     without = ['tokenizer*', *(['model*', 'config.json'] if name == 'aesthetic' else [])]
@@ -424,24 +548,45 @@ def test_missing_packages_are_named(places, monkeypatch):
 
 # --- training
 
-def test_three_iterations_on_every_reward(places, tmp_path):
-    "All of them at once, on the miniature, through a configuration."
-    import json
+@pytest.fixture(scope='module')
+def pipelines(tmp_path_factory):
+    "Name -> folder with a small pipeline, each made once."
+    from egrpo.small_pipelines import small_pipeline
+    folder = tmp_path_factory.mktemp('pipelines')
+    @cache
+    def place(name):
+        small_pipeline(name).save_pretrained(folder/name)
+        return folder/name
+    return place
 
+
+@pytest.mark.parametrize('rank', [2, 0], ids=['LoRA', 'whole'])
+@pytest.mark.parametrize('model', ['flux-dev', 'flux-schnell', 'sd3'])
+def test_three_iterations_on_every_reward(places, pipelines, tmp_path, model, rank):
+    "All of them at once, through a configuration: published ones, a server, and in one case OCR, if it is installed; it takes its time."
     from egrpo.trainer import TrainConfig, Trainer
-    spec = ' + '.join(f'{i + 1}*{name}({places[name]})' for i, name in enumerate(SMALL_REWARDS))
-    config = TrainConfig(reward=spec, eval_rewards=spec, num_steps=6, active_steps=2, num_generations=3, prompts_per_iteration=2,
-                         iterations=3, eval_size=4, eval_every=0, lora_rank=2, device='cpu', out=str(tmp_path/'run'))
-    history = Trainer(config).fit()
+    reads = (model, rank) == ('flux-dev', 2) and find_spec('rapidocr_onnxruntime')
+    names = [*places, 'server', *(['ocr'] if reads else [])]
+    prompts = tmp_path/'prompts.txt'
+    prompts.write_text('a red sign that says "STOP"\na blue sign that says "GO"\n')
+    with serving(make_server(lambda images, prompts: images.mean((1, 2, 3)), port=0)) as url:
+        at = places | dict(server=url)
+        spec = ' + '.join(f'{i + 1}*{name}' + (f'({at[name]})' if name in at else '') for i, name in enumerate(names))
+        config = TrainConfig(model=str(pipelines(model)), prompts=str(prompts), reward=spec, num_steps=6, active_steps=2, num_generations=3,
+                             prompts_per_iteration=2, iterations=3, eval_size=2, eval_every=0, lora_rank=rank, device='cpu',
+                             out=str(tmp_path/'run'))
+        trainer = Trainer(config)
+        before = {k: p.detach().clone() for k, p in trainer.parameters.items()}
+        history = trainer.fit()
     lines = [json.loads(o) for o in (tmp_path/'run/metrics.jsonl').read_text().splitlines()]
-    assert len(lines) == 3 and set(SMALL_REWARDS) <= set(history.columns)
+    assert len(lines) == 3 and set(names) <= set(history.columns)
     for line in lines:
-        assert all(math.isfinite(line[f'reward/{name}']) for name in SMALL_REWARDS) and line['ratio_error'] < 1e-6
+        assert all(math.isfinite(line[f'reward/{name}']) for name in names) and line['ratio_error'] < 1e-6
+    assert any((p.detach() - before[k]).abs().max() > 0 for k, p in trainer.parameters.items()), 'nothing was trained'
 
 
 def test_the_flux_scale(places, tmp_path, monkeypatch):
     "One setting leads from the miniature to HPD's prompts, HPS and the paper's four scores; here its model and rewards are small."
-    import json
     from dataclasses import replace
 
     from egrpo import claims, experiments, records
@@ -489,4 +634,4 @@ def test_ocr_reads_signs():
 
 def test_ocr_needs_quotes():
     pytest.importorskip('rapidocr_onnxruntime', reason='pip install egrpo[ocr]')
-    with pytest.raises(RewardError, match="'a shop' has no text in double quotes"): get_reward('ocr')(sign('a')[None], ['a shop'])
+    with pytest.raises(RewardError, match="double quotes, and prompt 'a shop' has none"): get_reward('ocr')(sign('a')[None], ['a shop'])
