@@ -154,13 +154,20 @@ def make_parser()->Parser: # The parser of the whole command line
         if c: c.add(commands.add_parser(name, help=c.text, description=c.text, epilog=f'example:\n  {c.example}'))
     return parser
 
-# %% ../nbs/35_cli.ipynb #99ec5723
+# %% ../nbs/35_cli.ipynb #89ab11fc
+def _memory_is_full(
+    error:Exception, # What was raised
+)->bool: # As `is_out_of_memory`, imported only now
+    "Is a device's memory used up?"
+    from egrpo.policy import is_out_of_memory
+    return is_out_of_memory(error)
+
 def explain(
     error:Exception, # What was raised
 )->str|None: # One line; None where it is no mistake of the user
     "An error in a line."
     said = ' '.join(str(error).split())
-    if type(error).__name__ == 'OutOfMemoryError': # torch's own, or the trainer's, which names the micro-batch to try
+    if isinstance(error, RuntimeError) and _memory_is_full(error): # torch's own, or the trainer's, which names the micro-batch to try
         return said if 'micro_batch' in said else 'the device has not enough memory: lower --micro-batch or --resolution'
     return said if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
@@ -745,17 +752,21 @@ def last_checkpoint(
     out, # A run's folder
 )->str: # Words to end an error with
     "Where a run that failed can go on from."
-    state = Path(out)/'checkpoint/state.json'
-    if not state.exists(): return f'there is no checkpoint yet: delete {str(out)!r} to start again'
-    return f"the last checkpoint is {str(state.parent)!r}, of iteration {json.loads(state.read_text())['iteration']}: go on with --resume"
+    from egrpo.checkpoint import find_checkpoint
+    folder = find_checkpoint(Path(out)/'checkpoint')
+    if not folder: return f'there is no checkpoint yet: delete {str(out)!r} to start again'
+    state = json.loads((folder/'state.json').read_text())
+    return f"the last checkpoint is {str(folder)!r}, of iteration {state['iteration']}: go on with --resume"
 
 @contextmanager
 def run_folder(
     out, # A run's folder
+    keep=None, # A folder that stays, of embeddings
 ):
     "Inside a run: a failure leaves nothing before the first iteration, and says where to go on after it."
     out = Path(out)
-    log, made = out/'metrics.jsonl', [p for p in (out, *out.parents) if not p.exists()]
+    made = [p for p in (out, *out.parents) if not p.exists() and not (keep and Path(keep).resolve().is_relative_to(p.resolve()))]
+    log = out/'metrics.jsonl'
     files, size = [f for f in (out/'config.json', out/'demo.json') if not f.exists()], log.stat().st_size if log.exists() else 0
     try: yield
     except BaseException as e:
@@ -798,7 +809,7 @@ def run_train(
     config = check_run(TrainConfig(**{**published(chosen), **chosen}))
     say(describe_run(config))
     if args.dry_run: return
-    with run_folder(config.out):
+    with run_folder(config.out, config.embeddings):
         trainer = ready(Trainer(config))
         history = trainer.fit()
     say(f'\n{change_tables(history)}\n')

@@ -424,18 +424,18 @@ def training_curve(
     def means(x): return [c.mean() for c in np.array_split(np.asarray(x, dtype=float), parts)]
     middles = np.mean([means(np.arange(len(r['reward'])) + .5) for r in results], axis=0)
     rewards = np.array([means(r['reward']) for r in results])
-    return [(float(i), *bootstrap_interval(y)) for i, y in zip(middles, rewards.T)]
+    return [(float(i), *bootstrap_interval(y[:, None])) for i, y in zip(middles, rewards.T)]
 
 def training_rise(
     results:list, # Results of one setting, a seed each
     iterations:int|None=None, # Of the first so many; None = all
-)->np.ndarray: # (S,) last quarter minus first quarter
+)->np.ndarray: # (S,1) last quarter minus first quarter
     "How far the training reward of each seed rose."
     def rise(reward):
         "Of one run."
         quarter = max(1, len(reward) // 4)
         return np.mean(reward[-quarter:]) - np.mean(reward[:quarter])
-    return np.array([rise(r['reward'][:iterations]) for r in results])
+    return np.array([[rise(r['reward'][:iterations])] for r in results])
 
 def run_cost(
     results:list, # Results of one setting, a seed each
@@ -807,7 +807,7 @@ def _aegpo_data(
         compared = {k: rs for k, rs in results.items() if base in results and k != base}
         speed = {k: {r: {by: speed_up(rs, results[base], r, by) for by in ('iterations', 'nfe', 'seconds')} for r in rs[0]['scores']}
                  for k, rs in compared.items()}
-        overhead = {k: {o: bootstrap_interval([r['probe'][o] / (r[w] - r['probe'][o]) for r in rs])
+        overhead = {k: {o: bootstrap_interval([[r['probe'][o] / (r[w] - r['probe'][o])] for r in rs])
                         for o, w in (('nfe', 'nfe'), ('seconds', 'train_seconds'))} for k, rs in results.items() if 'probe' in rs[0]}
         return grid_data(results, best) | dict(base=base, speed_up=speed, overhead=overhead)
     return data

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import ndtri, stdtrit
 
 # %% ../nbs/30_records.ipynb #9ddb048b
 @dataclass(frozen=True)
@@ -183,6 +184,13 @@ def _draws(
     "Counts of resampling with replacement."
     return rng.multinomial(size, np.full(size, 1/size), size=n)
 
+# %% ../nbs/30_records.ipynb #68866bce
+def _stretch(
+    seeds:int, # S, >= 2
+)->float: # > 1; 1.58 for five
+    "How much further apart S seeds must be for the 95 % interval of a bootstrap over them to be as long as Student's."
+    return stdtrit(seeds - 1, .975) / ndtri(.975) * (seeds / (seeds - 1))**.5
+
 # %% ../nbs/30_records.ipynb #e736ce83
 def bootstrap_means(
     values, # (N,) or (seeds, N) scores
@@ -190,7 +198,7 @@ def bootstrap_means(
     n:int=2000, # Resamples
     seed:int=0, # Of the resampling
 )->np.ndarray: # (n,) resampled means
-    "Means of `values` under resampling of prompts, and of seeds if there are several."
+    "Means of `values` under resampling of prompts, and of seeds, moved apart, if there are several."
     values = np.atleast_2d(np.asarray(values, dtype=float))
     ids = np.arange(values.shape[-1]) if groups is None else np.asarray(groups)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
@@ -200,6 +208,7 @@ def bootstrap_means(
     index = np.unique(ids, return_inverse=True)[1].reshape(-1)
     counts = np.bincount(index)
     sums = np.stack([np.bincount(index, weights=v) for v in values])
+    if len(sums) > 1: sums += (_stretch(len(sums)) - 1) * np.outer(values.mean(1) - values.mean(), counts)
     rng = np.random.default_rng(seed)
     rows, columns = _draws(rng, len(sums), n), _draws(rng, len(counts), n)
     return ((rows @ sums) * columns).sum(1) / (len(sums) * (columns @ counts))
@@ -212,7 +221,7 @@ def bootstrap_interval(
     seed:int=0, # Of the resampling
     level:float=0.95, # Coverage, in (0, 1)
 )->tuple: # (mean, low, high)
-    "Mean of `values` with its percentile-bootstrap interval."
+    "Mean of `values` with its percentile-bootstrap interval, expanded for few seeds."
     if not 0 < level < 1: raise ValueError(f"level must be between 0 and 1, got {level}: 0.95 is usual")
     if n < 1: raise ValueError(f"n must be >= 1 resample, got {n}: 2000 is usual")
     low, high = np.quantile(bootstrap_means(values, groups, n, seed), [(1 - level)/2, (1 + level)/2])

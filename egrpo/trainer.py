@@ -37,7 +37,7 @@ from .checkpoint import check_same_run, load_checkpoint, load_optimizer_tensors,
 from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import check_taken, make_plan, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
-from .policy import best_device, check_settings, load_policy, own_part, swapped, whole_tensor, whole_tensors
+from .policy import best_device, check_settings, is_out_of_memory, load_policy, own_part, swapped, whole_tensor, whole_tensors
 from .reward import RewardError, get_reward
 from .reward_models import HPD_STYLES, hpd_prompts
 from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
@@ -110,7 +110,7 @@ class TrainConfig:
     text_encoders:str|None = None # keep on the device, offload between uses, or drop once all prompts are embedded; None = keep
     embeddings:str|None = None # Folder that keeps prompts' embeddings for this run and the next; None = the last ones in memory
     compiled:bool|None = None # Compile the network's blocks: minutes at the start, faster afterwards
-    checkpoint_every:int = 50 # Iterations between checkpoints; 0 = at the end only
+    checkpoint_every:int = 50 # Iterations between checkpoints; 0 = only before evaluations, as always
     tracker:str|None = None # A tracker of accelerate besides metrics.jsonl, e.g. tensorboard
     out:str = 'runs/egrpo' # Folder of metrics, checkpoints and the trained model
     resume:bool = False # Go on from the last checkpoint in `out`
@@ -218,7 +218,9 @@ def describe_run(
     images = c.iterations * c.prompts_per_iteration * count_leaves(plan)
     lora = f"LoRA from {c.lora_from}" if c.lora_from else f"LoRA of rank {c.lora_rank}"
     weights = lora if c.lora_from or c.lora_rank else "all weights"
-    rows = dict(plan=describe(plan), iteration=_describe_iteration(c, plan),
+    processes = int(os.environ.get('WORLD_SIZE', 1)) # as every launcher says it
+    together = f' by {processes} processes together' if processes > 1 else ''
+    rows = dict(plan=describe(plan), iteration=_describe_iteration(c, plan) + together,
                 run=f"{c.iterations} iterations, {images:,} images, {training_nfe(c):,} network evaluations",
                 training=f"{c.reward} on {c.prompts} prompts · {weights} of {c.model} · lr {c.lr:g} · seed {c.seed}")
     return '\n'.join(f'{name:>9}  {text}' for name, text in rows.items())
@@ -638,8 +640,8 @@ class Trainer:
         if not torch.isfinite(norm):
             remedy = f"lower lr (now {self.config.lr:g}) or use dtype bf16; the last checkpoint is kept"
             raise FloatingPointError(f"the gradient is {norm} in iteration {self.iteration}: {remedy}")
+        self.updates += 1 # before it: a step that fails half-way has changed weights
         self.optimizer.step()
-        self.updates += 1
         with torch.no_grad():
             for n, e in self.ema.items(): e.lerp_(self.parameters[n], 1 - self.config.ema_decay)
         return float(norm)
@@ -689,9 +691,7 @@ class Trainer:
         "Run to `config.iterations`. Ctrl-C stops after the current iteration, with a checkpoint."
         self._open()
         bar = self._bar()
-        if self._evaluation_is_due() and not any(o['iteration'] == self.iteration for o in self.history):
-            self._record_evaluation()
-            if self.iteration: self.save() # one that failed before
+        if self._evaluation_is_due() and not any(o['iteration'] == self.iteration for o in self.history): self._record_evaluation()
         with stop_on_interrupt() as interrupt:
             for i in () if self.spent() else bar: # a run that is resumed may be over already
                 metrics = self._step_or_save(i)
@@ -712,7 +712,8 @@ class Trainer:
         except (RewardError, FloatingPointError): # in all processes alike
             self._save_before(iteration)
             raise
-        except torch.OutOfMemoryError as e: # in this one: others may wait for it
+        except RuntimeError as e: # in this one: others may wait for it
+            if not is_out_of_memory(e): raise
             if self.accelerator.num_processes == 1: self._save_before(iteration)
             n = self.policy.micro_batch
             remedy = f"lower micro_batch to {n // 2}" if n > 1 else "take gradient_checkpointing, a LoRA, or a lower resolution"
@@ -741,15 +742,11 @@ class Trainer:
     def _evaluate_and_save(self,
         stopped:bool, # Is this the end before its time?
     ):
-        "Evaluate and write a checkpoint, each where it is due; both at the end. Where the evaluation fails, it is due when resumed."
+        "Write a checkpoint and evaluate, each where it is due, both at the end; an evaluation that does not end is due when resumed."
         c, i = self.config, self.iteration
-        done = stopped or i == c.iterations
-        try:
-            if done or self._evaluation_is_due(): self._record_evaluation()
-        except RewardError:
-            self.save()
-            raise
-        if done or (c.checkpoint_every and i % c.checkpoint_every == 0): self.save()
+        evaluated = stopped or self._evaluation_is_due()
+        if evaluated or (c.checkpoint_every and i % c.checkpoint_every == 0): self.save()
+        if evaluated: self._record_evaluation()
 
     def _record_evaluation(self):
         "Evaluate and keep every prompt's scores."
@@ -767,7 +764,8 @@ class Trainer:
         if self.config.resume: self.load()
         elif (out/'metrics.jsonl').exists():
             raise ValueError(f"out: {str(out)!r} already holds a run: set resume to go on with it, or name another folder")
-        check_writable(out, 16 * sum(p.numel() for p in self.parameters.values())) # fp32 weights, two moments, the model
+        state = 4 * (4 if self.ema else 3) # fp32 weights, two moments, the average
+        check_writable(out, (2 * state + 4) * sum(p.numel() for p in self.parameters.values())) # old checkpoint, new one, the model
         if a.is_main_process: (out/'config.json').write_text(json.dumps(settings, indent=1))
         if self.config.tracker: a.init_trackers('egrpo', {k: v for k, v in settings.items() if isinstance(v, (int, float, str))})
 

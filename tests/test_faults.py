@@ -188,7 +188,11 @@ def test_out_of_memory_is_one_line(here, monkeypatch, capsys):
     assert not Path('new').exists()
 
 
-@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA'), FloatingPointError('the gradient is nan')], ids=['memory', 'nan'])
+FAILURES = {'memory': torch.OutOfMemoryError('CUDA'), 'nan': FloatingPointError('the gradient is nan'),
+            'memory of the CPU': RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")}
+
+
+@pytest.mark.parametrize('error', FAILURES.values(), ids=FAILURES)
 def test_a_failure_before_an_update_keeps_what_was_before(here, monkeypatch, capsys, error):
     "The third iteration fails when its gradient is taken: a checkpoint of two, from which a run with less memory goes on."
     words, real = f'{small} --iterations 4 --checkpoint-every 0 --eval-every 0', Trainer._gradient
@@ -196,21 +200,47 @@ def test_a_failure_before_an_update_keeps_what_was_before(here, monkeypatch, cap
         if self.iteration == 2: raise error
         return real(self, *args)
     monkeypatch.setattr(Trainer, '_gradient', gradient)
-    fails(f'train {words} --out run', type(error).__name__ == 'OutOfMemoryError' and 'micro_batch' or 'nan', capsys)
+    fails(f'train {words} --out run', 'nan' if isinstance(error, FloatingPointError) else 'micro_batch', capsys)
     assert json.loads(Path('run/checkpoint/state.json').read_text())['iteration'] == 2
     monkeypatch.setattr(Trainer, '_gradient', real)
     assert main(f'train {words} --out run --resume --micro-batch 3'.split()) == 0
+
+
+def test_a_step_that_fails_half_way_is_not_kept(here, monkeypatch, capsys):
+    "It has changed weights: what is there is no longer what was before."
+    real = torch.optim.AdamW.step
+    def step(self, *args):
+        real(self, *args)
+        if next(iter(self.state.values()))['step'] == 3: raise torch.OutOfMemoryError('CUDA')
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    fails(f'train {small} --iterations 4 --checkpoint-every 2 --eval-every 0 --out run', 'micro_batch', capsys)
+    assert json.loads(Path('run/checkpoint/state.json').read_text())['iteration'] == 2
+    assert load_file('run/checkpoint/optimizer.safetensors')['proj_out.bias|step'] == 2
+
+
+def test_an_evaluation_that_does_not_end_loses_nothing(here, monkeypatch, capsys):
+    "Killed, out of memory or interrupted: the checkpoint was written before, and the evaluation is made when resumed."
+    words, real = f'{small} --iterations 2 --checkpoint-every 0 --eval-every 1', Trainer.evaluate
+    def evaluate(self):
+        if self.iteration == 1: raise torch.OutOfMemoryError('CUDA')
+        return real(self)
+    monkeypatch.setattr(Trainer, 'evaluate', evaluate)
+    fails(f'train {words} --out run', 'not enough memory', capsys)
+    assert json.loads(Path('run/checkpoint/state.json').read_text())['iteration'] == 1
+    monkeypatch.setattr(Trainer, 'evaluate', real)
+    for command in ('run --resume', 'straight'): assert main(f'train {words} --out {command}'.split()) == 0
+    assert Path('run/evaluations.csv').read_text() == Path('straight/evaluations.csv').read_text()
 
 
 def test_resume_wants_the_model_it_began_with(here, capsys):
     "A folder whose weights were changed since is another model, whatever it is called."
     policy = load_policy(device='cpu')
     policy.save('model')
-    words = f'{small} --model model --device cpu --lora-rank 2'
+    words = f'{small} --model model --lora-rank 2 --iterations 1'
     assert main(f'train {words} --out run'.split()) == 0
     with torch.no_grad(): policy.transformer.proj_out.weight.mul_(1.05)
     policy.save('model')
-    fails(f'train {words} --out run --iterations 9 --resume', 'resume: the checkpoint is of another configuration (weights was', capsys)
+    fails(f'train {words} --out run --iterations 2 --resume', 'resume: the checkpoint is of another configuration (weights was', capsys)
 
 
 # ---- the hub
