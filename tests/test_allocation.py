@@ -1,14 +1,12 @@
 "AEGPO in the loop: its cost, its equalities with the base, unequal groups, several processes, and that each check sees a planted bug."
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from egrpo import trainer as trainer_module
@@ -19,7 +17,7 @@ from egrpo.policy import load_policy
 from egrpo.rollout import rollout
 from egrpo.trainer import TrainConfig, Trainer, iteration_nfe, rows_loss
 
-SMALL = dict(method='aegpo', top=2, num_steps=7, num_generations=6, prompts_per_iteration=4, eval_size=1, device='cpu', lr=1e-4,
+SMALL = dict(method='aegpo', top=2, num_steps=7, num_generations=6, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-4,
              ema_decay=0)
 BASES = {name: {} for name in METHODS if name != 'aegpo'} | dict(
     egrpo=dict(active_steps=3), g2rpo=dict(active_steps=4), mix_grpo=dict(window=3), branch_grpo=dict(num_steps=9))
@@ -38,6 +36,17 @@ def trainer_of(policy, tmp_path, **changes):
 
 # ---- division of the budget
 
+@cache
+def plan_of(n):
+    "A plan of n samples."
+    return make_plan('egrpo', num_generations=n, active_steps=2)
+
+
+def cost_of(n):
+    "Its network evaluations."
+    return rollout_nfe(plan_of(n)) + gradient_nfe(plan_of(n))
+
+
 @given(st.lists(st.floats(0, 1) | st.just(0.), min_size=1, max_size=40), st.integers(2, 24), st.sampled_from(ALLOCATIONS),
        st.integers(1, 9), st.integers(0, 99))
 @settings(deadline=None, max_examples=200)
@@ -45,11 +54,10 @@ def test_budget_holds(delta, G, rule, processes, seed):
     "Every rule spends the same, no group is too small to compare, and processes share all prompts evenly."
     counts = allocate(torch.tensor(delta), G, rule, seed)
     assert sum(counts) == len(delta) * G and min(counts) >= 2
-    plans = [make_plan('egrpo', num_generations=n, active_steps=2) for n in counts]
-    shares = share_work(plans, processes)
-    load = [sum(rollout_nfe(plans[i]) + gradient_nfe(plans[i]) for i in s) for s in shares]
+    shares = share_work([plan_of(n) for n in counts], processes)
+    load = [sum(cost_of(counts[i]) for i in s) for s in shares]
     assert sorted(i for s in shares for i in s) == list(range(len(delta)))
-    assert max(load) - min(load) <= max(rollout_nfe(p) + gradient_nfe(p) for p in plans)
+    assert max(load) - min(load) <= max(map(cost_of, counts))
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=40, unique=True))
@@ -92,8 +100,8 @@ def test_after_an_update_groups_are_unequal(policy, tmp_path):
     trainer = trainer_of(policy, tmp_path)
     trainer.step(0)
     metrics = trainer.step(1)
-    assert sorted(metrics['samples']) == [4, 4, 8, 8] and metrics['delta_entropy'] > 0 and metrics['ratio_error'] < 1e-6
-    assert sum(metrics['explored'].values()) == 8
+    assert sorted(metrics['samples']) == [4, 8] and metrics['delta_entropy'] > 0 and metrics['ratio_error'] < 1e-6
+    assert sum(metrics['explored'].values()) == 4
 
 
 def test_reference_is_the_policy_before_training(policy, tmp_path, monkeypatch):
@@ -115,7 +123,7 @@ def test_without_choices_it_is_the_base(tmp_path, base):
         policy = load_policy(device='cpu')
         own = dict(base=base, allocation='uniform', explore='all', top=None) if method == 'aegpo' else dict(method=base, top=None)
         whole = dict(train_share=1.) if base == 'dance_grpo' else {}
-        trainer = trainer_of(policy, tmp_path/method, **own, **whole, **BASES[base])
+        trainer = trainer_of(policy, tmp_path/method, num_generations=4, **own, **whole, **BASES[base])
         runs.append((trainer.step(0), trainer.sample(1)[2].latents, trainer.parameters))
     (a, x, v), (b, y, w) = runs
     assert torch.equal(x, y) and all(torch.equal(v[n], w[n]) for n in v)
@@ -157,12 +165,12 @@ def test_resume_equals_a_straight_run(tmp_path):
         trainer = trainer_of(load_policy(device='cpu'), tmp_path/out, iterations=iterations, checkpoint_every=0, **changes)
         trainer.fit()
         return trainer
-    straight = fit('a', 3)
-    fit('b', 2)
-    resumed = fit('b', 3, resume=True)
+    straight = fit('a', 2)
+    fit('b', 1)
+    resumed = fit('b', 2, resume=True)
     assert all(torch.equal(p, resumed.parameters[n]) for n, p in straight.parameters.items())
     logs = [[json.loads(line) for line in (tmp_path/o/'run/metrics.jsonl').read_text().splitlines()] for o in 'ab']
-    assert [m['samples'] for m in logs[0]] == [m['samples'] for m in logs[1]]
+    assert [m['samples'] for m in logs[0]] == [m['samples'] for m in logs[1]] and sorted(logs[0][1]['samples']) == [4, 8]
     assert straight.nfe == resumed.nfe == sum(m['nfe_rollout'] + m['nfe_gradient'] for m in logs[0])
 
 
@@ -171,7 +179,7 @@ def test_a_model_trained_in_place_has_new_profiles(tmp_path):
     model, shared = tmp_path/'model', tmp_path/'profiles'
     def fit(out):
         policy = load_policy(str(model), device='cpu')
-        trainer = trainer_of(policy, tmp_path/out, model=str(model), profile_cache=str(shared), iterations=1)
+        trainer = trainer_of(policy, tmp_path/out, model=str(model), profile_cache=str(shared), iterations=1, num_generations=3)
         trainer.fit()
         return trainer.policy, len(list(shared.iterdir()))
     load_policy(device='cpu').save(model)
@@ -186,23 +194,6 @@ def test_budget_ends_a_run(policy, tmp_path):
     trainer.fit()
     each = iteration_nfe(trainer.config)
     assert 500 <= trainer.nfe < 500 + each and trainer.iteration == -(-500 // each) < 50
-
-
-def test_two_processes_are_one(tmp_path):
-    "Unequal groups, two processes: the same groups and steps, the same weights within fp32 summation."
-    words = ('-m egrpo train --method aegpo --top 2 --num-steps 7 --num-generations 6 --prompts-per-iteration 5 --iterations 3 '
-             '--weigh prompt --eval-size 2 --eval-every 0 --device cpu --ema-decay 0').split()
-    runs = dict(one=[sys.executable], two=[sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2'])
-    for name, launch in runs.items():
-        done = subprocess.run([*launch, *words, '--out', str(tmp_path/name)], capture_output=True, text=True, timeout=600, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = ([json.loads(line) for line in (tmp_path/o/'metrics.jsonl').read_text().splitlines()] for o in runs)
-    assert [m['samples'] for m in one] == [m['samples'] for m in two] and max(one[-1]['samples']) == 8
-    assert [m['explored'] for m in one] == [m['explored'] for m in two]
-    a, b = (load_file(tmp_path/o/'checkpoint/weights.safetensors') for o in runs)
-    start = load_policy(device='cpu').parameters()
-    apart, moved = (torch.cat([(a[n] - o[n].detach()).abs().flatten() for n in a]) for o in (b, start))
-    assert apart.mean() < .005 * moved.mean() and apart.max() < .1 * moved.max(), (apart.mean(), moved.mean(), apart.max(), moved.max())
 
 
 # ---- what is refused
