@@ -698,7 +698,7 @@ class Trainer:
                 self.iteration, self.nfe = i + 1, self.nfe + metrics['nfe_rollout'] + metrics['nfe_gradient']
                 stopped = self._total(interrupt.asked or self.spent() or bool(stop and stop(self))) > 0 # all stop, or none
                 self._log(metrics, bar)
-                self._evaluate_and_save(stopped)
+                self._save_and_evaluate(stopped)
                 if stopped: break
         self._close()
         return pd.DataFrame(self.history)
@@ -739,7 +739,7 @@ class Trainer:
         c, i = self.config, self.iteration
         return i in (0, c.iterations) or self.spent() or (c.eval_every > 0 and i % c.eval_every == 0)
 
-    def _evaluate_and_save(self,
+    def _save_and_evaluate(self,
         stopped:bool, # Is this the end before its time?
     ):
         "Write a checkpoint and evaluate, each where it is due, both at the end; an evaluation that does not end is due when resumed."
