@@ -15,7 +15,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out',
            'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo',
            'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo',
-           'add_demo', 'run_reproduce', 'add_reproduce', 'run_claims', 'run_serve', 'add_serve']
+           'add_demo', 'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -801,11 +801,12 @@ def run_train(
     args, # Parsed arguments
 ):
     "egrpo train: train a model."
-    from egrpo.methods import taken
+    from egrpo.methods import check_taken, taken
     from egrpo.trainer import TrainConfig, Trainer, describe_run
     scale, named = preset(args.scale), given(args, config_options())
     method, base = ((scale | named).get(k, getattr(TrainConfig, k)) for k in ('method', 'base'))
     chosen = taken(scale, method, base) | named
+    check_taken(named, method, base)
     config = check_run(TrainConfig(**{**published(chosen), **chosen}))
     say(describe_run(config))
     if args.dry_run: return
@@ -1021,13 +1022,27 @@ def add_demo(
 COMMANDS['demo'] = Command(run_demo, add_demo, 'Train E-GRPO on the miniature for some minutes; show scores and images before and after.',
                            'egrpo demo --minutes 3 --out runs/short')
 
-# %% ../nbs/35_cli.ipynb #5487f235
+# %% ../nbs/35_cli.ipynb #00cab050
+def findings(
+    name:str, # A name in `egrpo.experiments.EXPERIMENTS`
+    data:dict, # Its record's data
+)->list: # Lines; none for what has neither claims nor times
+    "What a record says: how long its contenders take, or the verdicts on its claims."
+    from egrpo.benchmark import time_ratio
+    from egrpo.claims import CLAIMS
+    from egrpo.speed import total_seconds
+    seconds, unit = {}, None
+    if name == 'speed': seconds, unit = total_seconds(data['seconds']), 'egrpo'
+    if name == 'attention_benchmark': seconds, unit = data['attention']['seconds'], 'plain'
+    times = [f"{k} takes {time_ratio(seconds, k, unit)['min']:.2f} times as long as {unit}" for k in seconds if k != unit]
+    return times + [f'{c.text}: {verdict} | {seen}' for c in CLAIMS if c.record == name for seen, verdict in [c.judge(data)]]
+
 def run_reproduce(
     args, # Parsed arguments
 ):
-    "egrpo reproduce: run an experiment and write its record, or list what there is."
+    "egrpo reproduce: run an experiment, write its record and say what it says, or list what there is."
     from egrpo.experiments import EXPERIMENTS, reproduce
-    from egrpo.records import get_scale, record_path
+    from egrpo.records import get_scale, load_record, record_path
     if args.name is None: return say('\n'.join(f'{k:<16}  {o.title}  ({o.notebook})' for k, o in EXPERIMENTS.items()))
     if args.workers < 0: raise ValueError(f"workers must be >= 0, got {args.workers}: 0 runs in this process")
     scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini').name
@@ -1035,6 +1050,7 @@ def run_reproduce(
     check_file(path, 'record')
     only = [o.strip() for o in args.only.split(',')] if args.only else None
     reproduce(args.name, scale, args.workers, path=path, partial=args.partial, only=only)
+    if not (only or scale == 'smoke'): say('\n'.join(findings(args.name, load_record(path)['data'])))
     say(f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}')
 
 def add_reproduce(

@@ -439,6 +439,8 @@ class Trainer:
         check_method(self.method, config)
         self.chooses, shared = chooses_steps(self.method), sharing_asked()
         self.prompts, self.eval_prompts, self.reward, self.eval_reward = prompts_and_rewards(config, reward)
+        cast = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+        if cast != 'no': warnings.warn(f"the launcher's mixed_precision {cast} is not used: dtype sets the network's", stacklevel=2)
         with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'): # accelerate would do it on GPUs only
             self.accelerator = Accelerator( # one process may write a checkpoint, or score, for long, while the others wait
                 mixed_precision='no', cpu=best_device(config.device).type == 'cpu', log_with=config.tracker, project_dir=config.out,

@@ -323,6 +323,13 @@ def test_a_deepspeed_configuration_shares_the_network(tmp_path, zero3):
     assert one.metrics[0]['reward/verifier'] == again.metrics[0]['reward/verifier'] and apart(one.weights, again.weights) == 0
 
 
+def test_mixed_precision_of_the_launcher_is_not_taken(tmp_path, monkeypatch):
+    "And that is said."
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    with pytest.warns(UserWarning, match='mixed_precision bf16'): trainer = Trainer(TrainConfig(**SMALL, out=str(tmp_path/'run')))
+    assert trainer.accelerator.mixed_precision == 'no'
+
+
 @pytest.mark.parametrize('name, value', dict(fsdp_offload_params='true', deepspeed_config_file='ds.json', offload_param_device='cpu',
                                             offload_optimizer_device='nvme').items())
 def test_a_launcher_that_asks_for_what_is_not_there(zero3, monkeypatch, name, value):
