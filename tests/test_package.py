@@ -64,3 +64,9 @@ def test_constraints_pin_every_requirement():
                 assert len(pinned) == 1, f'{need.name} on Python {python}: {len(pinned)} pins'
                 version = str(pinned[0].specifier).removeprefix('==')
                 assert need.specifier.contains(version), f'{need.name}: {version} is outside {need.specifier}'
+
+
+def test_models_do_not_tell_where_they_were_made():
+    "A saved configuration may hold the path of its folder."
+    files = [*(sync.root/'egrpo/assets').rglob('*.json')]
+    assert files and not [f for f in files if re.search(r'"/\w+/', f.read_text())]
