@@ -1050,8 +1050,8 @@ def run_reproduce(
     check_file(path, 'record')
     only = [o.strip() for o in args.only.split(',')] if args.only else None
     reproduce(args.name, scale, args.workers, path=path, partial=args.partial, only=only)
-    if not (only or scale == 'smoke'): say('\n'.join(findings(args.name, load_record(path)['data'])))
-    say(f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}')
+    found = [] if only or scale == 'smoke' else findings(args.name, load_record(path)['data'])
+    say('\n'.join([*found, f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}']))
 
 def add_reproduce(
     parser:Parser, # The command's parser
