@@ -61,7 +61,7 @@ SIZES = {
     'merging_noise': dict(smoke=dict(prompts=2), mini=dict(prompts=128), gpu=dict(prompts=1024)),
     'attention_profile': dict(smoke=dict(prompts=4), mini=dict(prompts=96), gpu=dict(prompts=512)),
     'learning_value': dict(smoke=dict(seeds=1, prompts=4, checkpoints=(1, 2), samples=2, num_generations=2),
-                           mini=dict(seeds=3, prompts=16, checkpoints=(8, 16, 24), samples=24, num_generations=12),
+                           mini=dict(seeds=5, prompts=16, checkpoints=(8, 16, 24), samples=24, num_generations=12),
                            gpu=dict(seeds=5, prompts=64, checkpoints=(64, 128, 192), samples=64, num_generations=12)),
     'peaks': dict(smoke=dict(prompts=2, generations=2, samples=1), mini=dict(prompts=12, generations=8, samples=8),
                   gpu=dict(prompts=256, generations=12, samples=32)),
