@@ -184,12 +184,13 @@ def keep_extremes(
 )->Tensor: # (M,) bool
     "Which transitions are trained: those with the highest and the lowest advantages of their group."
     index, num = _group_index(groups, advantages)
+    if (keep == 1).all(): return torch.ones_like(advantages, dtype=torch.bool)
     n = _sum_by(torch.ones_like(keep), index, num)
     best_first = torch.argsort(advantages, descending=True, stable=True)
     order = best_first[torch.argsort(index[best_first], stable=True)]
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device) - (n.cumsum(0) - n).long()[index[order]]
-    kept = (n[index] * keep.double() + 1e-4).floor().clamp(min=2)
+    kept = (n[index] * keep + 1e-4).floor().clamp(min=2)
     return (rank < kept // 2) | (rank >= n[index] - (kept - kept // 2))
 
 # %% ../nbs/05_advantage.ipynb #a0fd7414

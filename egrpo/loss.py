@@ -35,7 +35,7 @@ def policy_loss(
     advantages:Tensor, # (M,) from `group_advantages`
     clip_range:float=1e-4, # Half-width of the interval around 1 within which the ratio is trusted
 )->Tensor: # (M,) loss per transition
-    "PPO's clipped surrogate, one value per transition."
+    "PPO's clipped surrogate (Schulman et al. 2017, eq. 7) as Flow-GRPO (arXiv 2505.05470) takes it, one value per transition."
     _check_clip(clip_range)
     _check_pair(log_prob, old_log_prob, 'old_log_prob')
     _check_pair(log_prob, advantages, 'advantages')
@@ -51,7 +51,7 @@ def guard_logratio(
     old_mean:Tensor, # (M,...) mean of the step under the policy that sampled
     std:Tensor, # Std of the step: a number, (M,) or (M,1,...), the same under both policies, > 0
 )->Tensor: # (M,) regulated logratio, to be given to `policy_loss` with old_log_prob = 0
-    "GRPO-Guard's logratio: unbiased, and of the same size at every noise level."
+    "GRPO-Guard's logratio (arXiv 2510.22319): unbiased, and of the same size at every noise level."
     _check_pair(log_prob, old_log_prob, 'old_log_prob')
     if mean.shape != old_mean.shape or len(mean) != len(log_prob):
         raise ValueError(f"mean and old_mean must both be (M,...) with M = {len(log_prob)}, got {tuple(mean.shape)} and "

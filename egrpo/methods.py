@@ -136,7 +136,7 @@ def taken(
     if not isinstance(method, str): return dict(settings) # a function of one's own takes what it wants
     own = method_settings(method)
     upon = own.get('base') and (base or own['base'])
-    others = {k for name in METHODS if name != 'aegpo' for k in method_settings(name)} - {*own, *(method_settings(upon) if upon else ())}
+    others = {k for s in map(method_settings, METHODS) if 'base' not in s for k in s} - {*own, *(method_settings(upon) if upon else ())}
     return {k: v for k, v in settings.items() if k not in others}
 
 def check_taken(

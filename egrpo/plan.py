@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 from operator import mul
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.colors import ListedColormap
 from torch import Tensor
 
-from .sde import KERNELS, step_std
+from .entropy import check_schedule
+from .sde import check_kernel, step_std
 
 # %% ../nbs/03_plan.ipynb #2fa5a78a
 @dataclass(frozen=True)
@@ -97,7 +96,8 @@ class Plan:
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be one or more numbers >= 1, got {self.strides}: 1 is exact")
         if self.solver not in SOLVERS: raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
-        if self.kernel not in KERNELS: raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        check_schedule(self.sigmas)
+        check_kernel(self.kernel, self.noise_level)
         if not self.branches: raise ValueError("branches is empty: a plan needs at least one Branch (Branch() is a plain ODE rollout)")
         for b in self.branches: _check_branch(b, self.num_steps - 1)
         if any(b.steps for b in self.branches) and not self.noise_level > 0:
@@ -218,8 +218,10 @@ def _draw_branch(
 def plot_plan(
     plan:Plan, # The plan of one prompt
     ax=None, # Axes to draw on; None makes a figure
-)->plt.Axes: # The axes
+): # The axes
     "Draw a plan as a timeline, a row per branch: grey ODE, coloured stochastic steps (colour: their standard deviation)."
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import ListedColormap
     if ax is None: _, ax = plt.subplots(figsize=(7, .5 + .42 * max(3, len(plan.branches))))
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), ListedColormap(plt.get_cmap('plasma_r')(torch.linspace(.2, 1, 256).numpy())))
     for row, b in enumerate(plan.branches): _draw_branch(ax, b, plan, row, scale.to_rgba)
