@@ -6,7 +6,7 @@
 __all__ = ['EVAL_REWARDS', 'FREE', 'CHOICES', 'UNSHAREABLE', 'TrainConfig', 'chooses_steps', 'check_method', 'check_config',
            'iteration_nfe', 'training_nfe', 'describe_run', 'load_prompts', 'prompts_and_rewards', 'prompt_batch',
            'ode_plan', 'sample_images', 'evaluate', 'loss_weights', 'rows_loss', 'check_writable', 'stop_on_interrupt',
-           'sharing_asked', 'Trainer']
+           'sharing_asked', 'own_device', 'Trainer']
 
 # %% ../nbs/24_trainer.ipynb #b5075389
 import json
@@ -19,11 +19,13 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env, patch_environment
 from torch import Tensor
@@ -153,13 +155,12 @@ def check_method(
     "Plan once, so that settings no plan can have are refused before anything is loaded or written."
     settings, n = asdict(config), config.prompts_per_iteration
     check_taken([f.name for f in fields(config) if f.default is None and settings[f.name] is not None], method, config.base)
-    if chooses_steps(method):
-        rising = torch.arange(float(n))[:, None].expand(n, config.num_steps)
-        allocated_plans(method, n, rising, torch.zeros_like(rising), **settings)
-        return
-    misplaced = [k for k in ('base', *CHOOSES) if settings[k] is not None]
+    misplaced = [k for k in ('base', *CHOOSES) if settings[k] is not None and not chooses_steps(method)]
     if misplaced: raise ValueError(f"{misplaced[0]} is for methods that choose steps and samples: leave it out, or take method aegpo")
-    make_plan(method, **settings)
+    rising = torch.arange(float(n))[:, None].expand(n, config.num_steps)
+    plans = allocated_plans(method, n, rising, rising * 0, **settings) if chooses_steps(method) else [make_plan(method, **settings)]
+    if any(map(count_transitions, plans)): return
+    raise ValueError(f"method {getattr(method, '__name__', method)} trains nothing: give its plan a stochastic step of a weight above 0")
 
 def check_config(
     config:TrainConfig, # The configuration
@@ -264,7 +265,8 @@ def prompts_and_rewards(
     measured.check(held_out)
     return prompts, held_out, trained, measured
 
-# %% ../nbs/24_trainer.ipynb #b22f7381
+# %% ../nbs/24_trainer.ipynb #82bcf0b3
+@lru_cache(maxsize=2) # a batch may end one pass and begin the next
 def _order(
     n:int, # How many prompts
     epoch:int, # Passes before this one
@@ -425,6 +427,18 @@ def sharing_asked()->bool:
             raise ValueError(f"{name} is not supported: leave it out of the launcher's configuration")
     return fsdp or (zero and int(os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)) > 0)
 
+# %% ../nbs/24_trainer.ipynb #c59880c6
+def own_device(
+    device:str|None, # As the configuration names it; None = the best there is, or the CPU where the launcher says so
+    accelerator, # accelerate's `Accelerator`
+)->torch.device: # Where this process trains
+    "What the configuration names; of several processes each has the device that accelerate gave it, its own GPU."
+    given, named = accelerator.device, best_device(device or ('cpu' if parse_flag_from_env('ACCELERATE_USE_CPU') else None))
+    if accelerator.num_processes == 1: return named
+    if device is not None and (named.type != given.type or named.index not in (None, given.index)):
+        raise ValueError(f"device is {device!r}, but this process of several has {given}: leave it out, or start the processes anew")
+    return given
+
 # %% ../nbs/24_trainer.ipynb #e11a647a
 class Trainer:
     "GRPO on a policy: `fit()` runs it, `step(i)` is one iteration."
@@ -443,7 +457,8 @@ class Trainer:
         if cast != 'no': warnings.warn(f"the launcher's mixed_precision {cast} is not used: dtype sets the network's", stacklevel=2)
         with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'): # accelerate would do it on GPUs only
             self.accelerator = Accelerator( # one process may write a checkpoint, or score, for long, while the others wait
-                mixed_precision='no', cpu=best_device(config.device).type == 'cpu', log_with=config.tracker, project_dir=config.out,
+                mixed_precision='no', cpu=best_device(config.device).type == 'cpu' and not is_initialized(), # later ones share its state
+                log_with=config.tracker, project_dir=config.out,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
         processes = self.accelerator.num_processes
         if processes > config.prompts_per_iteration:
@@ -465,8 +480,8 @@ class Trainer:
         "The policy that the configuration names."
         c, a = self.config, self.accelerator
         same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing vae_tiling text_encoders embeddings compiled'.split()
-        device = a.device if c.device in (None, 'cuda') else c.device # each process its own GPU
-        mesh = init_device_mesh(torch.device(device).type, (a.num_processes,)) if shared else None
+        device = own_device(c.device, a)
+        mesh = init_device_mesh(device.type, (a.num_processes,)) if shared else None
         policy = load_policy(c.model, device, c.dtype, c.lora_rank, mesh=mesh, **{k: getattr(c, k) for k in same})
         if c.text_encoders == 'drop': self._drop_text_encoders(policy)
         return policy
@@ -788,12 +803,12 @@ class Trainer:
         bar.set_postfix(**rewards, eval=evaluation, ratio=f"1±{metrics['ratio_error']:.0e}", refresh=False)
 
     def _close(self):
-        "Write the evaluations and the trained model."
+        "Write the evaluations and the trained model. The process group stays: there may be more to do together."
         main, out = self.accelerator.is_main_process, Path(self.config.out)
         if main: pd.DataFrame(self.history).to_csv(out/'evaluations.csv', index=False)
         if main or self.policy.mesh:
             with swapped(self.parameters, self.ema): self.policy.save(out/'model')
-        if self.config.tracker: self.accelerator.end_training() # the processes can no longer meet after it
+        for tracker in self.accelerator.trackers: tracker.finish()
 
     # ---- checkpoints
     def save(self)->Path: # The checkpoint's folder

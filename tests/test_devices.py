@@ -1,0 +1,79 @@
+"Where a trainer runs, and what that asks of a device. None of it needs an accelerator."
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from egrpo import trainer as trainer_module
+from egrpo.advantage import keep_extremes
+from egrpo.policy import load_policy
+from egrpo.trainer import TrainConfig, Trainer
+
+SMALL = dict(num_steps=6, num_generations=4, prompts_per_iteration=2, iterations=1, eval_size=2)
+BRANCH = dict(method='branch_grpo', num_steps=10, num_generations=8, keep=.5, pruned_steps=1)
+
+
+class Float32Only(TorchDispatchMode):
+    "Inside, every tensor is on a device without float64, as Apple's GPUs are."
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        wide = [o for o in tree_leaves(found) if isinstance(o, torch.Tensor) and o.dtype == torch.float64]
+        assert not wide, f'{func} makes float64'
+        return found
+
+
+@pytest.fixture(scope='module')
+def policy():
+    "The miniature, on the CPU; its network may use float64 there, which diffusers leaves alone on Apple's GPUs."
+    policy = load_policy(device='cpu')
+    forward = policy.transformer.forward
+    def unwatched(*args, **kwargs):
+        with _disable_current_modes(): return forward(*args, **kwargs)
+    policy.transformer.forward = unwatched
+    return policy
+
+
+@pytest.mark.parametrize('settings', [dict(active_steps=2), dict(active_steps=2, beta=.1), BRANCH, dict(method='grpo_guard')])
+def test_rollout_and_update_need_no_float64(tmp_path, policy, monkeypatch, settings):
+    "What runs on the policy's device; rewards and metrics are gathered on the CPU."
+    trainer = Trainer(TrainConfig(**SMALL | settings, device='cpu', out=str(tmp_path/'run')), policy)
+    monkeypatch.setattr(trainer, '_score', lambda images, prompts: {})
+    plans, _ = trainer.plan(0) # schedules are made on the CPU
+    with Float32Only(): _, cond, out, images, _ = trainer.sample(0, plans)
+    advantages, _ = trainer.advantages(out, dict(verifier=images.mean((1, 2, 3))))
+    monkeypatch.setattr(trainer, '_update_metrics', lambda *args: {})
+    with Float32Only(): trainer.update(cond, out, advantages)
+
+
+def test_float64_is_seen():
+    "Planted: shares in float64."
+    with pytest.raises(AssertionError, match='makes float64'), Float32Only():
+        keep_extremes(torch.randn(4), torch.zeros(4, dtype=torch.long), torch.full((4,), .5).double())
+
+
+def placed(out, monkeypatch, **settings):
+    "Where a trainer wants its policy."
+    found = []
+    with monkeypatch.context() as m:
+        m.setattr(trainer_module, 'load_policy', lambda model, device, *args, **kwargs: found.append(device) or load_policy(device='cpu'))
+        Trainer(TrainConfig(**SMALL, active_steps=2, **settings, out=str(out)))
+    return str(found[0])
+
+
+def test_trainers_of_one_process_are_each_where_they_say(tmp_path, monkeypatch):
+    "accelerate keeps the first one's device; CPU, then GPU, then CPU again as if the first had been on a GPU."
+    assert [placed(tmp_path, monkeypatch, device=device) for device in ('cpu', 'cuda', 'cuda:1', 'mps')] == ['cpu', 'cuda', 'cuda:1', 'mps']
+    for state in (PartialState, AcceleratorState): monkeypatch.setitem(state._shared_state, 'device', torch.device('cuda'))
+    assert placed(tmp_path, monkeypatch, device='cpu') == 'cpu'
+
+
+def test_a_run_leaves_the_process_group_to_those_who_go_on(tmp_path, policy):
+    "With a tracker too: after `fit` there may be something that all processes do together."
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        Trainer(TrainConfig(**SMALL, active_steps=2, device='cpu', tracker='tensorboard', out=str(tmp_path/'run')), policy).fit()
+        assert dist.is_initialized()
+    finally:
+        if dist.is_initialized(): dist.destroy_process_group()
