@@ -432,7 +432,8 @@ def suffix_data(
     with one_thread():
         parts = {n: _suffix_part(policy, prompts, plan, size['rounds']) for n, plan in plans.items()}
         cache = _cache_part(policy, prompts, plans[size['steps'][0]], size['thresholds'])
-    return dict(size, seed=0, threads=1, clock='processor time', nfe=policy.nfe, schedules=parts, cache=cache,
+    clock = 'wall clock' if policy.device.type == 'cuda' else 'processor time'
+    return dict(size, seed=0, threads=1, clock=clock, nfe=policy.nfe, schedules=parts, cache=cache,
                 plans={n: describe(p) for n, p in plans.items()})
 
 # %% ../nbs/31_measurements.ipynb #eeaaef27

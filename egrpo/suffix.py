@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['STRIDES', 'group_agreement', 'suffix_plan', 'suffix_scores', 'suffix_costs', 'cached_suffix', 'cache_scores']
 
-# %% ../nbs/28_suffix.ipynb #84b1760f
-import time
+# %% ../nbs/28_suffix.ipynb #71c6839a
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +14,11 @@ from diffusers.hooks import FirstBlockCacheConfig
 from scipy.stats import rankdata
 from torch import Tensor
 
+from .benchmark import _seconds, time_in_turns
 from .methods import make_plan
 from .plan import Plan, count_leaves, rollout_nfe
 from .rollout import rollout
 from .sde import ode_step
-from .speed import Laps, laps_in_turns
 
 # %% ../nbs/28_suffix.ipynb #9e65a021
 def group_agreement(
@@ -73,17 +72,12 @@ def suffix_costs(
     plan:Plan, # From `suffix_plan`
     rounds:int, # Of timing, >= 1
     strides:tuple=STRIDES, # Strides, >= 1
-)->dict: # seconds: name -> list of seconds of processor time; nfe: name -> evaluations
+)->dict: # seconds: name -> list of seconds, of processor time or, on a GPU, of the clock; nfe: name -> evaluations
     "What a rollout costs with each solver and stride."
     plans = {f'{solver} {n}': replace(plan, strides=(n,), solver=solver) for solver in ('euler', 'ab2') for n in strides}
-    def timed(plan):
-        "Seconds of a rollout."
-        laps = Laps()
-        rollout(policy, policy.encode([prompt]), plan, 'suffix', 0)
-        laps('sampling')
-        return laps.seconds
-    laps = laps_in_turns({name: (lambda p=p: timed(p)) for name, p in plans.items()}, rounds)
-    return dict(seconds={name: o['sampling'] for name, o in laps.items()}, nfe={name: rollout_nfe(p) for name, p in plans.items()})
+    runs = {name: (lambda p=p: rollout(policy, policy.encode([prompt]), p, 'suffix', 0)) for name, p in plans.items()}
+    seconds = time_in_turns(runs, rounds, policy.device.type == 'cuda')
+    return dict(seconds=seconds, nfe={name: rollout_nfe(p) for name, p in plans.items()})
 
 # %% ../nbs/28_suffix.ipynb #10fba22d
 @torch.no_grad()
@@ -100,11 +94,27 @@ def cached_suffix(
     if threshold: network.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     try:
         with network.cache_context('suffix'):
-            for s, s_next in zip(sigmas[end:], sigmas[end + 1:]):
-                x = ode_step(policy.velocity(x, s.expand(len(x)), rows), x, s.item(), s_next.item())
+            for s, s_next in zip(sigmas[end:].tolist(), sigmas[end + 1:].tolist()):
+                x = ode_step(policy.velocity(x, torch.full((len(x),), s, device=x.device), rows), x, s, s_next)
     finally:
         if threshold: network.disable_cache()
     return x
+
+def _timed_suffixes(
+    policy, # A policy
+    cond, # Conditions, one row
+    out, # A `Rollout` of the plan
+    plan:Plan, # From `suffix_plan`
+    threshold:float, # Of the first-block cache, >= 0; 0 = no cache
+)->tuple: # (N,C,H,W) clean latents, seconds
+    "The suffixes of a prompt's groups, one after the other, and the time they take."
+    clean = []
+    def walk():
+        "All groups."
+        for g in range(len(plan.branches)):
+            clean.append(cached_suffix(policy, cond, out.children[out.group == g], int(out.end[g]), plan.sigmas, threshold))
+    seconds = _seconds(walk, policy.device.type == 'cuda')
+    return torch.cat(clean), seconds
 
 def cache_scores(
     policy, # A policy
@@ -112,14 +122,13 @@ def cache_scores(
     plan:Plan, # From `suffix_plan`
     rewards, # A `RewardSet`
     threshold:float, # Of the first-block cache, >= 0; 0 = no cache
-)->tuple: # name -> (P,B,G) scores, seconds of processor time in the suffixes
+)->tuple: # name -> (P,B,G) scores, seconds in the suffixes
     "Scores of samples whose suffixes are walked group by group with a first-block cache."
     seconds, per_prompt, B = 0., [], len(plan.branches)
     for p, prompt in enumerate(prompts):
         cond = policy.encode([prompt])
         out = rollout(policy, cond, replace(plan, strides=(plan.num_steps,)), 'suffix', 0, prompt_ids=[p]) # for the samples
-        began = time.process_time()
-        clean = [cached_suffix(policy, cond, out.children[out.group == g], int(out.end[g]), plan.sigmas, threshold) for g in range(B)]
-        seconds += time.process_time() - began
-        per_prompt.append(rewards(policy.decode(torch.cat(clean)), [prompt] * count_leaves(plan)))
+        clean, took = _timed_suffixes(policy, cond, out, plan, threshold)
+        seconds += took
+        per_prompt.append(rewards(policy.decode(clean), [prompt] * count_leaves(plan)))
     return {n: torch.stack([s[n] for s in per_prompt]).view(len(prompts), B, -1) for n in rewards.names}, seconds
