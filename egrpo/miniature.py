@@ -7,10 +7,10 @@ __all__ = ['TEXT_LENGTH', 'SIZES', 'generator', 'scenes', 'make_codec', 'codec_l
            'encode_images', 'decode_latents', 'set_latent_scale', 'vocabulary', 'make_tokenizer', 'tokens',
            'make_text_encoders', 'make_transformer', 'make_pipeline', 'pack', 'flow_data', 'training_sigmas', 'Flow',
            'FlowData', 'tokenized', 'flow_loss', 'save_training', 'load_training', 'train_flow', 'sample_images',
-           'evaluate', 'miniature_path', 'Scorer', 'make_clip', 'load_scorer', 'load_clip', 'load_preference',
-           'clip_features', 'clip_score', 'preference_score', 'clip_loss', 'train_clip', 'retrieval_set', 'retrieval',
-           'Judged', 'judge', 'choose', 'preference_loss', 'train_preference', 'agreement', 'Sizes', 'build_codec',
-           'build_base', 'build_clip', 'build_preference', 'measure', 'nfe', 'thin', 'build']
+           'evaluate', 'Scorer', 'make_clip', 'load_scorer', 'load_clip', 'load_preference', 'clip_features',
+           'clip_score', 'preference_score', 'clip_loss', 'train_clip', 'retrieval_set', 'retrieval', 'Judged', 'judge',
+           'choose', 'preference_loss', 'train_preference', 'agreement', 'Sizes', 'build_codec', 'build_base',
+           'build_clip', 'build_preference', 'measure', 'nfe', 'thin', 'build']
 
 # %% ../nbs/13_miniature.ipynb #a5a07594
 import copy
@@ -354,8 +354,8 @@ def load_training(
         step = int(f.metadata()['step'])
         for (name, p), e in zip(flow.named_parameters(), ema):
             p.copy_(f.get_tensor(f'weight.{name}')); e.copy_(f.get_tensor(f'ema.{name}'))
-            optimizer.state[p] = dict(step=torch.tensor(float(step)), exp_avg=f.get_tensor(f'exp_avg.{name}'),
-                                      exp_avg_sq=f.get_tensor(f'exp_avg_sq.{name}'))
+            moments = {k: f.get_tensor(f'{k}.{name}').to(p.device) for k in ('exp_avg', 'exp_avg_sq')}
+            optimizer.state[p] = moments | dict(step=torch.tensor(float(step), device=p.device))
     return step
 
 # %% ../nbs/13_miniature.ipynb #2f1f2264
@@ -417,11 +417,6 @@ def evaluate(
     mean = lambda vs: dict(strict=float(np.mean([v.strict for v in vs])), graded=float(np.mean([v.graded for v in vs])), n=len(vs))
     by = {c: mean([v for v, p in zip(verdicts, prompts) if parse_prompt(p).category == c]) for c in CATEGORIES}
     return mean(verdicts) | dict(categories=by)
-
-# %% ../nbs/13_miniature.ipynb #3b5143fa
-def miniature_path()->Path: # A FluxPipeline folder: give it to `FluxPipeline.from_pretrained`
-    "The packaged base model"
-    return assets_path('miniature')
 
 # %% ../nbs/13_miniature.ipynb #f876aec3
 @dataclass
