@@ -299,7 +299,8 @@ def largest_safe_tau(
     if not 1 <= active_steps < T: raise ValueError(f"active_steps must be from 1 to {T - 1}, got {active_steps}: never the last")
     for k in range(active_steps):
         length = int(allowed[k, :T - 1 - k].long().cumprod(0).sum()) # lengths that are allowed with all shorter ones
-        bounds.append(step_entropy(sigmas, length, noise_level, kernel=kernel)[k].item() if length else 0.)
+        # a tau that one of them reaches goes no further; with cps that is the shortest, since its entropy falls with length
+        bounds.append(max((step_entropy(sigmas, l, noise_level, kernel=kernel)[k].item() for l in range(1, length + 1)), default=0.))
     k = min(range(active_steps), key=bounds.__getitem__)
     return bounds[k], k
 

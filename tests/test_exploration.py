@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from egrpo import exploration, measurements
-from egrpo.entropy import landing_noise, merge_lengths
+from egrpo.entropy import landing_noise, merge_lengths, step_entropy
 from egrpo.exploration import (
     add_noise,
     all_steps,
@@ -137,15 +137,22 @@ def test_one_step_has_nobody_to_share_with():
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(4, 40), st.floats(.5, 6), st.floats(.3, 1.2), st.data())
 def test_guard_means_what_it_says(T, shift, noise, data):
-    n = data.draw(st.integers(1, T - 1))
-    sigmas = flow_sigmas(T, shift)
-    safe, step = guard_tau(sigmas, n, noise_level=noise)
-    assert (safe == 0) == bool((landing_noise(sigmas, [1]*(T - 1) + [0], noise)[:n] > 1).any())
+    n, kernel = data.draw(st.integers(1, T - 1)), data.draw(st.sampled_from(['flow', 'dance', 'cps']))
+    sigmas, noise = flow_sigmas(T, shift), min(noise, 1.) if kernel == 'cps' else noise
+    safe, step = guard_tau(sigmas, n, noise_level=noise, kernel=kernel)
+    assert (safe == 0) == bool((landing_noise(sigmas, [1]*(T - 1) + [0], noise, kernel)[:n] > 1).any())
     if safe == 0: return
-    lengths = merge_lengths(sigmas, safe * (1 - 1e-5), noise)
-    assert landing_noise(sigmas, lengths, noise)[:n].max() <= 1
-    above = merge_lengths(sigmas, safe * (1 + 1e-5), noise)[step]
-    assert above == 0 or landing_shares(sigmas, noise)[step, above - 1] > 1
+    lengths = merge_lengths(sigmas, safe * (1 - 1e-5), noise, kernel)
+    assert landing_noise(sigmas, lengths, noise, kernel)[:n].max() <= 1
+    above = merge_lengths(sigmas, safe * (1 + 1e-5), noise, kernel)[step]
+    assert above == 0 or landing_shares(sigmas, noise, kernel)[step, above - 1] > 1
+
+
+def test_guard_of_a_kernel_whose_entropy_falls_with_length():
+    sigmas = flow_sigmas()
+    safe, _ = guard_tau(sigmas, noise_level=.8, kernel='cps')
+    assert safe == min(step_entropy(sigmas, 1, .8, kernel='cps')[:8]) > 1.3
+    assert merge_lengths(sigmas, safe, .8, 'cps')[:8].tolist() == [1] * 8
 
 
 def test_noise_on_a_result_is_that_share():
