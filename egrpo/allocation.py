@@ -9,7 +9,8 @@ __all__ = ['ROUNDING', 'ALLOCATIONS', 'EXPLORE', 'CHOOSES', 'query_share', 'entr
 
 # %% ../nbs/23_allocation.ipynb #32a97f55
 import hashlib
-import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -61,20 +62,22 @@ class ProfileCache:
         return self.folder/f"{hashlib.blake2b(repr((*self.address, prompt)).encode(), digest_size=12).hexdigest()}.safetensors"
 
     def _load(self, prompt):
-        "Take a prompt's profile from the disk, if it is there."
-        if self.folder and prompt not in self.known and self._path(prompt).exists():
-            try: self.known[prompt] = load_file(self._path(prompt))['profile']
-            except (SafetensorError, KeyError) as e:
-                raise ValueError(f"profile_cache: {self._path(prompt).name} holds no profile ({e!r}): delete it to measure it again") from e
+        "Take a prompt's profile from the disk, if it is there and whole."
+        if not self.folder or prompt in self.known: return
+        with suppress(OSError, SafetensorError, KeyError): self.known[prompt] = load_file(self._path(prompt))['profile']
 
     def _keep(self, prompt, profile):
         "Keep a prompt's profile."
         self.known[prompt] = profile
         if not self.folder: return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self._path(prompt).with_suffix(f'.{os.getpid()}')
-        save_file({'profile': profile.contiguous()}, draft)
-        draft.replace(self._path(prompt))
+        draft = self._path(prompt).with_suffix(f'.{uuid.uuid4().hex}') # several processes, on several machines, may write at once
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({'profile': profile.contiguous()}, draft)
+            draft.replace(self._path(prompt))
+        except (OSError, SafetensorError) as e:
+            draft.unlink(missing_ok=True)
+            raise ValueError(f"profile_cache: {str(self.folder)!r} cannot be written ({e}): free some space or name another folder") from e
 
     def __call__(self,
         prompts:list, # P prompts
