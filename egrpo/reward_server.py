@@ -73,12 +73,14 @@ def _answer(
     status:int, # HTTP status
     **said, # The answer
 ):
-    "Send an answer."
+    "Send an answer; a client that has gone gets none."
     body = json.dumps(said).encode()
-    handler.send_response(status)
-    for name, value in {'Content-Type': 'application/json', 'Content-Length': len(body)}.items(): handler.send_header(name, str(value))
-    handler.end_headers()
-    handler.wfile.write(body)
+    try:
+        handler.send_response(status)
+        for name, value in {'Content-Type': 'application/json', 'Content-Length': len(body)}.items(): handler.send_header(name, str(value))
+        handler.end_headers()
+        handler.wfile.write(body)
+    except ConnectionError: handler.close_connection = True
 
 def _scores(
     reward:Callable, # (images, prompts) -> B scores
@@ -112,7 +114,6 @@ class _Handler(BaseHTTPRequestHandler):
                 if self._is_left(): return # it asks again, and would be scored twice
                 scores = _scores(self.server.reward, body)
             _answer(self, 200, scores=scores)
-        except BrokenPipeError: pass # the client has gone
         except ValueError as e: _answer(self, 400, error=' '.join(str(e).split()))
         except Exception as e: _answer(self, 500, error=f"{type(e).__name__}: {' '.join(str(e).split())}")
 

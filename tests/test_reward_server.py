@@ -2,6 +2,8 @@
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from egrpo import reward_server
 from egrpo.reward import RewardError, get_reward
 from egrpo.reward_server import RewardClient, from_png, make_server, pack, to_png, unpack
 
@@ -176,6 +179,28 @@ def test_who_has_left_is_not_scored(no_waiting):
     assert len(scored) == 2
 
 
+@pytest.mark.parametrize('answer', [[1.] * 5, [1.], None], ids=['scores', 'wrong scores', 'error'])
+def test_a_connection_that_is_reset_makes_no_noise(answer, monkeypatch):
+    "The client goes while it is served, whatever the answer would have been."
+    going, gone = threading.Event(), threading.Event()
+    def slow(images, prompts):
+        going.set()
+        assert gone.wait(10)
+        threading.Event().wait(.1)
+        return answer or 1 / 0
+    server, noise = make_server(slow, port=0), []
+    server.daemon_threads = False # closing it waits for them
+    monkeypatch.setattr(server, 'handle_error', lambda *args: noise.append(sys.exc_info()[1]))
+    with running(server), socket.create_connection(server.server_address) as client:
+        body = pack(IMAGES, PROMPTS)
+        client.sendall(f'POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
+        assert going.wait(10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)) # reset, not closed in order
+        client.close()
+        gone.set()
+    assert noise == []
+
+
 def test_seconds_to_wait():
     assert get_reward('server(http://a, 600)').rewards['server'].timeout == 600
     assert str(get_reward('2*server(http://a, 600)')) == '2*server(http://a, 600)'
@@ -207,8 +232,9 @@ def test_a_server_that_goes_away_in_training_loses_nothing(tmp_path, monkeypatch
     calls = []
     def mortal(images, prompts):
         calls.append(1)
-        if len(calls) == 3: raise BrokenPipeError # hangs up on the third iteration
         return brightness(images, prompts)
+    answer = reward_server._answer # hangs up on the third iteration
+    monkeypatch.setattr(reward_server, '_answer', lambda *args, **said: len(calls) < 3 and answer(*args, **said))
     server = make_server(mortal, port=0)
     port, reward = server.server_port, f'server(http://127.0.0.1:{server.server_port})'
     with running(server):
@@ -218,6 +244,7 @@ def test_a_server_that_goes_away_in_training_loses_nothing(tmp_path, monkeypatch
         with pytest.raises(RewardError, match='asked 4 times'): Trainer(TrainConfig(out=str(tmp_path/'run'), reward=reward, **small)).fit()
     assert load_checkpoint(tmp_path/'run/checkpoint')[1]['iteration'] == 2
     monkeypatch.setattr(RewardClient, '_ask', original)
+    monkeypatch.setattr(reward_server, '_answer', answer)
     with running(make_server(brightness, port=port)):
         Trainer(TrainConfig(out=str(tmp_path/'run'), reward=reward, resume=True, **small)).fit()
         Trainer(TrainConfig(out=str(tmp_path/'straight'), reward=reward, **small)).fit()
