@@ -466,10 +466,11 @@ def published(
     chosen:dict, # Fields of `TrainConfig`, some of them
 )->dict: # Fields of `TrainConfig`
     "Clip range, KL weight and scale of the advantages as the method was published, AEGPO's base; nothing for one that is not there."
-    from egrpo.methods import PUBLISHED
+    from egrpo.methods import PUBLISHED, method_settings
     from egrpo.trainer import TrainConfig
     method = chosen.get('method', TrainConfig.method)
-    return PUBLISHED.get(chosen.get('base') or method if method == 'aegpo' else method, {})
+    upon = chosen.get('base') if 'base' in method_settings(method) else None
+    return PUBLISHED.get(upon or method, {})
 
 # %% ../nbs/35_cli.ipynb #6c05335e
 def plan_cost(
@@ -629,12 +630,11 @@ def load_sampler(
     lora=None, # Folder of a LoRA to put in
 ):
     "A policy to sample from."
-    from egrpo.policy import load_lora, load_policy
+    from egrpo.policy import check_lora_file, load_policy
     check_device(config.device)
+    if lora: check_lora_file(lora, 'lora') # before a model is loaded
     same = 'resolution guidance micro_batch vae_tiling text_encoders embeddings'.split()
-    policy = load_policy(config.model, config.device, config.dtype, None, **{name: getattr(config, name) for name in same})
-    if lora: load_lora(policy.pipeline, lora, 'lora')
-    return policy
+    return load_policy(config.model, config.device, config.dtype, None, lora_from=lora, **{name: getattr(config, name) for name in same})
 
 # %% ../nbs/35_cli.ipynb #0a145322
 def sample_prompts_of(
@@ -1035,7 +1035,10 @@ def findings(
     if name == 'speed': seconds, unit = total_seconds(data['seconds']), 'egrpo'
     if name == 'attention_benchmark': seconds, unit = data['attention']['seconds'], 'plain'
     times = [f"{k} takes {time_ratio(seconds, k, unit)['min']:.2f} times as long as {unit}" for k in seconds if k != unit]
-    return times + [f'{c.text}: {verdict} | {seen}' for c in CLAIMS if c.record == name for seen, verdict in [c.judge(data)]]
+    def line(text, seen, verdict, *equal):
+        "What one claim comes to."
+        return f'{text}: {verdict} | {seen}' + (' | at equal iterations: {1} | {0}'.format(*equal) if equal else '')
+    return times + [line(c.text, *c.judge(data)) for c in CLAIMS if c.record == name]
 
 def run_reproduce(
     args, # Parsed arguments

@@ -26,7 +26,7 @@ from .allocation import signal_needed
 from .benchmark import flux_inputs, highest_rise
 from .methods import make_plan
 from .plan import count_leaves, gradient_nfe
-from .policy import DTYPES, LORA_TARGETS, MICRO_BATCH_ELEMENTS, assets_path, is_out_of_memory, load_policy
+from .policy import DTYPES, MICRO_BATCH_ELEMENTS, assets_path, is_out_of_memory, load_policy, lora_layers
 from .trainer import TrainConfig, chooses_steps, iteration_nfe
 
 # %% ../nbs/29_cost.ipynb #9817ccd3
@@ -112,12 +112,11 @@ def _count(
     return sum(p.numel() for p in module.parameters())
 
 def _lora_parameters(
-    network, # A transformer on the meta device; changed
+    network, # A transformer on the meta device
     rank:int, # Rank of the LoRA
 )->int: # Parameters of the LoRA that egrpo adds
     "How many parameters a LoRA of egrpo's targets has."
-    linear = [(n, m) for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and 'block' in n]
-    return sum(rank * (m.in_features + m.out_features) for n, m in linear if any(n.endswith('.' + t) for t in LORA_TARGETS))
+    return sum(rank * (m.in_features + m.out_features) for m in lora_layers(network).values())
 
 @lru_cache(maxsize=8)
 def count_parameters(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FULL', 'DTYPES', 'MEMORY_BYTES', 'LORA_TARGETS', 'PASSES', 'MICRO_BATCH_ELEMENTS', 'TEXT_ENCODERS', 'POLICIES',
            'best_device', 'is_out_of_memory', 'assets_path', 'limit_hub_waiting', 'load_pipeline', 'Conditions',
-           'Embeddings', 'network_fingerprint', 'text_fingerprint', 'check_lora_file', 'load_lora', 'compile_blocks',
-           'shard_network', 'whole_tensor', 'whole_tensors', 'own_part', 'swapped', 'check_settings', 'Policy',
-           'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy']
+           'Embeddings', 'network_fingerprint', 'text_fingerprint', 'lora_layers', 'check_lora_file', 'load_lora',
+           'compile_blocks', 'shard_network', 'whole_tensor', 'whole_tensors', 'own_part', 'swapped', 'check_settings',
+           'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy']
 
 # %% ../nbs/10_policy.ipynb #b8d27e80
 import copy
@@ -24,7 +24,7 @@ import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from huggingface_hub import get_session, set_client_factory
+from huggingface_hub import get_session
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -81,12 +81,11 @@ def _without_bars(
     quiet:bool, # Hide the libraries' progress bars?
 ):
     "Inside: diffusers and transformers load without progress bars."
-    shown = transformers_logging.is_progress_bar_enabled()
-    if quiet: diffusers_logging.disable_progress_bar(), transformers_logging.disable_progress_bar()
+    shown = [o for o in (diffusers_logging, transformers_logging) if quiet and o.is_progress_bar_enabled()]
+    for o in shown: o.disable_progress_bar()
     try: yield
     finally:
-        if quiet: diffusers_logging.enable_progress_bar()
-        if quiet and shown: transformers_logging.enable_progress_bar()
+        for o in shown: o.enable_progress_bar()
 
 # %% ../nbs/10_policy.ipynb #1dc897a4
 def _load_error(
@@ -104,11 +103,10 @@ def limit_hub_waiting(
     seconds:float=10, # For a connection, and between two pieces of an answer
 ):
     "Give the Hugging Face Hub's client a time limit; some of its requests have none and would wait for a silent hub without end."
-    client = get_session()
-    kind, hooks = type(client), client.event_hooks
+    client = get_session() # perhaps the user's own, with a proxy or certificates
     def cap(request): request.extensions['timeout'] = {k: v or seconds for k, v in request.extensions.get('timeout', {}).items()}
-    hooks['request'] = [h for h in hooks['request'] if h.__name__ != 'cap'] + [cap]
-    set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=seconds))
+    others = [h for h in client.event_hooks['request'] if getattr(h, '__name__', '') != 'cap']
+    client.event_hooks = client.event_hooks | {'request': [*others, cap]}
 
 def load_pipeline(
     model:str='miniature', # 'miniature', a folder, or a hub id such as 'black-forest-labs/FLUX.1-dev'
@@ -256,17 +254,23 @@ def text_fingerprint(
 LORA_TARGETS = ['to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out',
                 'ff.net.0.proj', 'ff.net.2', 'ff_context.net.0.proj', 'ff_context.net.2', 'proj_mlp', 'proj_out']
 
+def lora_layers(
+    network, # A transformer or UNet
+)->dict: # Name -> linear layer
+    "The layers of a network that get a LoRA."
+    return {n: m for n, m in network.named_modules() if isinstance(m, torch.nn.Linear) and 'block' in n
+            and any(n.endswith('.' + t) for t in LORA_TARGETS)}
+
 def _add_lora(
     transformer, # The pipeline's network
     rank:int, # Rank of the LoRA, scaled by twice the rank
     seed:int, # Seed of its initial weights
 ):
     "Add a new LoRA to the linear layers of a network's blocks; until it is trained it changes nothing."
-    blocks = [n for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear) and 'block' in n
-              and any(n.endswith('.' + t) for t in LORA_TARGETS)]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=blocks, init_lora_weights='gaussian'))
+    layers = list(lora_layers(transformer))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed) # the CPU's; those of GPUs stay as they are
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, init_lora_weights='gaussian'))
 
 # %% ../nbs/10_policy.ipynb #a477a362
 def check_lora_file(
@@ -281,10 +285,9 @@ def check_lora_file(
 def load_lora(
     pipeline, # A pipeline; changed in place
     source, # Folder with pytorch_lora_weights.safetensors, or a .safetensors file
-    name:str='lora_from', # What the user calls it, for errors
 ):
     "Put a LoRA into a pipeline's network as its adapter `default`, or say why not."
-    check_lora_file(source, name)
+    check_lora_file(source)
     shown = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error() # it warns of every part that a LoRA does not touch
     try:
@@ -292,9 +295,9 @@ def load_lora(
         pipeline.load_lora_weights(str(source), adapter_name='default', use_safetensors=True)
     except Exception as e: # diffusers, peft and safetensors raise what they like
         why = ' '.join(str(e).split())[:200]
-        raise ValueError(f"{name}: {str(source)!r} does not fit this model ({why}): name the model it was trained on") from e
+        raise ValueError(f"lora_from: {str(source)!r} does not fit this model ({why}): name the model it was trained on") from e
     finally: diffusers_logging.set_verbosity(shown)
-    _check_lora(pipeline, state[0] if isinstance(state, tuple) else state, f"{name}: {str(source)!r}")
+    _check_lora(pipeline, state[0] if isinstance(state, tuple) else state, f"lora_from: {str(source)!r}")
 
 def _check_lora(
     pipeline, # A pipeline with a LoRA
@@ -580,6 +583,7 @@ class Policy:
         prompts:list, # P prompts
     )->Conditions: # P rows
         "Embed prompts; each distinct prompt is embedded once and kept."
+        if not len(prompts): raise ValueError("prompts is empty: give at least one to encode")
         known = {p: self.embeddings.get(p) for p in dict.fromkeys(prompts)}
         known.update(self._embed_new([p for p, cond in known.items() if cond is None]))
         rows = zip(*(known[p].parts for p in prompts))
@@ -728,7 +732,8 @@ class Policy:
     @contextmanager
     def reference(self):
         "Inside: the policy before training. A whole network needs `freeze_reference()` before its first update."
-        if self._start and self.lora_rank: context = self._set_back()
+        if self.lora_rank is None: context = nullcontext() # nothing is trained
+        elif self._start and self.lora_rank: context = self._set_back()
         else: context = self._switched_off() if self.lora_rank else self._replaced()
         self._in_reference = True
         try:

@@ -73,8 +73,8 @@ def small_clip_model(
     both = dict(num_attention_heads=16, num_hidden_layers=2, hidden_act=act)
     vision = dict(hidden_size=64, image_size=28, patch_size=14, intermediate_size=128, **both)
     text = dict(vocab_size=514, hidden_size=32, intermediate_size=64, max_position_embeddings=77, eos_token_id=513, **both)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)).eval()
         for p in model.parameters(): p.data += .1 * torch.randn_like(p) # biases and norms too
     return model

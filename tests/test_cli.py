@@ -14,14 +14,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict
 
 from egrpo import cli, plots
 from egrpo.claims import CLAIMS
 from egrpo.cli import COMMANDS, main
 from egrpo.experiments import EXPERIMENTS
 from egrpo.methods import METHODS, method_settings
+from egrpo.policy import load_pipeline
 from egrpo.records import SCALES, load_record
-from egrpo.trainer import TrainConfig, Trainer, check_config, check_method
+from egrpo.trainer import TrainConfig, Trainer, check_config, check_method, sample_images
 
 command = Path(sys.executable).parent/'egrpo'
 small = shlex.split('--num-steps 6 --active-steps 2 --num-generations 4 --prompts-per-iteration 2 --eval-size 8 --device cpu')
@@ -217,6 +219,19 @@ def test_evaluate_puts_the_lora_in(folder):
     before, after = cli.ends(pd.read_csv(folder/'lora/evaluations.csv'))
     assert (before.verifier - after.verifier).abs().max() > 1e-3
     np.testing.assert_allclose(values(scores), after[['verifier', 'verifier_strict']], atol=1e-3)
+
+
+def test_dropout_of_a_lora_sleeps(tmp_path):
+    "Two equal calls give equal images."
+    pipeline = load_pipeline()
+    pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, lora_dropout=.5, target_modules=['to_q', 'to_k']))
+    for n, p in pipeline.transformer.named_parameters(): p.data += .1 * ('lora_B' in n)
+    state, config = get_peft_model_state_dict(pipeline.transformer), pipeline.transformer.peft_config['default']
+    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict())
+    policy = cli.load_sampler(TrainConfig(device='cpu'), tmp_path)
+    assert any(isinstance(m, torch.nn.Dropout) and m.p == .5 for m in policy.transformer.modules())
+    first, again = (sample_images(policy, ['a red circle'], 2) for _ in range(2))
+    assert torch.equal(first, again)
 
 
 def test_sample(here, monkeypatch):

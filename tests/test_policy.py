@@ -2,12 +2,15 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config as inductor
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from huggingface_hub import get_session, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -15,7 +18,7 @@ from torch.testing import assert_close
 
 from egrpo.diffusion import chord_sigma
 from egrpo.plan import rollout_nfe
-from egrpo.policy import _add_lora, is_out_of_memory, load_pipeline, load_policy
+from egrpo.policy import _add_lora, is_out_of_memory, limit_hub_waiting, load_pipeline, load_policy
 from egrpo.recorder import record_attention_entropy
 from egrpo.rollout import rollout
 from egrpo.sde import ode_step
@@ -154,6 +157,20 @@ def test_what_cannot_be_loaded(folders, tmp_path):
     for spoil in (missing, short, pickled, another): broken(spoil)
 
 
+def test_time_limit_keeps_the_client_of_a_user():
+    "A proxy, a header or certificates of their own stay, and a time limit they have chosen."
+    client = type(get_session())(headers={'x-mine': 'yes'}, timeout=7, event_hooks={'request': [partial(print)]})
+    set_client_factory(lambda: client)
+    try:
+        limit_hub_waiting(1), limit_hub_waiting(2)
+        assert get_session() is client
+        asked = [client.build_request('GET', 'http://hub', **o) for o in ({}, dict(timeout=None))]
+        assert asked[0].headers['x-mine'] == 'yes' and len(client.event_hooks['request']) == 2
+        for request in asked: client.event_hooks['request'][1](request)
+        assert [{*o.extensions['timeout'].values()} for o in asked] == [{7}, {2}]
+    finally: set_client_factory(default_client_factory)
+
+
 @pytest.mark.parametrize('name, side, says', [
     ('flux-dev', 18, 'multiple of 4'), ('sd1.5', 17, 'multiple of 2'), ('sd3', 18, 'multiple of 4'), ('sd3', 68, 'at most 64, got 68')])
 def test_sides_that_do_not_fit(load, name, side, says):
@@ -205,6 +222,15 @@ def moved(policy, scale=.05):
     with torch.no_grad():
         for p in policy.parameters().values(): p.add_(scale * torch.randn(p.shape, generator=generator))
     return policy
+
+
+def test_a_new_lora_leaves_gpus_alone(load, monkeypatch):
+    "With several of them, forking the state of each would ask for a choice."
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', lambda seed: pytest.fail('GPUs were seeded'))
+    before = torch.get_rng_state()
+    first, again = (load('flux-dev', 2, seed=3).parameters() for _ in range(2))
+    assert all(torch.equal(p, again[n]) for n, p in first.items()) and torch.equal(torch.get_rng_state(), before)
 
 
 @every
