@@ -11,12 +11,16 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections import Counter
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import egrpo
 from .reward_models import REWARD_MODELS, RewardError, RewardModel
 from .reward_server import RewardClient
 
@@ -55,13 +59,26 @@ def _as_scores(
                               "not finite): make it return a finite score for every image")
     return scores
 
+# %% ../nbs/14_reward.ipynb #187546b6
+_libraries = tuple(os.path.dirname(o.__file__) + os.sep for o in (os, egrpo))
+
+def _said(
+    error:BaseException, # As it was caught
+)->str: # Its message (file:line), in one line
+    "What an error says, and the last line of one's own code that it came through."
+    said = ' '.join(str(error).split()) or 'no message'
+    files = [(o.filename, o.lineno) for o in traceback.extract_tb(error.__traceback__)]
+    own = [f'{os.path.basename(file)}:{line}' for file, line in files
+           if os.path.isfile(file) and not file.startswith(_libraries) and not re.search(r'[\\/](site|dist)-packages[\\/]', file)]
+    return f'{said} ({own[-1]})' if own else said
+
 # %% ../nbs/14_reward.ipynb #b0188ffa
 def _failure(
     error:Exception, # What a reward raised
     prompts:list, # B prompts
 )->str: # Goes on after the reward's name
     "What is said of a reward that raised."
-    said = ' '.join(str(error).split()) or 'no message'
+    said = _said(error)
     full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search('out of memory|allocate memory', said, re.I)
     if full: return (f"ran out of memory on {len(prompts)} images: take a smaller num_generations, or run it on another device "
                      "(`egrpo serve` there, server(http://…) here)")
@@ -78,7 +95,7 @@ def score(
     _check_batch(images, prompts)
     name = name or getattr(reward, '__name__', type(reward).__name__)
     try:
-        with torch.no_grad(): raw = reward(images, list(prompts))
+        with torch.no_grad(): raw = reward(images.clone(), list(prompts))
     except RewardError: raise
     except Exception as e: raise RewardError(f"reward {name!r} {_failure(e, prompts)}") from e
     return _as_scores(raw, prompts, name)
@@ -153,6 +170,8 @@ class RewardSet:
             raise ValueError(f"weights must name the rewards {sorted(self.rewards)}, got {sorted(self.weights)}: give each one weight")
         for k, f in self.rewards.items():
             if not callable(f): raise ValueError(f"reward {k!r} is a {type(f).__name__}: give a function of (images, prompts)")
+            if isinstance(f, type): raise ValueError(f"reward {k!r} is a class: name an instance of it, e.g. scorer = {f.__name__}() and "
+                                                     f"{''.join(k.rpartition(':')[:2])}scorer")
         bad = {k: w for k, w in self.weights.items() if not math.isfinite(w) or w == 0}
         if bad: raise ValueError(f"reward weights must be finite and not 0, got {bad}: leave out a reward that should not count")
 
@@ -190,7 +209,8 @@ class RewardSet:
 
 # %% ../nbs/14_reward.ipynb #f0d1ac08
 _number = r'[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?'
-_term = re.compile(rf'\s*(?:({_number})\s*\*\s*)?([A-Za-z_][\w.]*(?::\w+)?)\s*(?:\(\s*([^()]+?)\s*\))?\s*(?:\+|$)')
+_name = r'[\w./-]+\.py:\w+|[A-Za-z_][\w.]*(?::\w+)?' # a path's letters are those that a sum does not use
+_term = re.compile(rf'\s*(?:({_number})\s*\*\s*)?({_name})\s*(?:\(\s*([^()]+?)\s*\))?\s*(?:\+|$)')
 
 # %% ../nbs/14_reward.ipynb #b5ab5cb0
 def _parse(
@@ -202,7 +222,7 @@ def _parse(
         m = _term.match(spec, at)
         if not m or (m.end() == len(spec) and spec.rstrip().endswith('+')):
             raise ValueError(f"reward {spec!r} is not a weighted sum of names: write it like 'verifier', 'preference + 0.5*clip', "
-                             "or 'hpsv2.1(/path/of/weights.pt)'")
+                             "'hpsv2.1(/path/of/weights.pt)' or 'path/of/file.py:function', a file's path of letters, digits and ./_-")
         terms.append((float(m[1] or 1), m[2], m[3]))
         at = m.end()
     return terms
@@ -219,9 +239,26 @@ def _called(
     if twice: raise ValueError(f"reward {spec!r} names {twice[0]!r} twice: add up its weights")
     return names
 
+# %% ../nbs/14_reward.ipynb #6866751f
+def _import(
+    module:str, # A module's name, or the path of a file that ends in .py
+):
+    "A module of one's own."
+    path = Path(module).resolve() if module.endswith('.py') else None
+    name, folder = str(path or module), str(path.parent) if path else os.getcwd()
+    if folder not in sys.path: sys.path.append(folder) # an installed command does not look there by itself
+    if not path or name in sys.modules: return importlib.import_module(name)
+    spec = spec_from_file_location(name, path)
+    sys.modules[name] = found = module_from_spec(spec)
+    try: spec.loader.exec_module(found)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return found
+
 # %% ../nbs/14_reward.ipynb #2d47dcb9
 def _find(
-    name:str, # A built-in or published name, 'server', or module:function
+    name:str, # A built-in or published name, 'server', module:function or file.py:function
     place:str|None=None, # What stands in parentheses
 )->object: # What has this name; `RewardSet` checks that it can be called
     "The reward called `name`."
@@ -235,17 +272,16 @@ def _find(
     if name in BUILT_IN: return BUILT_IN[name]
     if ':' not in name:
         raise ValueError(f"unknown reward {name!r}: choose from {', '.join([*BUILT_IN, *REWARD_MODELS])}, server(http://…), "
-                         "or give your own as module:function")
+                         "or give your own as module:function or file.py:function")
     module, function = name.split(':')
-    if os.getcwd() not in sys.path: sys.path.append(os.getcwd()) # an installed command does not look there by itself
-    try: found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"reward {name!r} cannot be imported ({e}): check the module's name and that Python finds it") from e
-    return found
+    try: return getattr(_import(module), function)
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"reward {name!r} cannot be imported, {type(e).__name__}: {_said(e)}. Check its name, its code and that Python "
+                         "finds what it imports (EGRPO_DEBUG=1 shows the traceback)") from e
 
 # %% ../nbs/14_reward.ipynb #a8152549
 def get_reward(
-    spec, # A string ('preference + 0.5*clip', 'hpsv2.1(/path)', 'module:function'), a callable, a dict name -> callable, or a RewardSet
+    spec, # A string (-0.5*clip + hpsv2.1(/path) + module:function + file.py:function), a callable, a dict name -> callable, a RewardSet
 )->RewardSet: # Nothing is loaded yet
     "Rewards and weights from whatever is handiest to write."
     if isinstance(spec, RewardSet): return spec
@@ -264,4 +300,4 @@ def describe_rewards()->list: # A dict per reward: name, what it is, where its w
     published = [dict(reward=k, what=p.text, weights=f'{p.repo} {p.file}'.strip() if p.repo else f'pip install egrpo[{k}]')
                  for k, p in REWARD_MODELS.items()]
     return [*ours, *published, dict(reward='server(http://…)', what='what a server says (egrpo serve)', weights='its own'),
-            dict(reward='module:function', what='your own function of (images, prompts)', weights='its own')]
+            dict(reward='module:function', what='your own of (images, prompts), or file.py:name', weights='its own')]

@@ -13,6 +13,7 @@ IMAGES, PROMPTS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed
 
 def brightness(images, prompts): return images.mean((1, 2, 3))
 def broken(images, prompts): raise KeyError('weights')
+def in_place(images, prompts): return images.sub_(images.mean()).div_(images.std()).mean((1, 2, 3))
 def multi_line(images, prompts): raise RuntimeError('first\nsecond')
 
 
@@ -39,7 +40,8 @@ def test_any_form_of_scores(form):
     (lambda i, p: .5, r'got \(\)'),
     (lambda i, p: None, 'got NoneType'),
     (lambda i, p: ['a', 'b', 'c'], 'got list'),
-    (broken, "'mine' raised KeyError on 3 images, the first for prompt 'one'"),
+    (broken, r"'mine' raised KeyError on 3 images, the first for prompt 'one': 'weights' \(test_reward.py:\d+\)$"),
+    (torch.nn.Linear(2, 2), 'raised TypeError .*given$'), # no line of the user's own
     (multi_line, 'first second'),
     (full(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')), "'mine' ran out of memory on 3 images: .*egrpo serve"),
     (full(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")), 'ran out of memory on 3 images: take a'),
@@ -126,6 +128,10 @@ def test_weighted_sums(spec, weights):
 
 @pytest.mark.parametrize('spec, message', [
     ('verifer', 'unknown reward .* choose from verifier, verifier_strict, clip, preference'),
+    ('my files/u.py:f', "a file's path of letters"), ('u.py', 'unknown reward'),
+    ('/no/u.py:f', "'/no/u.py:f' cannot be imported, FileNotFound"),
+    ('u.py:f(x)', 'has no place'), ('collections:Counter', r'is a class: .* scorer = Counter\(\) and collections:scorer$'),
+    (torch.nn.Flatten, r'is a class: .* scorer = Flatten\(\) and scorer$'),
     ('clip +', 'not a weighted sum'), ('', 'not a weighted sum'), ('+', 'not a weighted sum'), ('clip clip', 'not a weighted sum'),
     ('clip*0.5', 'not a weighted sum'), ('2**clip', 'not a weighted sum'),
     ('clip + clip', 'twice'), ('0*clip', 'not 0'), ('1e999*clip', 'finite'),
@@ -148,6 +154,50 @@ def test_own_rewards():
     torch.testing.assert_close(out['a'], -out['b'])
     assert get_reward(rewards) is rewards
     with pytest.raises(RewardError, match="'bad'"): get_reward(dict(good=brightness, bad=broken))(IMAGES, PROMPTS)
+
+
+def test_a_reward_that_works_in_place_spoils_nothing():
+    images = IMAGES.clone()
+    out = get_reward(dict(first=in_place, second=brightness, third=in_place))(images, PROMPTS)
+    assert torch.equal(images, IMAGES)
+    torch.testing.assert_close(out['second'], brightness(IMAGES, PROMPTS))
+    torch.testing.assert_close(out['first'], out['third'])
+
+
+@pytest.mark.parametrize('code, message', [
+    ('def f(images, prompts)\n  return 0', r"SyntaxError: expected ':' \(mine.py, line 1\)"),
+    ('\nf = nothing', r"NameError: name 'nothing' is not defined \(mine.py:2\)"),
+    ("import json\nf = json.loads('')", r'JSONDecodeError: .* \(mine.py:2\)'), # nearest to the error, of one's own
+    ("f = open('/nope/weights.pt')", r"FileNotFoundError: .*'/nope/weights.pt' \(mine.py:1\)"),
+    ('import no_such_library', r"ModuleNotFoundError: No module named 'no_such_library' \(mine.py:1\)"),
+    ('raise SystemExit(2)', r'SystemExit: 2 \(mine.py:1\)'),
+    ('g = 3', "AttributeError: .* has no attribute 'f'"),
+])
+def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, code, message):
+    (tmp_path/'mine.py').write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    for name in ('mine:f', 'mine.py:f', './mine.py:f', f'{tmp_path}/mine.py:f'):
+        with pytest.raises(ValueError, match=f"^reward '{name}' cannot be imported, {message}. Check") as e: get_reward(name)
+        assert '\n' not in str(e.value) and e.value.__cause__
+        sys.modules.pop('mine', None)
+    sys.modules.pop(str(tmp_path/'mine.py'), None)
+
+
+def test_files_of_ones_own(tmp_path, monkeypatch):
+    "In a sum, by any path, two of one name, each run once, with what lies beside it."
+    for folder, value in dict(a=1, b=2).items():
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/f'beside_{folder}.py').write_text(f'value = {value}')
+        (tmp_path/folder/'my-file.py').write_text(f'from beside_{folder} import value\nruns = []\n'
+                                                  'def f(images, prompts): runs.append(1); return [value + len(runs) / 10] * len(prompts)\n'
+                                                  'def g(images, prompts): return f(images, prompts)')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    rewards = get_reward(f'-0.5*a/my-file.py:f + {tmp_path}/b/my-file.py:f+./a/../a/my-file.py:g + clip')
+    assert list(rewards.weights.values()) == [-.5, 1, 1, 1] and get_reward(repr(rewards)).weights == rewards.weights
+    values = [round(score(rewards.rewards[k], IMAGES, PROMPTS)[0].item(), 3) for k in rewards.names[:3]]
+    assert values == [1.1, 2.1, 1.2]
 
 
 def test_module_in_the_current_folder_is_found_and_nothing_else_loads(tmp_path):
