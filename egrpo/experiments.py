@@ -14,9 +14,11 @@ __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERG
 
 # %% ../nbs/32_experiments.ipynb #065f592f
 import hashlib
+import inspect
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -24,17 +26,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import gather_object
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
+from .benchmark import one_thread
 from .checkpoint import find_checkpoint
 from .entropy import merge_lengths, step_entropy
 from .measurements import MEASUREMENTS
@@ -69,19 +74,39 @@ def _what(
     "The fields a result depends on."
     return {k: v for k, v in asdict(config).items() if k not in WHERE and v is not None}
 
+def _digest(
+    content, # bytes
+)->str: # 16 hexadecimal digits
+    "A short hash."
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+def _sources(
+    config:TrainConfig, # A run
+)->dict: # What it takes from outside the library -> a hash of its content; mostly empty
+    "Files of prompts, and sources of methods and rewards of one's own: a name alone does not say what they were."
+    files = {k: Path(v) for k in ('prompts', 'eval_prompts') if (v := getattr(config, k))}
+    for name in re.findall(r'([\w./-]+):\w', f'{config.reward} + {config.eval_rewards or ""}'):
+        found = None if name.endswith('.py') else find_spec(name)
+        files[name] = Path(found.origin if found and found.origin else name)
+    functions = {k: METHODS[k] for k in (config.method, config.base) if k in METHODS and not METHODS[k].__module__.startswith('egrpo.')}
+    return {k: _digest(p.read_bytes()) for k, p in files.items() if p.is_file()} | {
+        k: _digest(inspect.getsource(f).encode()) for k, f in functions.items()}
+
 def cell_key(
     config:TrainConfig, # A run
 )->str: # 16 hexadecimal digits
     "What a run depends on, as a hash."
-    return hashlib.blake2b(json.dumps(_what(config), sort_keys=True).encode(), digest_size=8).hexdigest()
+    sources = _sources(config)
+    return _digest(json.dumps(_what(config) | (dict(sources=sources) if sources else {}), sort_keys=True).encode())
 
 # %% ../nbs/32_experiments.ipynb #441ec970
 def _pack(
     frame, # What `Trainer.fit` returns: a row per evaluation and prompt
 )->dict: # reward -> iteration -> a score per prompt, in thousandths
-    "Scores as whole numbers."
+    "Scores as whole numbers, or to six digits where these would lose more than a twentieth of their spread."
+    def kept(v): return [round(1000 * o) if v.std() >= .02 else float(f'{1000 * o:.6g}') for o in v]
     names = [c for c in frame.columns if c not in ('iteration', 'prompt')]
-    return {n: {str(i): [round(1000 * v) for v in f[n]] for i, f in frame.groupby('iteration')} for n in names}
+    return {n: {str(i): kept(f[n]) for i, f in frame.groupby('iteration')} for n in names}
 
 def _unpack(
     cell:dict, # What a cell's file holds
@@ -163,16 +188,16 @@ CHECKPOINT_EVERY = 10 # iterations: what an interrupted cell loses at most
 
 def run_cell(
     config:TrainConfig, # The run; its `out`, `checkpoint_every` and `resume` are not used
-    threads:int=1, # torch threads on the CPU, >= 1: two cells with one thread each beat one with two
     out=None, # Folder of the run, from whose checkpoint it goes on if there is one; None = a temporary one
 )->dict: # config, device, scores in thousandths, `_costs` (seconds since it last began), perhaps shown, images; {} but in the main process
-    "Train one cell and keep what its figure needs."
-    torch.set_num_threads(threads)
+    "Train one cell, with one torch thread, and keep what its figure needs: two such cells at once beat one with two threads."
     wall, busy = time.perf_counter(), time.process_time()
-    with tempfile.TemporaryDirectory() as scratch:
+    with one_thread(), tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
         where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
         trainer = Trainer(TrainConfig(**taken(asdict(config), config.method, config.base) | where))
+        if len(set(gather_object([cell_key(config)]))) > 1:
+            raise ValueError("the processes were about to run different cells: another command fills this store, let it end first")
         frame = trainer.fit()
         if trainer.iteration < config.iterations and not trainer.spent(): raise KeyboardInterrupt
         due = frame.iteration % (config.eval_every or np.inf) == 0
@@ -182,7 +207,8 @@ def run_cell(
         pictures = _shown(trainer, frame) if _wants_images(config) else {}
         if not trainer.accelerator.is_main_process: return {}
         metrics = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
-    return dict(config=_what(config), device=device_name(trainer.policy.device), scores=_pack(frame), **_costs(metrics, wall, busy),
+    sources = _sources(config)
+    return dict(config=_what(config), **dict(sources=sources) if sources else {}, device=device_name(trainer.policy.device), scores=_pack(frame), **_costs(metrics, wall, busy),
                 **pictures)
 
 # %% ../nbs/32_experiments.ipynb #abd1c9da
@@ -375,6 +401,13 @@ def summarize(
     return {name: dict(before=bootstrap_interval(before), after=bootstrap_interval(after), gain=paired_interval(before, after))
             for name, (before, after) in both.items()}
 
+def _evaluated_on(
+    result:dict, # A result
+)->tuple: # Prompts, how many, a hash of their file if it is one
+    "Which prompts its scores are of."
+    config, name = result['config'], 'eval_prompts' if result['config'].get('eval_prompts') else 'prompts'
+    return config.get(name), config.get('eval_size'), result.get('sources', {}).get(name)
+
 def paired_seeds(
     results:list, # Results of one setting, a seed each
     others:list, # Results of another setting
@@ -383,6 +416,8 @@ def paired_seeds(
     a, b = ({r['config']['seed']: r for r in rs} for rs in (results, others))
     both = sorted(a.keys() & b.keys())
     if not both: raise ValueError(f"no seed is finished in both settings ({sorted(a)} and {sorted(b)}): run more cells")
+    judged = {_evaluated_on(r) for o in (a, b) for r in o.values()}
+    if len(judged) > 1: raise ValueError(f"the settings were evaluated on other prompts, {judged}: they cannot be paired")
     return [a[s] for s in both], [b[s] for s in both]
 
 def contrast(
@@ -514,12 +549,13 @@ def _choose(
     if unknown: raise ValueError(f"only must name settings of the experiment ({', '.join(cells)}), got {', '.join(unknown)}")
     return {k: v for k, v in cells.items() if only is None or k in only}
 
-def _finished(
+def _there(
     cells:dict, # setting -> list of TrainConfigs
+    chosen:dict, # Those of them that are to be run
     store, # Folder of finished cells; None = `store_dir()`
-)->dict: # setting -> those whose file is there, without settings that have none
-    "What is finished of an experiment."
-    there = {k: [c for c in cs if cell_path(c, store).exists()] for k, cs in cells.items()}
+)->dict: # setting -> all that is chosen, or those whose file is there, without settings that have none
+    "What a record is made of."
+    there = {k: chosen.get(k) or [c for c in cs if cell_path(c, store).exists()] for k, cs in cells.items()}
     if cells and not any(there.values()): raise ValueError("no cell of the experiment is finished yet: run it without --partial first")
     return {k: cs for k, cs in there.items() if cs}
 
@@ -541,25 +577,25 @@ def reproduce(
     store=None, # Folder of finished cells; None = `store_dir()`
     path=None, # Where to write the record; None = figures/NAME.json
     partial:bool=False, # Run nothing: write the record from the cells that are finished
-    only:list|None=None, # Settings to run; None = all
+    only:list|None=None, # Settings to run; None = all. The record also has what is finished of the others
 )->Path: # The record
     "Run what is missing of an experiment and write its record."
     experiment, scale = _find(name), get_scale(scale)
-    planned = _choose(experiment.cells(scale), only)
+    planned = experiment.cells(scale)
     if partial and not planned: raise ValueError(f"partial is for experiments of several runs; {name} is one measurement: leave it out")
-    cells = _finished(planned, store) if partial else planned
+    cells = _there(planned, {} if partial else _choose(planned, only), store)
     _check_replaced(record_path(path or name), scale)
     results = iter(run_cells([c for cs in cells.values() for c in cs], workers, store))
     by_setting = {setting: [next(results) for _ in cs] for setting, cs in cells.items()}
     began, runs = time.perf_counter(), [r for rs in by_setting.values() for r in rs]
     data = experiment.data(by_setting, scale)
+    nfe = sum(r['nfe'] for r in {r['key']: r for r in runs}.values()) + data.pop('nfe', 0)
     seeds = {k: [c.seed for c in cells.get(k, [])] for k in planned}
     progress = dict(seeds_finished=seeds, seeds_planned=max(map(len, planned.values()))) if planned else {}
-    once = {r['key']: r for r in runs}.values()
     if not _is_first(): return record_path(path or name)
-    return save_record(path or name, data | progress, scale=scale.name, seeds=sorted({s for o in seeds.values() for s in o}),
-                       nfe=sum(r['nfe'] for r in once) + data.pop('nfe', 0),
-                       wall_time=round(sum(r['seconds'] for r in once) + time.perf_counter() - began, 1),
+    seconds = {r['key']: r['seconds'] for r in runs}
+    return save_record(path or name, data | progress, scale=scale.name, seeds=sorted({s for o in seeds.values() for s in o}), nfe=nfe,
+                       wall_time=round(sum(seconds.values()) + time.perf_counter() - began, 1),
                        command=f'egrpo reproduce {name} --scale {scale.name}')
 
 # %% ../nbs/32_experiments.ipynb #468d6073
@@ -673,15 +709,22 @@ def real_share(
         return (mean(truth * learned) - x * y) / (mean(truth**2) - x**2) * x / y
     return float(split(np.mean)), *map(float, np.quantile(split(bootstrap_means), [.025, .975]))
 
+def _changes(
+    results:list, # Results of one setting, a seed each
+    learned:str, # The learned reward
+)->tuple: # (S,P) change of the learned reward, (S,P) of the verifier's score
+    "How both scores changed on every sample."
+    return tuple(_at(results, r) - _at(results, r, 0) for r in (learned, 'verifier'))
+
 def hacking(
     results:list, # Results of one setting, a seed each
     learned:str='preference', # The learned reward
-)->dict: # real_share; shares of samples: hacked, fell, rose, missed, excess: (mean, low, high) over seeds and prompts
-    "How often and how much a learned reward rose without the truth. Missed is hacked's mirror image; excess, hacked less missed."
-    rise, truth = (_at(results, r) - _at(results, r, 0) for r in (learned, 'verifier'))
-    fell, rose = truth <= -FALL + 1e-9, truth >= FALL - 1e-9
-    hacked, missed = fell & (rise > 0), rose & (rise < 0)
-    shares = dict(hacked=hacked, fell=fell, rose=rose, missed=missed, excess=hacked * 1. - missed)
+)->dict: # real_share; shares of samples: hacked, fell, rose, beyond_chance: (mean, low, high) over seeds and prompts
+    "How much, and how often, a learned reward rose without the truth; beyond chance: were rise and fall independent, it would be 0."
+    rise, truth = _changes(results, learned)
+    fell, rose, up = truth <= -FALL + 1e-9, truth >= FALL - 1e-9, rise > 0
+    apart = [o - o.mean(1, keepdims=True) for o in (fell, up)]
+    shares = dict(hacked=fell & up, fell=fell, rose=rose, beyond_chance=apart[0] * apart[1])
     return dict(real_share=real_share(rise, truth), **{k: bootstrap_interval(v) for k, v in shares.items()})
 
 # %% ../nbs/32_experiments.ipynb #a7aa922e
@@ -712,7 +755,7 @@ def contrast_hacked(
     "Does the second reward prevent hacking?"
     def hacked(rs):
         "(S,P) 1 where a sample is hacked."
-        rise, truth = (_at(rs, r) - _at(rs, r, 0) for r in ('preference', 'verifier'))
+        rise, truth = _changes(rs, 'preference')
         return ((rise > 0) & (truth <= -FALL + 1e-9)).astype(float)
     return paired_interval(*map(hacked, paired_seeds(alone, joint)))
 
@@ -796,7 +839,15 @@ def speed_up(
     ratios = [_ratio(x, d, base_x, b) for d, b in zip(draws.T, base_draws.T)]
     return _ratio(x, y, base_x, base_y), *map(float, np.quantile(ratios, [.025, .975]))
 
-# %% ../nbs/32_experiments.ipynb #84662065
+# %% ../nbs/32_experiments.ipynb #1d5286dc
+def _longer(
+    results:list, # Results of one setting, a seed each
+    others:list, # Results of another
+)->tuple: # (mean, low, high) share of the other's time
+    "How much longer an iteration of a setting takes than another's, evaluations left out."
+    seconds = [np.array([[r['train_seconds'] / len(r['reward'])] for r in rs]) for rs in paired_seeds(results, others)]
+    return bootstrap_interval(seconds[0] / seconds[1] - 1)
+
 def _aegpo_data(
     best:str, # The setting claimed to be best
     base:str, # The one without AEGPO's choices
@@ -809,6 +860,7 @@ def _aegpo_data(
                  for k, rs in compared.items()}
         overhead = {k: {o: bootstrap_interval([[r['probe'][o] / (r[w] - r['probe'][o])] for r in rs])
                         for o, w in (('nfe', 'nfe'), ('seconds', 'train_seconds'))} for k, rs in results.items() if 'probe' in rs[0]}
+        for k in overhead.keys() & compared.keys(): overhead[k]['iteration'] = _longer(results[k], results[base])
         return grid_data(results, best) | dict(base=base, speed_up=speed, overhead=overhead)
     return data
 
@@ -873,7 +925,8 @@ def verdict_lines(
     over:tuple|None=None, # Which other settings the claim is about; None = all
 )->str: # Lines
     "The verdict on a claim and on each comparison in it."
-    data, seeds = record['data'], seeds_of(record['data'])
+    data = record['data']
+    seeds = seeds_of(data, over and (data['best'], *over))
     leads = {k: negative(d[rewards_of(data)[0]]) for k, d in data['against_best'].items()}
     each = [f'  better than {k}: {verdict(d, seeds=seeds)}' for k, d in leads.items()]
     claimed = [d for k, d in leads.items() if over is None or k in over]

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from egrpo import experiments as ex
@@ -143,7 +144,75 @@ def test_hacking_is_found():
     scores = {'preference': {0: np.full(5, .5), 9: np.array([.6, .6, .4, .6, .4])},
               'verifier': {0: np.array([.9, .9, .9, .9, .7]), 9: np.array([.7, .9, .7, .81, .9])}}
     found = ex.hacking([dict(scores=scores)])
-    assert [found[k][0] for k in ('hacked', 'fell', 'rose', 'missed', 'excess')] == [.2, .4, .2, .2, 0.]
+    assert [round(found[k][0], 9) for k in ('hacked', 'fell', 'rose', 'beyond_chance')] == [.2, .4, .2, -.04]
+
+
+def test_a_lift_of_the_reward_alone_is_no_hacking():
+    rng = np.random.default_rng(0)
+    before, truth = rng.uniform(.4, .6, 2000), rng.normal(0, .2, 2000)
+    def found(after):
+        end = {'preference': {0: before, 9: after}, 'verifier': {0: np.full(2000, .5), 9: .5 + truth}}
+        return ex.hacking([dict(scores=end)])
+    _, low, high = found(before + .05 + rng.normal(0, .05, 2000))['beyond_chance']
+    assert low < 0 < high
+    assert found(before + .05 + .2 * truth)['beyond_chance'][2] < 0 < found(before - .2 * truth)['beyond_chance'][1]
+
+
+def test_processes_with_different_cells_are_refused(monkeypatch):
+    monkeypatch.setattr(ex, 'gather_object', lambda keys: [*keys, 'another'])
+    with pytest.raises(ValueError, match='about to run different cells'): ex.run_cell(TrainConfig(iterations=1, eval_size=1))
+
+
+def test_an_edited_method_or_reward_is_another_cell(tmp_path, monkeypatch):
+    def first(num_steps=16, shift=3.): return None
+    def second(num_steps=16, shift=2.): return None
+    def key(**fields): return ex.cell_key(TrainConfig(**fields))
+    builtin = key()
+    keys = []
+    for method in (first, second, first):
+        monkeypatch.setitem(ex.METHODS, 'mine', method)
+        keys.append(key(method='mine'))
+    assert keys[0] == keys[2] != keys[1] and key() == builtin
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = []
+    for text in ('red = 1', 'red = 22'):
+        (tmp_path/'my_reward_of_cells.py').write_text(text)
+        keys += [key(reward='verifier + .5*my_reward_of_cells:red'), key(eval_rewards=f'{tmp_path}/my_reward_of_cells.py:red')]
+    assert len(set(keys)) == 4
+
+
+def test_small_scores_are_kept():
+    frame = pd.DataFrame(dict(iteration=[0, 0, 1, 1], prompt=list('abab'), small=[1.23456e-4, 2e-4, 3e-4, 4e-4], large=[.1234, .5, .9, .2]))
+    found = ex._unpack(dict(scores=json.loads(json.dumps(ex._pack(frame)))))['scores']
+    np.testing.assert_allclose(found['small'][0], [1.23456e-4, 2e-4], rtol=1e-5)
+    assert found['large'][0].tolist() == [.123, .5]
+
+
+def test_scores_of_other_prompts_are_not_paired():
+    a, b = cell(([0, 0], [1, 1])), cell(([0, 0], [2, 2]))
+    b['config']['eval_prompts'] = 'other.txt'
+    with pytest.raises(ValueError, match='evaluated on other prompts'): ex.contrast([a], [b], 'preference')
+    a['config']['eval_prompts'] = 'other.txt'
+    assert ex.contrast([b], [a], 'preference')[0] == 1
+    b['sources'] = dict(eval_prompts='edited')
+    with pytest.raises(ValueError, match='evaluated on other prompts'): ex.contrast([a], [b], 'preference')
+
+
+def test_settings_left_out_leave_a_claim_undecided(tmp_path, monkeypatch):
+    "A record of `--only` some settings cannot decide over those it lacks; what is finished of the others is in it."
+    made = []
+    def results(configs, workers, store):
+        made.append(len(configs))
+        return [cell(([0, 0], [1 + c.seed / 10, 1]), c.seed) | dict(key=ex.cell_key(c)) for c in configs]
+    monkeypatch.setattr(ex, 'run_cells', results)
+    data = ex.load_record(ex.reproduce('tau', 'mini', 0, tmp_path/'cells', tmp_path/'tau.json', only=['2.2', '0']))['data']
+    assert made == [10] and {k: len(v) for k, v in data['seeds_finished'].items()} == {'0': 5, '1.8': 0, '2': 0, '2.2': 5, '2.6': 0}
+    assert ex.verdict_lines(dict(data=data, scale='mini'), 'best').splitlines()[0] == 'best, at scale mini: undecided (0 of 5 seeds)'
+    path = ex.cell_path(ex.EXPERIMENTS['tau'].cells(get_scale('mini'))['2.6'][1], tmp_path/'cells')
+    path.parent.mkdir()
+    path.touch()
+    data = ex.load_record(ex.reproduce('tau', 'mini', 0, tmp_path/'cells', tmp_path/'tau.json', only=['2.2', '0']))['data']
+    assert made == [10, 11] and data['seeds_finished']['2.6'] == [1]
 
 
 # ---- the grids
