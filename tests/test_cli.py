@@ -358,6 +358,12 @@ def test_dry_run_refuses_what_the_run_would(capsys, tmp_path):
     assert [cli.published(dict(method='aegpo', **o))['beta'] for o in ({}, dict(base='flow_grpo'))] == [0., .04]
 
 
+def test_what_stands_on_a_base_is_published_as_its_base(monkeypatch):
+    monkeypatch.setitem(METHODS, 'mine', lambda base='dance_grpo', **settings: METHODS['aegpo'](base, **settings))
+    assert cli.published(dict(method='mine', base='flow_grpo'))['beta'] == .04
+    assert cli.published(dict(method='egrpo', base='flow_grpo'))['beta'] == 0.
+
+
 @pytest.mark.parametrize('words, says', [
     ('--window 3', 'window is no setting of egrpo'), ('--method dance_grpo --tau 1.8', 'tau is no setting of dance_grpo'),
     ('--method aegpo --keep .5', 'keep is no setting of aegpo'), ('--method aegpo --base egrpo --train-share .5', 'no setting of egrpo')])
