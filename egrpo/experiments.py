@@ -208,8 +208,8 @@ def run_cell(
         if not trainer.accelerator.is_main_process: return {}
         metrics = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
     sources = _sources(config)
-    return dict(config=_what(config), **dict(sources=sources) if sources else {}, device=device_name(trainer.policy.device), scores=_pack(frame), **_costs(metrics, wall, busy),
-                **pictures)
+    return dict(config=_what(config), **dict(sources=sources) if sources else {}, device=device_name(trainer.policy.device),
+                scores=_pack(frame), **_costs(metrics, wall, busy), **pictures)
 
 # %% ../nbs/32_experiments.ipynb #abd1c9da
 def store_dir()->Path: # The folder of finished cells

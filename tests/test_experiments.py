@@ -40,6 +40,27 @@ def test_committed_cell(path):
         assert len(found['images']) == len(found['shown']['prompts']) == len(found['shown']['saw'])
 
 
+def test_no_two_committed_cells_are_one_run():
+    "Another seed or setting that changes nothing has not reached the run."
+    rewards = {}
+    for path in CELLS: rewards.setdefault(tuple(ex.load_cell(path)['reward']), []).append(path.stem)
+    assert [keys for keys in rewards.values() if len(keys) > 1] == []
+
+
+@pytest.mark.parametrize('method', list(ex.METHODS))
+def test_every_method_keeps_what_belongs_to_the_run(method):
+    settings = asdict(TrainConfig(method=method, seed=7))
+    base = 'dance_grpo' if method == 'aegpo' else None
+    kept = ex.taken(settings, method, base)
+    assert kept['seed'] == 7
+    assert {k for k in settings if k not in kept and settings[k] is not None} <= {'tau'} # the one setting with a default of its own
+
+
+def test_seeds_differ(tmp_path):
+    one, two = (ex.run_cell(TrainConfig(**TINY, seed=s)) for s in (0, 1))
+    assert one['reward'] != two['reward']
+
+
 @pytest.mark.parametrize('name', [n for n in ex.EXPERIMENTS if (FIGURES/f'{n}.json').exists()])
 def test_cells_of_a_record_are_kept(name):
     def keys(o): return [k for v in o.values() for k in keys(v)] if isinstance(o, dict) else [o]
