@@ -107,6 +107,12 @@ def _find(
     if isinstance(method, str) and method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method] if isinstance(method, str) else method
 
+def _named(
+    method, # A name in `METHODS`, or a function that returns a Plan
+)->str:
+    "What to call a method."
+    return method if isinstance(method, str) else getattr(method, '__name__', type(method).__name__)
+
 def method_settings(
     method, # A name in `METHODS`, or a function that returns a Plan
     /,
@@ -118,6 +124,15 @@ def method_settings(
     passes_on = any(p.kind == p.VAR_KEYWORD for p in takes.values())
     return own | {k: v for k, v in settings.items() if (k in takes or passes_on) and v is not None}
 
+def _check_given(
+    method, # A name in `METHODS`, or a function that returns a Plan
+    settings:dict, # What it will be called with
+):
+    "Refuse a method that cannot be called for want of something."
+    for k, p in inspect.signature(_find(method)).parameters.items():
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and k not in settings:
+            raise ValueError(f"method {_named(method)} wants {k}, which nothing sets: give it a default, or a name of a TrainConfig field")
+
 def make_plan(
     method, # A name in `METHODS`, or a function that returns a Plan
     /,
@@ -125,18 +140,27 @@ def make_plan(
     **settings, # Settings such as `tau`; those the method does not take are dropped, None leaves one as published
 )->Plan: # The plan of one prompt
     "The plan of a method."
-    return _find(method)(**method_settings(method, iteration=iteration, **settings))
+    chosen = method_settings(method, iteration=iteration, **settings)
+    _check_given(method, chosen)
+    try: plan = _find(method)(**chosen)
+    except ValueError as e:
+        k = str(e).partition(' ')[0]
+        if k not in chosen or k == 'iteration' or settings.get(k) is not None: raise
+        raise ValueError(f"{e} ({chosen[k]} is {_named(method)}'s default: set {k})") from e
+    if isinstance(plan, Plan): return plan
+    raise ValueError(f"method {_named(method)} returned {type(plan).__name__}: it must return a Plan")
 
 def taken(
     settings:dict, # Settings; those that belong to no method may be among them
     method, # A name in `METHODS`, or a function that returns a Plan
     base=None, # What AEGPO is put upon, where it was chosen
 )->dict: # The same, without those of other methods
-    "What is left of settings for all methods, such as a scale's."
+    "What is left of settings for all methods, such as a scale's; every run keeps its seed."
     if not isinstance(method, str): return dict(settings) # a function of one's own takes what it wants
     own = method_settings(method)
     upon = own.get('base') and (base or own['base'])
-    others = {k for s in map(method_settings, METHODS) if 'base' not in s for k in s} - {*own, *(method_settings(upon) if upon else ())}
+    others = {k for s in map(method_settings, METHODS) if 'base' not in s for k in s}
+    others -= {'seed', *own, *(method_settings(upon) if upon else ())}
     return {k: v for k, v in settings.items() if k not in others}
 
 def check_taken(
@@ -185,6 +209,6 @@ def describe_method(
     plan = make_plan(method, **settings)
     groups = [w for b in plan.branches for w, s in zip(b.widths[1:], b.steps) if s.weight]
     group = f"{min(groups)}–{max(groups)}" if min(groups) < max(groups) else str(groups[0])
-    return {'method': getattr(method, '__name__', method), 'kernel': plan.kernel, 'stochastic steps': _steps_text(plan), 'group': group,
+    return {'method': _named(method), 'kernel': plan.kernel, 'stochastic steps': _steps_text(plan), 'group': group,
             'images': str(count_leaves(plan)), 'nfe rollout': str(rollout_nfe(plan)), 'nfe update': str(gradient_nfe(plan)),
             'arXiv': PAPERS.get(method, '') if isinstance(method, str) else ''}

@@ -10,6 +10,7 @@ __all__ = ['SOLVERS', 'SDEStep', 'Branch', 'Plan', 'kept_count', 'rollout_nfe', 
 import math
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from numbers import Integral
 from operator import mul
 
 import torch
@@ -18,7 +19,25 @@ from torch import Tensor
 from .entropy import check_schedule
 from .sde import check_kernel, step_std
 
-# %% ../nbs/03_plan.ipynb #2fa5a78a
+# %% ../nbs/03_plan.ipynb #7d0bc597
+def _check_whole(
+    owner, # A step or a branch
+    *names:str, # Fields
+):
+    "Refuse what nothing can be counted by."
+    for name in names:
+        if not isinstance(getattr(owner, name), Integral): raise ValueError(f"{name} must be a whole number, got {getattr(owner, name)!r}")
+
+def _check_tuple(
+    things, # Should be a tuple or a list
+    name:str, # What they are called
+    kind:type, # What each should be
+    example:str, # How to write it
+):
+    "Refuse what is no tuple of such things."
+    if isinstance(things, (tuple, list)) and all(isinstance(o, kind) for o in things): return
+    raise ValueError(f"{name} must be a tuple such as {example}, got {things!r}")
+
 @dataclass(frozen=True)
 class SDEStep:
     "One stochastic step, possibly merged, that every live node of a branch takes `children` times."
@@ -28,17 +47,23 @@ class SDEStep:
     weight:float=1. # Weight of its transitions' surrogate in the loss, >= 0; 0 = sampled, not trained
     keep:float=1. # Share of its transitions that is trained, in (0, 1]: those with the highest and the lowest advantage
 
+    def __post_init__(self): _check_whole(self, 'start', 'length', 'children')
+
     @property
     def end(self)->int: # Index of the noise level at which the step arrives: the ODE continues there
         "Where the step ends."
         return self.start + self.length
 
-# %% ../nbs/03_plan.ipynb #2eaaca00
+# %% ../nbs/03_plan.ipynb #2fa5a78a
 @dataclass(frozen=True)
 class Branch:
     "A tree of rollouts of one prompt: initial noises at the root, images at the leaves."
     steps:tuple=() # Its `SDEStep`s in increasing order; none = a plain ODE rollout
     noises:int=1 # Initial noises at the root, >= 1; noise i is the same in every branch of a prompt
+
+    def __post_init__(self):
+        _check_tuple(self.steps, 'steps', SDEStep, '(SDEStep(0, 1, 12),)')
+        _check_whole(self, 'noises')
 
     @property
     def widths(self)->list: # Live nodes: at the root, then after every stochastic step
@@ -93,6 +118,8 @@ class Plan:
     guard:bool=False # Is the loss on GRPO-Guard's logratio (`egrpo.loss.guard_logratio`) instead of the plain one?
 
     def __post_init__(self):
+        _check_tuple(self.branches, 'branches', Branch, '(Branch((SDEStep(0, 1, 12),)),)')
+        _check_tuple(self.strides, 'strides', Integral, '(1,)')
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be one or more numbers >= 1, got {self.strides}: 1 is exact")
         if self.solver not in SOLVERS: raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
