@@ -62,15 +62,14 @@ def _as_scores(
 # %% ../nbs/14_reward.ipynb #187546b6
 _libraries = tuple(os.path.dirname(o.__file__) + os.sep for o in (os, egrpo))
 
-def _said(
+def _named(
     error:BaseException, # As it was caught
-)->str: # Its message (file:line), in one line
-    "What an error says, and the last line of one's own code that it came through."
-    said = ' '.join(str(error).split()) or 'no message'
+)->str: # Its type, and ' in file.py:line' where that is known
+    "What an error is, and the last line of one's own code that it came through."
     files = [(o.filename, o.lineno) for o in traceback.extract_tb(error.__traceback__)]
-    own = [f'{os.path.basename(file)}:{line}' for file, line in files
+    own = [f' in {os.path.basename(file)}:{line}' for file, line in files
            if os.path.isfile(file) and not file.startswith(_libraries) and not re.search(r'[\\/](site|dist)-packages[\\/]', file)]
-    return f'{said} ({own[-1]})' if own else said
+    return ''.join([type(error).__name__, *own[-1:]])
 
 # %% ../nbs/14_reward.ipynb #b0188ffa
 def _failure(
@@ -78,11 +77,11 @@ def _failure(
     prompts:list, # B prompts
 )->str: # Goes on after the reward's name
     "What is said of a reward that raised."
-    said = _said(error)
+    said = ' '.join(str(error).split()) or 'no message'
     full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search('out of memory|allocate memory', said, re.I)
     if full: return (f"ran out of memory on {len(prompts)} images: take a smaller num_generations, or run it on another device "
                      "(`egrpo serve` there, server(http://…) here)")
-    return f"raised {type(error).__name__} on {len(prompts)} images, the first for prompt {prompts[0]!r}: {said}"
+    return f"raised {_named(error)} on {len(prompts)} images, the first for prompt {prompts[0]!r}: {said}"
 
 # %% ../nbs/14_reward.ipynb #cf6a7351
 def score(
@@ -276,8 +275,8 @@ def _find(
     module, function = name.split(':')
     try: return getattr(_import(module), function)
     except (Exception, SystemExit) as e:
-        raise ValueError(f"reward {name!r} cannot be imported, {type(e).__name__}: {_said(e)}. Check its name, its code and that Python "
-                         "finds what it imports (EGRPO_DEBUG=1 shows the traceback)") from e
+        raise ValueError(f"reward {name!r} cannot be imported, {_named(e)}: {' '.join(str(e).split())}. Check its name, its code and that "
+                         "Python finds what it imports (EGRPO_DEBUG=1 shows the traceback)") from e
 
 # %% ../nbs/14_reward.ipynb #a8152549
 def get_reward(

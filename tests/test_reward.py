@@ -40,8 +40,8 @@ def test_any_form_of_scores(form):
     (lambda i, p: .5, r'got \(\)'),
     (lambda i, p: None, 'got NoneType'),
     (lambda i, p: ['a', 'b', 'c'], 'got list'),
-    (broken, r"'mine' raised KeyError on 3 images, the first for prompt 'one': 'weights' \(test_reward.py:\d+\)$"),
-    (torch.nn.Linear(2, 2), 'raised TypeError .*given$'), # no line of the user's own
+    (broken, r"'mine' raised KeyError in test_reward.py:\d+ on 3 images, the first for prompt 'one': 'weights'$"),
+    (torch.nn.Linear(2, 2), 'raised TypeError on 3'), # no line of the user's own
     (multi_line, 'first second'),
     (full(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')), "'mine' ran out of memory on 3 images: .*egrpo serve"),
     (full(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")), 'ran out of memory on 3 images: take a'),
@@ -166,11 +166,12 @@ def test_a_reward_that_works_in_place_spoils_nothing():
 
 @pytest.mark.parametrize('code, message', [
     ('def f(images, prompts)\n  return 0', r"SyntaxError: expected ':' \(mine.py, line 1\)"),
-    ('\nf = nothing', r"NameError: name 'nothing' is not defined \(mine.py:2\)"),
-    ("import json\nf = json.loads('')", r'JSONDecodeError: .* \(mine.py:2\)'), # nearest to the error, of one's own
-    ("f = open('/nope/weights.pt')", r"FileNotFoundError: .*'/nope/weights.pt' \(mine.py:1\)"),
-    ('import no_such_library', r"ModuleNotFoundError: No module named 'no_such_library' \(mine.py:1\)"),
-    ('raise SystemExit(2)', r'SystemExit: 2 \(mine.py:1\)'),
+    ('\nf = nothing', "NameError in mine.py:2: name 'nothing' is not defined"),
+    ("import json\nf = json.loads('')", 'JSONDecodeError in mine.py:2: '), # nearest to the error, of one's own
+    ("f = open('/nope/weights.pt')", "FileNotFoundError in mine.py:1: .*'/nope/weights.pt'"),
+    ('import no_such_library', "ModuleNotFoundError in mine.py:1: No module named 'no_such_library'"),
+    ('raise SystemExit(2)', 'SystemExit in mine.py:1: 2'),
+    ('raise OSError("two\\nlines")', 'OSError in mine.py:1: two lines'),
     ('g = 3', "AttributeError: .* has no attribute 'f'"),
 ])
 def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, code, message):
@@ -178,7 +179,7 @@ def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, code, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', [*sys.path])
     for name in ('mine:f', 'mine.py:f', './mine.py:f', f'{tmp_path}/mine.py:f'):
-        with pytest.raises(ValueError, match=f"^reward '{name}' cannot be imported, {message}. Check") as e: get_reward(name)
+        with pytest.raises(ValueError, match=f"^reward '{name}' cannot be imported, {message}.* Check") as e: get_reward(name)
         assert '\n' not in str(e.value) and e.value.__cause__
         sys.modules.pop('mine', None)
     sys.modules.pop(str(tmp_path/'mine.py'), None)
