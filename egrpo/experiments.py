@@ -14,11 +14,9 @@ __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERG
 
 # %% ../nbs/32_experiments.ipynb #065f592f
 import hashlib
-import inspect
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -26,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -63,7 +60,7 @@ from .reward import get_reward
 from .rollout import rollout
 from .shapes import CATEGORIES, parse_prompt, verify_batch
 from .sigmas import flow_sigmas
-from .trainer import EVAL_REWARDS, TrainConfig, Trainer, iteration_nfe, ode_plan, swapped, training_nfe
+from .trainer import EVAL_REWARDS, TrainConfig, Trainer, code_of, iteration_nfe, ode_plan, swapped, training_nfe
 
 # %% ../nbs/32_experiments.ipynb #d882276b
 WHERE = ('device', 'micro_batch', 'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
@@ -85,12 +82,9 @@ def _sources(
 )->dict: # What it takes from outside the library -> a hash of its content; mostly empty
     "Files of prompts, and sources of methods and rewards of one's own: a name alone does not say what they were."
     files = {k: Path(v) for k in ('prompts', 'eval_prompts') if (v := getattr(config, k))}
-    for name in re.findall(r'([\w./-]+):\w', f'{config.reward} + {config.eval_rewards or ""}'):
-        found = None if name.endswith('.py') else find_spec(name)
-        files[name] = Path(found.origin if found and found.origin else name)
-    functions = {k: METHODS[k] for k in (config.method, config.base) if k in METHODS and not METHODS[k].__module__.startswith('egrpo.')}
-    return {k: _digest(p.read_bytes()) for k, p in files.items() if p.is_file()} | {
-        k: _digest(inspect.getsource(f).encode()) for k, f in functions.items()}
+    rewards = {k: f for spec in {config.reward, config.eval_rewards or config.reward} for k, f in get_reward(spec).rewards.items()}
+    code = {k: code_of(f, k) for k, f in (rewards | {k: METHODS[k] for k in (config.method, config.base) if k in METHODS}).items()}
+    return {k: _digest(p.read_bytes()) for k, p in files.items() if p.is_file()} | {k: v for k, v in code.items() if v}
 
 def cell_key(
     config:TrainConfig, # A run

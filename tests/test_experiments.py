@@ -197,9 +197,10 @@ def test_an_edited_method_or_reward_is_another_cell(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     keys = []
     for text in ('red = 1', 'red = 22'):
-        (tmp_path/'my_reward_of_cells.py').write_text(text)
+        (tmp_path/'my_reward_of_cells.py').write_text(f'{text}\ndef red(images, prompts): return [0.] * len(images)\n')
         keys += [key(reward='verifier + .5*my_reward_of_cells:red'), key(eval_rewards=f'{tmp_path}/my_reward_of_cells.py:red')]
     assert len(set(keys)) == 4
+    assert key(reward='server(http://127.0.0.1:8000)') == key(reward='server(http://127.0.0.1:8000)')
 
 
 def test_small_scores_are_kept():
