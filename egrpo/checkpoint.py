@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['optimizer_tensors', 'load_optimizer_tensors', 'find_checkpoint', 'save_checkpoint', 'load_checkpoint',
-           'check_same_run']
+           'check_same_run', 'check_same_sources']
 
 # %% ../nbs/23_checkpoint.ipynb #ab60cbdc
 import json
@@ -101,3 +101,16 @@ def check_same_run(
     differ = [f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
     if differ:
         raise ValueError(f"resume: the checkpoint is of another configuration ({'; '.join(differ)}): use its settings, or another `out`")
+
+# %% ../nbs/23_checkpoint.ipynb #8c7c8953
+def check_same_sources(
+    saved:dict, # What the checkpoint's run was made of: name -> content, or its hash
+    current:dict, # This run's
+    folder, # The checkpoint's
+):
+    "Refuse a checkpoint of other prompts, rewards or code."
+    changed = [f"{k} was {saved[k]}, is {v}" for k, v in current.items() if saved.get(k, v) != v]
+    if not changed: return
+    place = str(find_checkpoint(folder)/'state.json')
+    raise ValueError(f"resume: since the checkpoint {'; '.join(changed)}: put it back, or use another `out` "
+                     f"(if you mean it, delete 'sources' from {place!r})")

@@ -4,19 +4,25 @@
 
 # %% auto #0
 __all__ = ['EVAL_REWARDS', 'FREE', 'CHOICES', 'UNSHAREABLE', 'TrainConfig', 'chooses_steps', 'check_method', 'check_config',
-           'iteration_nfe', 'training_nfe', 'describe_run', 'load_prompts', 'prompts_and_rewards', 'prompt_batch',
-           'ode_plan', 'sample_images', 'evaluate', 'loss_weights', 'rows_loss', 'check_writable', 'stop_on_interrupt',
-           'sharing_asked', 'own_device', 'Trainer']
+           'iteration_nfe', 'training_nfe', 'describe_run', 'read_prompts', 'load_prompts', 'prompts_and_rewards',
+           'code_of', 'prompt_batch', 'ode_plan', 'sample_images', 'evaluate', 'loss_weights', 'rows_loss',
+           'check_writable', 'stop_on_interrupt', 'sharing_asked', 'own_device', 'Trainer']
 
-# %% ../nbs/24_trainer.ipynb #b5075389
+# %% ../nbs/24_trainer.ipynb #db4c47d0
+import csv
+import hashlib
+import inspect
+import io
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
@@ -35,9 +41,17 @@ from tqdm.auto import tqdm
 
 from .advantage import combine_advantages, sample_weights, transition_values, zero_variance_groups
 from .allocation import CHOOSES, ProfileCache, allocated_plans, describe_choice, entropy_profiles, share_work, signal_needed
-from .checkpoint import check_same_run, load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint
+from egrpo.checkpoint import (
+    check_same_run,
+    check_same_sources,
+    find_checkpoint,
+    load_checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
 from .loss import guard_logratio, loss_metrics, policy_loss
-from .methods import check_taken, make_plan, method_settings
+from .methods import METHODS, check_taken, make_plan, method_name, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
 from .policy import best_device, check_settings, is_out_of_memory, load_policy, own_part, swapped, whole_tensor, whole_tensors
 from .reward import RewardError, get_reward
@@ -77,7 +91,7 @@ class TrainConfig:
     top:int|None = None # How many steps are chosen (AEGPO)
     weigh:str|None = None # What weighs the same in the loss where groups are unequal: a sample or a prompt; None = a sample
     profile_cache:str|None = None # Folder for attention entropies before training, shared by runs of a model; None = in `out` (AEGPO)
-    prompts:str = 'shapes' # 'shapes' (the miniature world's training prompts), 'hpd' (of HPD's benchmark), or a text file, a prompt a line
+    prompts:str = 'shapes' # 'shapes' (the miniature's), 'hpd' (HPD's), or a file: a prompt a line, .jsonl, .json, .csv or .tsv
     prompts_per_iteration:int = 4 # Prompts in one iteration, of all processes together
     iterations:int = 300 # Training iterations
     budget:int|None = None # Network evaluations after which the run ends, if it has not ended before
@@ -160,7 +174,7 @@ def check_method(
     rising = torch.arange(float(n))[:, None].expand(n, config.num_steps)
     plans = allocated_plans(method, n, rising, rising * 0, **settings) if chooses_steps(method) else [make_plan(method, **settings)]
     if any(map(count_transitions, plans)): return
-    raise ValueError(f"method {getattr(method, '__name__', method)} trains nothing: give its plan a stochastic step of a weight above 0")
+    raise ValueError(f"method {method_name(method)} trains nothing: give its plan a stochastic step of a weight above 0")
 
 def check_config(
     config:TrainConfig, # The configuration
@@ -235,8 +249,61 @@ def _hpd_split(
     def own(i): return i % 8 == place[split] if split in place else i % 8 not in place.values()
     return [p for i, p in enumerate(prompts) if own(i // len(HPD_STYLES))]
 
+def _rows(
+    text:str, # A table's content
+    between:str, # What stands between its columns
+)->list: # (place, row) of each, by the names of its columns
+    "A table's rows."
+    rows = csv.DictReader(io.StringIO(text), restkey='more', delimiter=between, strict=True)
+    try:
+        if 'prompt' in rows.fieldnames: return [(f'line {rows.line_num}', row) for row in rows]
+    except csv.Error as e: raise ValueError(f'line {rows.reader.line_num}: {e}') from e
+    raise ValueError(f"its columns are {', '.join(rows.fieldnames)}: call one prompt")
+
+def _entries(
+    text:str, # A file's content
+    kind:str, # How its name ends
+)->list: # (place, entry) of each: a string, or an object with `prompt`
+    "What a file of prompts holds."
+    if kind in ('.csv', '.tsv'): return _rows(text, '\t' if kind == '.tsv' else ',')
+    if kind != '.json': return [(f'line {i}', line) for i, line in enumerate(text.rstrip().split('\n'), 1)]
+    found = json.loads(text)
+    if not isinstance(found, list): raise ValueError(f"it holds no list but a {type(found).__name__}")
+    return [(f'entry {i}', o) for i, o in enumerate(found, 1)]
+
+def _prompt_of(
+    entry, # What stands for a prompt in a file
+    kind:str, # How the file's name ends
+)->str: # The prompt
+    "A file's entry as a prompt."
+    if kind == '.jsonl' and entry.strip():
+        try: entry = json.loads(entry)
+        except ValueError as e: raise ValueError(f'is no JSON ({e})') from e
+    if isinstance(entry, dict) and 'more' in entry: raise ValueError('has more fields than the header: put a prompt with commas in quotes')
+    prompt = entry.get('prompt') if isinstance(entry, dict) else entry
+    if not isinstance(prompt, str): raise ValueError('is no prompt: write text, or an object with "prompt"')
+    if not prompt.strip(): raise ValueError('is blank: delete it or write a prompt')
+    return prompt.strip()
+
+def read_prompts(
+    path, # A file in UTF-8
+)->list: # Prompts
+    "Prompts of a .jsonl, .json, .csv or .tsv file; of any other, one a line."
+    try: text = Path(path).read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"prompts: {path!r} could not be read ({e}): name a text file with one prompt a line") from e
+    if not text.strip(): raise ValueError(f"prompts: {path!r} is empty: write one prompt a line")
+    kind = Path(path).suffix.lower()
+    try: entries = _entries(text, kind)
+    except ValueError as e: raise ValueError(f"prompts: {path!r} is no {kind[1:]} file of prompts: {e}") from e
+    prompts = []
+    for place, entry in entries:
+        try: prompts.append(_prompt_of(entry, kind))
+        except ValueError as e: raise ValueError(f"prompts: {place} of {path!r} {e}") from e
+    return prompts
+
 def load_prompts(
-    source:str='shapes', # 'shapes', 'hpd', 'shapes_tuning' or 'hpd_tuning' (others, to choose settings on), or a text file, a prompt a line
+    source:str='shapes', # 'shapes', 'hpd', 'shapes_tuning' or 'hpd_tuning' (others, to choose settings on), or a file, read by its ending
     split:str='train', # Split of the shapes and hpd prompts: train or held_out
     n:int=4096, # How many shapes prompts, >= 1; the others are read whole
 )->list: # Prompts
@@ -244,13 +311,7 @@ def load_prompts(
     if source == 'shapes': return sample_prompts(n, seed=0, split=split)
     if source == 'shapes_tuning': return sample_prompts(n, seed=1, split='train')
     if source in ('hpd', 'hpd_tuning'): return _hpd_split('tuning' if source == 'hpd_tuning' else split)
-    try: lines = Path(source).read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"prompts: {source!r} could not be read ({e}): name a text file with one prompt a line") from e
-    if not lines: raise ValueError(f"prompts: {source!r} is empty: write one prompt a line")
-    blank = [i for i, line in enumerate(lines, 1) if not line.strip()]
-    if blank: raise ValueError(f"prompts: line {blank[0]} of {source!r} is blank: delete it or write a prompt")
-    return [line.strip() for line in lines]
+    return read_prompts(source)
 
 def prompts_and_rewards(
     config, # A `TrainConfig`
@@ -264,6 +325,26 @@ def prompts_and_rewards(
     trained.check(prompts)
     measured.check(held_out)
     return prompts, held_out, trained, measured
+
+def _digest(
+    content:bytes, # Anything
+)->str: # 16 hexadecimal digits
+    "A short hash."
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+def code_of(
+    function, # A reward, or a method
+    name:str='', # What it was called by; the module of module:function and file.py:function counts whole
+)->str|None: # A hash; None for the library's own, where Python knows no source, and for a lambda, whose source is the whole line around it
+    "What stands behind a name."
+    module = name.partition(':')[0]
+    loaded = sys.modules.get(str(Path(module).resolve()) if module.endswith('.py') else module) if ':' in name else None
+    if getattr(loaded, '__file__', None): return _digest(Path(loaded.__file__).read_bytes())
+    function = getattr(function, 'func', function) # of a partial
+    function = function if hasattr(function, '__qualname__') else type(function)
+    if (function.__module__ or '').partition('.')[0] == 'egrpo' or function.__qualname__.endswith('<lambda>'): return None
+    for o in (function, function.__call__): # of a notebook's class Python may know the methods alone
+        with suppress(OSError, TypeError): return _digest(inspect.getsource(o).encode())
 
 # %% ../nbs/24_trainer.ipynb #82bcf0b3
 @lru_cache(maxsize=2) # a batch may end one pass and begin the next
@@ -453,6 +534,8 @@ class Trainer:
         check_method(self.method, config)
         self.chooses, shared = chooses_steps(self.method), sharing_asked()
         self.prompts, self.eval_prompts, self.reward, self.eval_reward = prompts_and_rewards(config, reward)
+        self.names = dict(reward=repr(self.reward) if reward else config.reward, method=method_name(self.method))
+        self.sources, self.seconds_reward = self._sources(), 0.
         cast = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
         if cast != 'no': warnings.warn(f"the launcher's mixed_precision {cast} is not used: dtype sets the network's", stacklevel=2)
         with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'): # accelerate would do it on GPUs only
@@ -473,6 +556,15 @@ class Trainer:
         loaded = str(self.policy.dtype), self.policy.resolution
         address = self.policy.fingerprint, *(getattr(config, k) for k in ('num_steps', 'shift', 'guidance')), *loaded
         self.reference_profiles = ProfileCache(address, config.profile_cache or Path(config.out)/'profiles')
+
+    def _sources(self)->dict: # What a run is made of -> its name, or a hash of its content
+        "What stands behind the names of the configuration, or was passed in; a run that goes on must find it as it was."
+        methods = {method_name(m): METHODS[m] if isinstance(m, str) else m for m in (self.method, self.config.base) if m}
+        rewards = self.eval_reward.rewards | self.reward.rewards
+        code = {f'the code of {k}': code_of(f, k) for k, f in rewards.items()}
+        code |= {f'the code of method {k}': code_of(f) for k, f in methods.items()}
+        texts = {k: _digest(json.dumps(v).encode()) for k, v in dict(prompts=self.prompts, eval_prompts=self.eval_prompts).items()}
+        return self.names | texts | {k: hashed for k, hashed in code.items() if hashed}
 
     def _load_policy(self,
         shared:bool, # Is the network shared among the processes?
@@ -554,8 +646,12 @@ class Trainer:
         images:Tensor, # (L,3,H,W) images in [0, 1]
         prompts:list, # Their L prompts
     )->dict: # Name -> (L,) rewards
-        "Score images."
-        return self._in_all(lambda: self.reward(images, prompts))
+        "Score images, and note how long that takes."
+        if images.is_cuda: torch.cuda.synchronize(images.device) # what is still to come of the rollout is not the reward's
+        began = time.perf_counter()
+        rewards = self._in_all(lambda: self.reward(images, prompts))
+        self.seconds_reward = time.perf_counter() - began
+        return rewards
 
     def _in_all(self,
         score, # () -> anything; may raise a `RewardError`
@@ -687,7 +783,8 @@ class Trainer:
         nfe_rollout, nfe_gradient = (int(self._total(n)) for n in (nfe_rollout, self.policy.nfe - nfe - nfe_rollout))
         return dict(iteration=iteration, **reward, reward_std=float(weighted.std()), zero_variance_groups=zero, **update,
                     nfe_rollout=nfe_rollout, nfe_gradient=nfe_gradient,
-                    seconds_rollout=sampled - began, seconds_update=time.perf_counter() - sampled, **choice)
+                    seconds_rollout=sampled - began, seconds_update=time.perf_counter() - sampled, seconds_reward=self.seconds_reward,
+                    **choice)
 
     # ---- evaluation
     def evaluate(self)->pd.DataFrame: # A row per prompt, a column per reward
@@ -783,7 +880,7 @@ class Trainer:
             raise ValueError(f"out: {str(out)!r} already holds a run: set resume to go on with it, or name another folder")
         state = 4 * (4 if self.ema else 3) # fp32 weights, two moments, the average
         check_writable(out, (2 * state + 4) * sum(p.numel() for p in self.parameters.values())) # old checkpoint, new one, the model
-        if a.is_main_process: (out/'config.json').write_text(json.dumps(settings, indent=1))
+        if a.is_main_process: (out/'config.json').write_text(json.dumps(settings | self.names, indent=1))
         if self.config.tracker: a.init_trackers('egrpo', {k: v for k, v in settings.items() if isinstance(v, (int, float, str))})
 
     def _log(self,
@@ -806,8 +903,7 @@ class Trainer:
         "Write the evaluations and the trained model. The process group stays: there may be more to do together."
         main, out = self.accelerator.is_main_process, Path(self.config.out)
         if main: pd.DataFrame(self.history).to_csv(out/'evaluations.csv', index=False)
-        if main or self.policy.mesh:
-            with swapped(self.parameters, self.ema): self.policy.save(out/'model')
+        self._save_model()
         for tracker in self.accelerator.trackers: tracker.finish()
 
     # ---- checkpoints
@@ -817,8 +913,15 @@ class Trainer:
         moments = optimizer_tensors(self.optimizer, list(self.parameters))
         tensors = {k: whole_tensors(v, main) for k, v in dict(weights=self.parameters, ema=self.ema, optimizer=moments).items()}
         info = dict(iteration=self.iteration, nfe=self.nfe, config=asdict(self.config), history=self.history,
-                    model=self._start_of_run())
-        return save_checkpoint(folder, {k: v for k, v in tensors.items() if v}, info) if main else folder
+                    model=self._start_of_run(), sources=self.sources)
+        if main: save_checkpoint(folder, {k: v for k, v in tensors.items() if v}, info)
+        if self.policy.lora_rank: self._save_model() # small, and of use if the run is killed
+        return folder
+
+    def _save_model(self):
+        "Write the trained model, of the averaged weights where there are such."
+        if self.accelerator.is_main_process or self.policy.mesh:
+            with swapped(self.parameters, self.ema): self.policy.save(Path(self.config.out)/'model')
 
     def _start_of_run(self)->dict: # Of the model that the configuration names
         "What a folder's or device's name does not say, and a run that goes on must find as it was."
@@ -826,9 +929,16 @@ class Trainer:
 
     def load(self):
         "Go on from the checkpoint in `config.out`; refuses one of another configuration."
-        tensors, info = load_checkpoint(Path(self.config.out)/'checkpoint')
+        out, n = Path(self.config.out), self.config.iterations
+        if find_checkpoint(out/'checkpoint') is None and (out/'metrics.jsonl').exists():
+            if self.accelerator.is_main_process: tqdm.write(f"the run in {str(out)!r} ended before its first checkpoint: it starts anew")
+            return self._trim_log()
+        tensors, info = load_checkpoint(out/'checkpoint')
         check_same_run(info['config'], asdict(self.config), FREE)
         check_same_run(info.get('model', self._start_of_run()), self._start_of_run())
+        check_same_sources(info.get('sources', {}), self.sources, out/'checkpoint')
+        at = info['iteration']
+        if n < at: raise ValueError(f"iterations is {n}, but the checkpoint is at iteration {at}: ask for more")
         with torch.no_grad():
             for n, p in self.parameters.items(): p.copy_(own_part(tensors['weights'][n], p))
             for n, e in self.ema.items(): e.copy_(own_part(tensors['ema'][n], e))

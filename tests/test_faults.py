@@ -72,6 +72,12 @@ def reward(code):
     __import__('importlib').invalidate_caches()
 
 
+def forget_sources(run):
+    "Make a checkpoint one that does not say what its run was made of."
+    state = Path(run, 'checkpoint/state.json')
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != 'sources'}))
+
+
 @contextmanager
 def one_thread():
     "Inside: one thread here, as in the processes we start, so that sums are the same to the last bit."
@@ -243,6 +249,34 @@ def test_resume_wants_the_model_it_began_with(here, capsys):
     fails(f'train {words} --out run --iterations 2 --resume', 'resume: the checkpoint is of another configuration (weights was', capsys)
 
 
+def test_resume_wants_the_prompts_it_began_with(here, capsys):
+    "A file that has changed is another, whatever it is called; one that is only written in another way is the same."
+    Path('prompts.txt').write_text('a red circle\na blue square\n')
+    words = f'{small} --prompts prompts.txt --out run --eval-rewards verifier'
+    assert main(f'train {words} --iterations 1'.split()) == 0
+    Path('prompts.txt').write_text('a red circle\r\na blue square')
+    assert main(f'train {words} --iterations 2 --resume'.split()) == 0
+    before = tree(here)
+    Path('prompts.txt').write_text('a red circle\n')
+    line = fails(f'train {words} --iterations 3 --resume', 'resume: since the checkpoint prompts was', capsys)[-1]
+    assert 'eval_prompts was' in line and 'put it back, or use another `out`' in line
+    Path('prompts.txt').write_bytes(before['prompts.txt'])
+    fails(f'train {words} --iterations 1 --resume', 'iterations is 1, but the checkpoint is at iteration 2: ask for more', capsys)
+    assert tree(here) == before
+
+
+def test_resume_of_a_checkpoint_that_says_less(tmp_path):
+    "One of an earlier version does not know what its run was made of."
+    settings = dict(num_steps=6, active_steps=2, num_generations=2, prompts_per_iteration=1, eval_size=2, device='cpu', out=str(tmp_path))
+    def dark(images, prompts): return -images.mean((1, 2, 3))
+    Trainer(TrainConfig(**settings, iterations=1), reward=dark).fit()
+    again = TrainConfig(**settings, iterations=2, resume=True)
+    with pytest.raises(ValueError, match='reward was dark, is verifier'): Trainer(again).fit()
+    forget_sources(tmp_path)
+    Trainer(again).fit()
+    assert json.loads((tmp_path/'checkpoint/state.json').read_text())['sources']['reward'] == 'verifier'
+
+
 # ---- the hub
 
 def test_hub_id_out_of_reach(here, capsys, monkeypatch):
@@ -303,6 +337,9 @@ def test_reward_that_fails_later(here, capsys):
     line = fails(f'{words} --checkpoint-every 1', "raised RuntimeError", capsys)[-1]
     assert "the last checkpoint is 'run/checkpoint', of iteration 2: go on with --resume" in line
     reward('return [float(i) for i in range(len(prompts))]')
+    line = fails(f'{words} --resume', 'resume: since the checkpoint the code of mine:score was', capsys)[-1]
+    assert "(if you mean it, delete 'sources' from 'run/checkpoint/state.json')" in line
+    forget_sources('run')
     assert main(shlex.split(f'{words} --resume')) == 0
     assert [json.loads(o)['iteration'] for o in Path('run/metrics.jsonl').read_text().splitlines()] == [0, 1, 2]
 
@@ -316,6 +353,14 @@ def test_reward_that_fails_between_checkpoints(here, capsys, call, said):
     assert line.endswith(said)
 
 
+def test_a_slow_reward_is_seen(here):
+    "Its seconds are among the rollout's."
+    reward('__import__("time").sleep(.3 * (len(calls) == 2))\n    return [float(i) for i in range(len(prompts))]')
+    assert main(shlex.split(f'train {small} --out run --reward mine:score --eval-rewards verifier --iterations 2')) == 0
+    slow, fast = (json.loads(o) for o in Path('run/metrics.jsonl').read_text().splitlines())
+    assert .3 <= slow['seconds_reward'] < slow['seconds_rollout'] and fast['seconds_reward'] < .3
+
+
 # ---- folders and disks
 
 def test_killed_while_a_checkpoint_or_a_line_is_written(here):
@@ -327,6 +372,29 @@ def test_killed_while_a_checkpoint_or_a_line_is_written(here):
     assert main(shlex.split(f'{words} 3 --resume')) == 0
     assert [json.loads(o)['iteration'] for o in Path('run/metrics.jsonl').read_text().splitlines()] == [0, 1, 2]
     assert sorted(p.name for p in Path('run').glob('checkpoint*')) == ['checkpoint']
+
+
+def test_killed_before_the_first_checkpoint(here, capsys):
+    "With --resume the run starts anew in its folder, and ends as one that was not killed."
+    words = f'train {small} --iterations 1'
+    for out in ('run', 'straight'): assert main(shlex.split(f'{words} --out {out}')) == 0
+    shutil.rmtree('run/checkpoint')
+    fails(f'{words} --out run', "already holds a run: add --resume", capsys)
+    assert main(shlex.split(f'{words} --out run --resume')) == 0
+    said = capsys.readouterr()
+    assert "the run in 'run' ended before its first checkpoint: it starts anew" in said.out + said.err
+    assert metrics('run') == metrics('straight')
+    assert Path('run/evaluations.csv').read_text() == Path('straight/evaluations.csv').read_text()
+
+
+def test_a_lora_is_of_use_before_the_run_ends(here, monkeypatch, capsys):
+    "Beside every checkpoint stands the model of the same iteration."
+    def killed(self): raise MemoryError
+    monkeypatch.setattr(Trainer, '_close', killed)
+    with pytest.raises(MemoryError): main(f'train {small} --lora-rank 2 --ema-decay 0 --lr .01 --iterations 2 --out run'.split())
+    saved = load_file('run/checkpoint/weights.safetensors')
+    held = dict(load_policy(device='cpu', lora_rank=0, lora_from='run/model').parameters())
+    assert saved.keys() == held.keys() and all(torch.equal(saved[k], held[k]) for k in saved)
 
 
 def test_the_last_checkpoint_outlives_one_that_cannot_be_written(tmp_path, monkeypatch):
