@@ -7,27 +7,33 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'SAMPLE_OPTIONS', 'DEMO_FILES', 'NEXT', 'Option', 'config_options', 'yes_or_no', 'converter', 'show_default',
            'add_option', 'add_fields', 'add_own', 'option_groups', 'Parser', 'Command', 'make_parser', 'explain',
            'set_environment', 'complain', 'main', 'table', 'category_rows', 'score_names', 'show_mean',
-           'category_table', 'change_table', 'ends', 'change_tables', 'given', 'check_file', 'check_picture',
-           'save_picture', 'try_reward', 'check_device', 'say', 'run_methods', 'read_images', 'run_rewards',
-           'add_rewards', 'plan_lengths', 'plan_table', 'steps_table', 'preset', 'published', 'plan_cost',
-           'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan', 'add_plan', 'run_tune', 'add_tune',
-           'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
-           'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out',
-           'check_run', 'run_train', 'ready', 'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo',
-           'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo',
-           'add_demo', 'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'run_serve', 'add_serve']
+           'category_table', 'change_table', 'ends', 'overlap_text', 'change_tables', 'given', 'check_file',
+           'check_picture', 'save_picture', 'try_reward', 'check_device', 'say', 'fold', 'run_methods', 'own_methods',
+           'read_images', 'run_rewards', 'add_rewards', 'plan_lengths', 'plan_table', 'steps_table', 'preset',
+           'published', 'plan_cost', 'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan', 'add_plan',
+           'run_tune', 'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options',
+           'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder',
+           'check_out', 'check_model', 'check_run', 'begun_settings', 'train_config', 'prompts_text', 'try_own_rewards',
+           'run_train', 'stopped_early', 'part', 'ready', 'sample_command', 'run_report', 'add_train', 'time_is_up',
+           'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config',
+           'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce', 'run_claims',
+           'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
 import ast
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,6 +137,12 @@ class Parser(argparse.ArgumentParser):
         def formatter(prog): return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width)
         super().__init__(*args, **{'formatter_class': formatter, 'allow_abbrev': False, **kwargs})
     def error(self, message): raise ValueError(f'{message} (see {self.prog} --help)')
+    def parse_known_args(self, args=None, namespace=None):
+        "What is left over is an error here, where a command's options are known."
+        found, left = super().parse_known_args(args, namespace)
+        near = get_close_matches(left[0].partition('=')[0], self._option_string_actions, 1, .75) if left else []
+        if left: self.error(f"unrecognized arguments: {' '.join(left)}" + ''.join(f', did you mean {o}?' for o in near))
+        return found, left
 
 # %% ../nbs/35_cli.ipynb #f5bc50c0
 @dataclass(frozen=True)
@@ -192,7 +204,7 @@ def complain(
 
 def main(
     argv:list=None, # Words after `egrpo`; None takes them from the command line
-)->int: # Exit code: 0 done, 2 bad input, 130 interrupted
+)->int: # Exit code: 0 done, 2 bad input, 130 interrupted or stopped before its end
     "The command `egrpo`."
     words = sys.argv[1:] if argv is None else list(argv)
     name = ' '.join(['egrpo', *[w for w in words[:1] if w in COMMANDS]])
@@ -200,7 +212,7 @@ def main(
     try:
         parser = make_parser()
         args = parser.parse_args(words)
-        COMMANDS[args.command].run(args) if args.command else parser.print_help()
+        return (COMMANDS[args.command].run(args) if args.command else parser.print_help()) or 0
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1) # the reader of our output has gone, as in `egrpo plan | head`
     except KeyboardInterrupt:
         complain(f'{name}: interrupted')
@@ -276,13 +288,24 @@ def ends(
     "The evaluations before and after training."
     return tuple(history[history.iteration == i].reset_index(drop=True) for i in (history.iteration.min(), history.iteration.max()))
 
+def overlap_text(
+    held_out, # Prompts of an evaluation
+    trained, # Prompts to train on
+)->str: # Words to add; none where no prompt is both
+    "How many prompts of an evaluation are trained on."
+    known = set(trained)
+    n = sum(p in known for p in held_out)
+    return '' if not n else ' (training prompts)' if n == len(held_out) else f' ({n} of them training prompts)'
+
 def change_tables(
     history, # What `Trainer.fit` returns
+    trained=(), # Prompts that were trained on
 )->str: # Lines
     "Before and after, a table per reward."
     before, after = ends(history)
     n = int(after.iteration.iloc[0])
-    head = f'before and after {n} iteration{"s"[:n != 1]}, on the same {len(before)} prompts and noise; 95 % intervals'
+    both = f'{len(before)} prompts and noise{overlap_text(before.prompt, trained)}'
+    head = f'before and after {n} iteration{"s"[:n != 1]}, on the same {both}; 95 % intervals'
     return '\n\n'.join([head, *[change_table(before, after, name) for name in score_names(before)]])
 
 # %% ../nbs/35_cli.ipynb #a7ddbd72
@@ -359,6 +382,15 @@ def say(
     "Print, in the main process only."
     if os.environ.get('RANK', '0') == '0': print(*texts, flush=True)
 
+def fold(
+    text:str, # Lines
+)->str: # The same where they go to a file or another program
+    "Break lines that are longer than the terminal is wide; what goes on is indented."
+    if not sys.stdout.isatty(): return text
+    width = max(40, shutil.get_terminal_size().columns)
+    def broken(line): return textwrap.wrap(line, width, subsequent_indent=' ' * 4, break_on_hyphens=False, break_long_words=False)
+    return '\n'.join(part for line in text.splitlines() for part in (broken(line) if len(line) > width else [line]))
+
 # %% ../nbs/35_cli.ipynb #a0e029bd
 def run_methods(
     args, # Parsed arguments
@@ -367,7 +399,22 @@ def run_methods(
     from egrpo.methods import METHODS, describe_method
     rows = [describe_method(name) for name in METHODS]
     say(table([list(rows[0]), *[list(row.values()) for row in rows]]))
-    say('\nat their published settings; nfe = network evaluations of a prompt and iteration. Next: egrpo plan --method NAME')
+    say(fold('\nat their published settings, steps included (a run has 16 unless told otherwise); nfe = network evaluations of a prompt '
+             'and iteration\nnext: egrpo plan --method flow_grpo --num-steps 10; a method of your own: --method module:function'))
+
+def own_methods(
+    chosen:dict, # Fields of `TrainConfig`, some of them
+)->dict: # The same
+    "Let functions of one's own that return a `Plan`, module:function or file.py:function, be methods of that name."
+    from egrpo.methods import METHODS
+    from egrpo.reward import _find
+    for name in {chosen.get('method'), chosen.get('base')} - {None, *METHODS}:
+        if name.count(':') != 1: continue
+        try: function = _find(name)
+        except ValueError as e: raise ValueError(str(e).replace('reward', 'method', 1)) from e
+        if not callable(function): raise ValueError(f"method {name!r} is a {type(function).__name__}: name a function that returns a Plan")
+        METHODS[name] = function
+    return chosen
 
 COMMANDS['methods'] = Command(run_methods, lambda parser: None, 'List the methods: what each samples, compares and costs.', 'egrpo methods')
 
@@ -393,9 +440,9 @@ def run_rewards(
     from egrpo.reward import describe_rewards, get_reward
     if args.name is None:
         rows = describe_rewards()
-        for row in ({k: k for k in rows[0]}, *rows): say('  '.join(o.ljust(n) for o, n in zip(row.values(), (17, 47, 0))).rstrip())
-        return say("\na sum: 'hpsv2.1 + 0.5*clip_score'  ·  weights of your own: 'hpsv2.1(/path/HPS_v2.1_compressed.pt)'  ·  "
-                   "a trial: egrpo rewards NAME")
+        for row in ({k: k for k in rows[0]}, *rows): say(fold('  '.join(o.ljust(n) for o, n in zip(row.values(), (17, 47, 0))).rstrip()))
+        return say(fold("\na sum: 'hpsv2.1 + 0.5*clip_score'  ·  weights of your own: 'hpsv2.1(/path/HPS_v2.1_compressed.pt)'  ·  "
+                        "a trial: egrpo rewards NAME"))
     reward, images = get_reward(args.name), read_images(args.image)
     scores = [reward(x, [args.prompt]) for x in images]
     names = args.image or ['noise'] * len(images)
@@ -552,6 +599,7 @@ def run_plan(
     from egrpo.methods import check_taken, make_plan, method_settings
     from egrpo.plan import describe, plot_plan
     check_picture(args.picture, '--picture')
+    own_methods(given(args, PLAN_OPTIONS))
     entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
     asked = args.scale or args.probe or args.share or args.processes != 1
     costs = asked or any(n is not None for n in entered) or given(args, COST_OPTIONS)
@@ -560,13 +608,14 @@ def run_plan(
     settings = {name: config_options()[name].default for name in PLAN_OPTIONS} | scale | given(args, PLAN_OPTIONS) # needs no trainer
     method = settings.pop('method')
     check_taken(given(args, PLAN_OPTIONS), method, settings['base'])
-    merging = 'tau' in method_settings(method)
+    merging = {'tau', 'kernel', 'noise_level', 'merge_length', 'first_step', 'active_steps'} <= {*method_settings(method)} # E-GRPO's
     if merging: say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
     plan = make_plan(method, args.iteration, **settings)
     if not merging: say(steps_table(plan))
-    say(f'\n{describe(plan)}\n{plan_cost(plan)}')
-    if 'steps' in method_settings(method): say('the first steps stand for those that attention entropy will choose; its probes come on top')
-    if cost: say(cost)
+    say(fold(f'\n{describe(plan)}\n{plan_cost(plan)}'))
+    chooses = 'steps' in method_settings(method)
+    if chooses: say(fold('the first steps stand for those that attention entropy will choose; its probes come on top'))
+    if cost: say(fold(cost))
     if args.picture: say('picture:', save_picture(plot_plan(plan).figure, args.picture))
 
 def add_plan(
@@ -707,6 +756,7 @@ def run_evaluate(
     config, out, reward = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_file(args.out, '--out'), get_reward(args.rewards)
     if args.size < 1: raise ValueError(f"size must be >= 1 prompt, got {args.size}")
     prompts = load_prompts(args.prompts, 'held_out', args.size)[:args.size]
+    reward.check(prompts)
     policy = load_sampler(config, args.lora)
     try_reward(reward, prompts, policy.resolution)
     frame = evaluate(policy, prompts, reward, num_steps=config.num_steps, shift=config.shift, seed=config.seed)
@@ -785,6 +835,13 @@ def check_out(
     if (Path(out)/'metrics.jsonl').exists() and not resume:
         raise ValueError(f"out: {out!r} already holds a run: add --resume to go on with it, or name another folder")
 
+def check_model(
+    model:str, # 'miniature', a folder, or a hub id
+):
+    "Refuse a name that can be none of these; whether a hub has the model shows when it is loaded."
+    if model == 'miniature' or Path(model).exists() or re.fullmatch(r'[\w.-]+/[\w.-]+', model): return
+    raise ValueError(f"model {model!r} is no folder here and no hub id (owner/name): name one of them, or 'miniature'")
+
 def check_run(
     config, # A `TrainConfig`
 ):
@@ -792,29 +849,91 @@ def check_run(
     from egrpo.trainer import check_config, check_method, prompts_and_rewards
     check_config(config)
     check_method(config.method, config)
+    check_model(config.model)
     prompts_and_rewards(config)
     check_device(config.device)
     check_out(config.out, config.resume)
     return config
 
-def run_train(
+def begun_settings(
+    out, # The folder of a run to go on with
+)->dict: # Fields of `TrainConfig`
+    "What a run was begun with, as its config.json says; there must be a run."
+    from egrpo.checkpoint import find_checkpoint, load_checkpoint
+    checkpoint, path = Path(out)/'checkpoint', Path(out)/'config.json'
+    if not find_checkpoint(checkpoint) and not (Path(out)/'metrics.jsonl').exists(): load_checkpoint(checkpoint) # says that there is none
+    if not path.exists(): return {} # all has to be given again
+    try: settings = json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f"resume: {str(path)!r} cannot be read ({e}): delete it and give all options again") from e
+    return {k: v for k, v in settings.items() if k in config_options()} | dict(out=str(out))
+
+def train_config(
     args, # Parsed arguments
-):
-    "egrpo train: train a model."
+): # A `TrainConfig`
+    "What was given, on top of a scale or of the run that goes on, on top of what was published."
     from egrpo.methods import check_taken, taken
-    from egrpo.trainer import TrainConfig, Trainer, describe_run
-    scale, named = preset(args.scale), given(args, config_options())
-    method, base = ((scale | named).get(k, getattr(TrainConfig, k)) for k in ('method', 'base'))
+    from egrpo.trainer import TrainConfig
+    named = given(args, config_options())
+    begun = begun_settings(named.get('out', TrainConfig.out)) if named.get('resume') else {}
+    scale = preset(args.scale) if args.scale or not begun else {}
+    own_methods(begun | scale | named)
+    method, base = ((begun | scale | named).get(k, getattr(TrainConfig, k)) for k in ('method', 'base'))
     chosen = taken(scale, method, base) | named
     check_taken(named, method, base)
-    config = check_run(TrainConfig(**{**published(chosen), **chosen}))
-    say(describe_run(config))
-    if args.dry_run: return
+    return TrainConfig(**{**published(chosen), **begun, **chosen})
+
+def prompts_text(
+    config, # A `TrainConfig`
+)->str: # A line like those of `describe_run`
+    "How many prompts a run has, and whether it is evaluated on what it is trained on."
+    from egrpo.trainer import prompts_and_rewards
+    prompts, held_out = prompts_and_rewards(config)[:2]
+    distinct = f', {len(set(prompts))} distinct' if len(set(prompts)) < len(prompts) else ''
+    return f"  prompts  {len(prompts)} to train on{distinct} · {len(held_out)} to evaluate on{overlap_text(held_out, prompts)}"
+
+def try_own_rewards(
+    config, # A `TrainConfig`
+):
+    "Score noise by those of a run's rewards that are functions of the user's own."
+    from egrpo.reward import RewardSet
+    from egrpo.trainer import prompts_and_rewards
+    prompts, held_out, *rewards = prompts_and_rewards(config)
+    side = config.resolution or (64 if config.model == 'miniature' else 512)
+    for reward, some in zip(rewards, (prompts, held_out)):
+        own = {k: f for k, f in reward.rewards.items() if ':' in k.partition('(')[0]}
+        if own: try_reward(RewardSet(own), some, side)
+
+def run_train(
+    args, # Parsed arguments
+)->int: # Exit code: 130 where a signal ended the training before its time
+    "egrpo train: train a model."
+    from egrpo.trainer import Trainer, describe_run
+    config = check_run(train_config(args))
+    if args.dry_run: try_own_rewards(config)
+    say(f'{describe_run(config)}\n{prompts_text(config)}')
+    begun = Path(config.out)/'config.json'
+    if config.resume and begun.exists(): say(f'  resumed  what is not given here is as in {begun}')
+    if args.dry_run: return 0
     with run_folder(config.out, config.embeddings):
         trainer = ready(Trainer(config))
         history = trainer.fit()
-    say(f'\n{change_tables(history)}\n')
+    say(f'\n{change_tables(history, trainer.prompts)}\n')
     say(run_report(trainer))
+    part(trainer)
+    return 130 if stopped_early(trainer) else 0
+
+def stopped_early(
+    trainer, # A `Trainer` whose run has ended
+)->bool: # By Ctrl-C, or by a cluster's request
+    "Did a run end before its iterations were done, and before its budget was?"
+    return trainer.iteration < trainer.config.iterations and not trainer.spent()
+
+def part(
+    trainer, # A `Trainer` whose run has ended
+):
+    "Of several processes wait for the last one, then end their group; nothing where there is none."
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.state.destroy_process_group()
 
 def ready(
     trainer, # A `Trainer`
@@ -822,24 +941,38 @@ def ready(
     "The same trainer, its rewards tried."
     side, twice = trainer.policy.resolution, trainer.policy.nfe_per_velocity == 2
     if twice: say(f' guidance  {trainer.config.guidance:g}: twice the evaluations above, with and without prompt; 1 halves them')
+    trainer.policy.check_length(trainer.prompts + trainer.eval_prompts)
     try_reward(trainer.reward, trainer.prompts, side)
     try_reward(trainer.eval_reward, trainer.eval_prompts, side)
     return trainer
+
+def sample_command(
+    config, # A `TrainConfig`
+)->str: # A line for the shell
+    "The command that draws from a trained model what its evaluations saw."
+    c, default = config, config_options()
+    lora = c.lora_rank or c.lora_from
+    words = ['egrpo', 'sample', '--model', *([c.model, '--lora', f'{Path(c.out)}/model'] if lora else [f'{Path(c.out)}/model'])]
+    for name in SAMPLE_OPTIONS[1:-1]: # evaluations are on the noise of seed 0
+        value, flag = getattr(c, name), '--' + name.replace('_', '-')
+        if value != default[name].default: words += [flag, ('no', 'yes')[value] if isinstance(value, bool) else str(value)]
+    source = c.eval_prompts or c.prompts
+    return shlex.join(words + (['--prompts', source] if source != 'shapes' else []))
 
 def run_report(
     trainer, # A `Trainer` whose run has ended
 )->str: # Lines
     "Where things are, and what they are for."
     c, out = trainer.config, Path(trainer.config.out)
-    use = f'--model {c.model} --lora {out}/model' if c.lora_rank or c.lora_from else f'--model {out}/model'
-    rows = [('model', f'{out}/model', f'egrpo sample {use}'),
+    more = '' if stopped_early(trainer) else ' --budget N' if trainer.spent() else ' --iterations N'
+    rows = [('model', f'{out}/model', sample_command(c)),
             ('metrics', f'{out}/metrics.jsonl', 'a line per iteration'),
             ('evaluations', f'{out}/evaluations.csv', 'a row per evaluation and prompt'),
-            ('checkpoint', f'{out}/checkpoint', 'the same command with --resume goes on from it')]
+            ('checkpoint', f'{out}/checkpoint', shlex.join(['egrpo', 'train', '--resume', '--out', str(out)]) + more)]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     lines = [f'{name:<{widths[0]}}  {place:<{widths[1]}}  {what}' for name, place, what in rows]
-    left = c.iterations - trainer.iteration
-    return '\n'.join(([f'stopped after {trainer.iteration} of {c.iterations} iterations'] if left > 0 else []) + lines)
+    short = trainer.iteration < c.iterations
+    return '\n'.join([f'stopped after {trainer.iteration} of {c.iterations} iterations'] * short + lines)
 
 def add_train(
     parser:Parser, # The command's parser
@@ -987,6 +1120,7 @@ def run_demo(
         first = images_at(trainer, places)
         history = trainer.fit(stop)
     draw_demo(out, history, places, (first, images_at(trainer, places)))
+    part(trainer)
     report_demo(trainer, history, time.monotonic() - began)
 
 def report_demo(
@@ -1044,9 +1178,11 @@ def run_reproduce(
     args, # Parsed arguments
 ):
     "egrpo reproduce: run an experiment, write its record and say what it says, or list what there is."
+    from torch import distributed as dist
+
     from egrpo.experiments import EXPERIMENTS, reproduce
     from egrpo.records import get_scale, load_record, record_path
-    if args.name is None: return say('\n'.join(f'{k:<16}  {o.title}  ({o.notebook})' for k, o in EXPERIMENTS.items()))
+    if args.name is None: return say(fold('\n'.join(f'{k:<16}  {o.title}  ({o.notebook})' for k, o in EXPERIMENTS.items())))
     if args.workers < 0: raise ValueError(f"workers must be >= 0, got {args.workers}: 0 runs in this process")
     scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini').name
     path = Path('runs/smoke', f'{args.name}.json') if scale == 'smoke' else record_path(args.name)
@@ -1054,7 +1190,8 @@ def run_reproduce(
     only = [o.strip() for o in args.only.split(',')] if args.only else None
     reproduce(args.name, scale, args.workers, path=path, partial=args.partial, only=only)
     found = [] if only or scale == 'smoke' else findings(args.name, load_record(path)['data'])
-    say('\n'.join([*found, f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}']))
+    say(fold('\n'.join([*found, f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}'])))
+    if dist.is_initialized(): dist.destroy_process_group()
 
 def add_reproduce(
     parser:Parser, # The command's parser
@@ -1076,7 +1213,7 @@ def run_claims(
 ):
     "egrpo claims: print every claim with its verdict."
     from egrpo.claims import claims_text
-    say(claims_text())
+    say(fold(claims_text()))
 
 COMMANDS['claims'] = Command(run_claims, lambda parser: None, "List both papers' claims, their numbers, ours, and whether they hold.",
                              'egrpo claims')

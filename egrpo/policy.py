@@ -484,6 +484,7 @@ class Policy:
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
         self.nfe, self.compiled, self._frozen, self._start, self._empty, self._scale = 0, compiled, None, {}, None, {'factor': 1.}
+        self._told = False # of prompts that are too long
         self.mesh, self._joined, self._in_reference, self._pending, self._graphs = mesh, False, False, False, []
         self.embeddings = Embeddings(embeddings, text_fingerprint(pipeline, self.text_length))
         self._prepare_network(lora_rank, lora_from, seed, gradient_checkpointing)
@@ -594,6 +595,7 @@ class Policy:
     ): # Yields (prompt, one row on the CPU)
         "Embed prompts one by one, since an embedding must not depend on its neighbours, and keep them."
         names = _text_parts(self.pipeline)
+        self.check_length(prompts)
         if prompts and not names:
             remedy = "give it to drop_text_encoders, or use text_encoders offload"
             raise ValueError(f"prompt {prompts[0]!r} was not embedded before the text encoders were dropped: {remedy}")
@@ -612,6 +614,20 @@ class Policy:
         "Embed prompts ahead, those that are not kept yet."
         new = [p for p in dict.fromkeys(prompts) if p not in self.embeddings]
         for _ in tqdm(self._embed_new(new), 'embedding prompts', len(new), disable=len(new) < 100): pass
+
+    def check_length(self,
+        prompts:list, # Prompts
+    ):
+        "Warn, once, of prompts that are longer than the network's longest embedding of them."
+        names = sorted(_text_parts(self.pipeline, 'tokenizer'))
+        if self._told or not (names and prompts): return
+        tokenizer, new = getattr(self.pipeline, names[-1]), list(dict.fromkeys(prompts)) # T5's, where there is one
+        limit = min(self.text_length or math.inf, tokenizer.model_max_length)
+        cut = [p for p, ids in zip(new, tokenizer(new, verbose=False).input_ids) if len(ids) > limit]
+        if not cut: return
+        self._told = True
+        warnings.warn(f"{len(cut)} of {len(new)} prompts are longer than the {limit} tokens that this model reads, and are cut there: "
+                      f"shorten them, the first is {cut[0][:60]!r}", stacklevel=2)
 
     def drop_text_encoders(self,
         prompts:list=(), # What will be needed

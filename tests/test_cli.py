@@ -3,6 +3,7 @@ import json
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -161,7 +162,36 @@ def test_dry_run_writes_nothing(here, capsys):
     assert not list(here.iterdir())
 
 
+def test_resume_needs_only_the_folder(folder, monkeypatch):
+    "What is not given is as it was, whatever the environment's scale; what is given stands. A folder that was moved is where it is."
+    monkeypatch.setenv('EGRPO_SCALE', 'mini')
+    began = json.loads((folder/'lora/config.json').read_text()) | dict(resume=True)
+    assert began['lora_rank'] == 2 and began['num_steps'] == 6
+    assert asdict(dry(f'--resume --out {folder}/lora', monkeypatch)) == began
+    assert asdict(dry(f'--resume --out {folder}/lora --iterations 9 --tau 1', monkeypatch)) == began | dict(iterations=9, tau=1.)
+    shutil.copytree(folder/'lora', folder/'moved')
+    assert dry(f'--resume --out {folder}/moved', monkeypatch).out == str(folder/'moved')
+
+
+def test_resume_with_a_damaged_config(folder, capsys):
+    shutil.copytree(folder/'lora', folder/'damaged')
+    (folder/'damaged/config.json').write_text('{"tau"')
+    assert main(['train', '--resume', '--out', str(folder/'damaged')]) == 2
+    assert "damaged/config.json' cannot be read" in capsys.readouterr().err
+
+
 # ---- tables
+
+def test_evaluation_on_training_prompts_says_so(here, capsys):
+    (here/'p.txt').write_text('a red circle\na red circle\na blue circle\n')
+    assert main(shlex.split('train --dry-run --prompts p.txt')) == 0
+    assert '3 to train on, 2 distinct · 3 to evaluate on (training prompts)\n' in capsys.readouterr().out
+    assert main(shlex.split('train --dry-run')) == 0
+    assert 'training prompts' not in capsys.readouterr().out
+    history = pd.DataFrame([dict(iteration=i, prompt=p, score=0.) for i in (0, 1) for p in ('a red circle', 'a cat')])
+    heads = [cli.change_tables(history, trained).splitlines()[0] for trained in ((), ['a cat'], ['a cat', 'a red circle'])]
+    assert [h.partition('noise')[2].partition(';')[0] for h in heads] == ['', ' (1 of them training prompts)', ' (training prompts)']
+
 
 def test_change_table_says_what_the_scores_say(folder):
     frame = pd.read_csv(folder/'full/evaluations.csv')
@@ -211,6 +241,24 @@ def test_evaluate_gives_the_scores_of_the_training_run(folder):
     assert main(shlex.split(f'evaluate --model {folder}/full/model --size 8 --num-steps 6 --device cpu --out {scores}')) == 0
     trained = cli.ends(pd.read_csv(folder/'full/evaluations.csv'))[1]
     np.testing.assert_allclose(values(scores), trained[['verifier', 'verifier_strict']], atol=1e-4)
+
+
+def test_evaluate_checks_prompts_before_it_loads(here, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'load_sampler', lambda *args: pytest.fail('a model is loaded'))
+    (here/'p.txt').write_text('a cat\n')
+    assert main(shlex.split('evaluate --prompts p.txt')) == 2
+    assert "reward 'verifier' is the miniature's" in capsys.readouterr().err
+
+
+def test_the_command_that_samples_again():
+    "All that differs and that sample takes; a whole number that equals a yes stays one."
+    config = TrainConfig(model='flux', lora_rank=4, num_steps=4, micro_batch=1, vae_tiling=False, guidance=1., prompts='my p.txt', seed=3,
+                         tau=0, out='runs/k')
+    words = "--model flux --lora runs/k/model --guidance 1.0 --num-steps 4 --micro-batch 1 --vae-tiling no --prompts 'my p.txt'"
+    assert cli.sample_command(config) == f'egrpo sample {words}'
+    args = cli.make_parser().parse_args(shlex.split(words := cli.sample_command(config))[1:])
+    assert all(getattr(args, k, getattr(TrainConfig, k)) == getattr(config, k) for k in cli.SAMPLE_OPTIONS if k != 'seed'), words
+    assert cli.sample_command(TrainConfig(out='runs/k')) == 'egrpo sample --model runs/k/model'
 
 
 def test_evaluate_puts_the_lora_in(folder):
@@ -355,6 +403,13 @@ def test_dry_run_refuses_what_the_run_would(capsys, tmp_path):
     assert main(words) == 2
     assert "reward 'verifier' is the miniature's" in capsys.readouterr().err
     assert main([*words, '--reward', 'hpsv2.1']) == 0
+    for more, says in (('--model nosuchfolder', "model 'nosuchfolder' is no folder here and no hub id"),
+                       ('--model runs/k/model', 'is no folder here'), (f'--resume --out {tmp_path}/none', 'resume: no checkpoint in'),
+                       ('--reward math:sqrt', "reward 'math:sqrt' raised TypeError"),
+                       ('--eval-rewards math:sqrt', "reward 'math:sqrt' raised TypeError")):
+        assert main(shlex.split(f'train --dry-run {more}')) == 2
+        assert says in capsys.readouterr().err
+    assert main(shlex.split('train --dry-run --model black-forest-labs/FLUX.1-dev')) == 0
     assert [cli.published(dict(method='aegpo', **o))['beta'] for o in ({}, dict(base='flow_grpo'))] == [0., .04]
 
 
@@ -362,6 +417,56 @@ def test_what_stands_on_a_base_is_published_as_its_base(monkeypatch):
     monkeypatch.setitem(METHODS, 'mine', lambda base='dance_grpo', **settings: METHODS['aegpo'](base, **settings))
     assert cli.published(dict(method='mine', base='flow_grpo'))['beta'] == .04
     assert cli.published(dict(method='egrpo', base='flow_grpo'))['beta'] == 0.
+
+
+def test_a_method_of_ones_own_by_its_place(here, monkeypatch, capsys):
+    "For plan, train and as a base; a run keeps the name."
+    code = "METHODS['egrpo'](num_steps, tau=0, active_steps=2, num_generations=num_generations)"
+    head = 'from egrpo.methods import METHODS\nn = 3\ndef two(num_steps=16, num_generations=12, tau=0.): return '
+    (here/'mine.py').write_text(f'{head}{code}\n')
+    known = dict(METHODS)
+    try:
+        for words in ('--method mine.py:two', '--method aegpo --base mine.py:two --top 1'):
+            assert main(shlex.split(f'plan {words} --num-steps 6 --num-generations 4')) == 0
+            assert ' images of a prompt take' in capsys.readouterr().out
+        assert main(['train', *small[:2], *small[4:], '--iterations', '1', '--method', 'mine.py:two', '--out', 'run']) == 0
+        assert json.loads(Path('run/config.json').read_text())['method'] == 'mine.py:two'
+        del METHODS['mine.py:two'] # as in a new process
+        assert dry('--resume --out run', monkeypatch).method == 'mine.py:two'
+        for name, says in (('two_', "method 'mine.py:two_' cannot be imported"), ('n', "method 'mine.py:n' is a int: name a function")):
+            assert main(['plan', '--method', f'mine.py:{name}']) == 2
+            assert says in capsys.readouterr().err
+    finally:
+        METHODS.clear()
+        METHODS.update(known)
+
+
+def test_the_line_below_the_methods_shows_what_the_table_says(capsys):
+    assert main(['methods']) == 0
+    out = capsys.readouterr().out
+    assert main(shlex.split(re.search(r'egrpo (plan [^;]+)', out)[1])) == 0
+    assert re.search(r'flow_grpo .*? (\d+) of', out)[1] == str(sum(line.endswith('●') for line in capsys.readouterr().out.splitlines()))
+
+
+@pytest.mark.parametrize('words, says', [('train --num-step 3', '--num-step 3, did you mean --num-steps? (see egrpo train --help)'),
+                                         ('train --foo', '--foo (see egrpo train --help)'), ('--vresion', 'did you mean --version?')])
+def test_an_option_that_is_none(words, says, capsys):
+    assert main(words.split()) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_lines_are_as_wide_as_the_terminal(monkeypatch, capsys):
+    "Of what goes to a file none is broken."
+    monkeypatch.setenv('COLUMNS', '80')
+    text = 'short\n\n' + 'a word and  another ' * 12
+    assert cli.fold(text) == text
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    lines = cli.fold(text).split('\n')
+    assert lines[:2] == ['short', ''] and max(map(len, lines)) <= 80 and all(line.startswith('    ') for line in lines[3:])
+    assert ' '.join(lines).split() == text.split()
+    for words in ('reproduce', 'plan --tau 1.8'):
+        assert main(words.split()) == 0
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize('words, says', [

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -330,6 +331,23 @@ def test_embeddings_of_another_model_are_not_taken(folders, tmp_path):
     small_pipeline('flux-dev', seed=1).save_pretrained(tmp_path/'other')
     a, b = (load_policy(str(f), 'cpu', embeddings=tmp_path/'kept').encode(PROMPTS) for f in (folders/'flux-dev', tmp_path/'other'))
     assert len(list((tmp_path/'kept').iterdir())) == 4 and not torch.equal(a.embeds, b.embeds)
+
+
+@pytest.mark.parametrize('name, limit', [('flux-dev', 24), ('sd3', 24), ('sd1.5', 16)])
+def test_prompts_that_are_too_long_are_counted_once(load, name, limit):
+    "By the text encoder that reads most; one that just fits is not meant. The embedding says that the rest was not read."
+    policy, known = load(name), load(name)
+    ids = getattr(policy.pipeline, sorted(n for n in policy.pipeline.components if n.startswith('tokenizer'))[-1])
+    long = next(p for p in ('a ' * n for n in range(1, 99)) if len(ids(p).input_ids) > limit)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        known.encode([long[:-2]]), policy.encode(PROMPTS)
+        assert not [o for o in said if 'prompts' in str(o.message)]
+        cond = policy.encode(['a circle', long * 2 + 'cat', long * 2 + 'dog', long * 2 + 'dog'])
+        policy.encode([long + 'cow'])
+    [told] = [str(o.message) for o in said if 'prompts' in str(o.message)]
+    assert told.startswith(f'2 of 3 prompts are longer than the {limit} tokens that this model reads')
+    assert torch.equal(cond.embeds[1], cond.embeds[2])
 
 
 def test_memory_keeps_the_last_prompts(load, monkeypatch):
