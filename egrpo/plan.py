@@ -26,7 +26,8 @@ def _check_whole(
 ):
     "Refuse what nothing can be counted by."
     for name in names:
-        if not isinstance(getattr(owner, name), Integral): raise ValueError(f"{name} must be a whole number, got {getattr(owner, name)!r}")
+        value = getattr(owner, name)
+        if not isinstance(value, Integral): raise ValueError(f"{name} must be a whole number, got {value!r}: take int(…) of it")
 
 def _check_tuple(
     things, # Should be a tuple or a list
