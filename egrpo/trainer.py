@@ -342,7 +342,7 @@ def code_of(
     if getattr(loaded, '__file__', None): return _digest(Path(loaded.__file__).read_bytes())
     function = getattr(function, 'func', function) # of a partial
     function = function if hasattr(function, '__qualname__') else type(function)
-    if (function.__module__ or '').partition('.')[0] == 'egrpo' or function.__qualname__.endswith('<lambda>'): return None
+    if (function.__module__ or '').split('.')[0] == Plan.__module__.split('.')[0] or function.__qualname__.endswith('<lambda>'): return None
     for o in (function, function.__call__): # of a notebook's class Python may know the methods alone
         with suppress(OSError, TypeError): return _digest(inspect.getsource(o).encode())
 
