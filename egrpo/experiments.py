@@ -12,8 +12,7 @@ __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERG
            'contrast_hacked', 'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said',
            'rewards_of', 'seeds_of', 'verdict_lines', 'find_record']
 
-# %% ../nbs/32_experiments.ipynb #065f592f
-import hashlib
+# %% ../nbs/32_experiments.ipynb #40922409
 import json
 import multiprocessing
 import os
@@ -60,7 +59,7 @@ from .reward import get_reward
 from .rollout import rollout
 from .shapes import CATEGORIES, parse_prompt, verify_batch
 from .sigmas import flow_sigmas
-from .trainer import EVAL_REWARDS, TrainConfig, Trainer, code_of, iteration_nfe, ode_plan, swapped, training_nfe
+from .trainer import EVAL_REWARDS, TrainConfig, Trainer, _digest, code_of, iteration_nfe, ode_plan, swapped, training_nfe
 
 # %% ../nbs/32_experiments.ipynb #d882276b
 WHERE = ('device', 'micro_batch', 'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
@@ -70,12 +69,6 @@ def _what(
 )->dict: # Field -> value
     "The fields a result depends on."
     return {k: v for k, v in asdict(config).items() if k not in WHERE and v is not None}
-
-def _digest(
-    content, # bytes
-)->str: # 16 hexadecimal digits
-    "A short hash."
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 def _sources(
     config:TrainConfig, # A run
