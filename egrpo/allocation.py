@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ROUNDING', 'ALLOCATIONS', 'EXPLORE', 'CHOOSES', 'query_share', 'entropy_profiles', 'ProfileCache', 'delta_entropy',
            'allocate', 'entropy_peaks', 'choose_steps', 'signal_needed', 'allocated_plans', 'describe_choice',
-           'share_work']
+           'AttentionPlanner', 'share_work']
 
 # %% ../nbs/23_allocation.ipynb #32a97f55
 import hashlib
+import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -218,6 +219,56 @@ def _seen_by(
     lots = list(range(num_prompts)) if alone else [0] * num_prompts
     if profiles is None: return [None] * num_prompts, lots
     return (profiles if alone else profiles.mean(0, keepdim=True).expand(num_prompts, -1)), lots
+
+# %% ../nbs/23_allocation.ipynb #e81f03ac
+class AttentionPlanner:
+    "Plans for the batches of a run whose method chooses by attention entropy; the profiles are measured first."
+    def __init__(self,
+        method, # A name in `METHODS` or a function that returns a Plan; it takes `steps` and `num_generations`
+        policy, # The policy; where the policy before training is needed, it is frozen as it is now
+        accelerator, # accelerate's `Accelerator`, of the processes that train
+        settings:dict, # Fields of the run's configuration
+        folder=None, # Where profiles before training are kept; None = in memory only
+    ):
+        self.method, self.policy, self.accelerator, self.settings = method, policy, accelerator, settings
+        self.now, self.before = signal_needed(settings)
+        if self.before: policy.freeze_reference()
+        schedule = tuple(settings[k] for k in ('num_steps', 'shift', 'guidance'))
+        self.known = ProfileCache((policy.fingerprint, *schedule, str(policy.dtype), policy.resolution), folder)
+
+    def __call__(self,
+        prompts:list, # P prompts, of all processes together
+        iteration:int, # Training iteration
+    )->tuple: # P plans, metrics of the choice and its cost
+        "Measure, then plan."
+        began, nfe = time.perf_counter(), self.policy.nfe
+        profiles = self._joined(self._profiles, prompts) if self.now else None
+        reference = self._joined(self._known_before, prompts) if self.before else None
+        plans = allocated_plans(self.method, len(prompts), profiles, reference, iteration, **self.settings)
+        nfe = self.accelerator.reduce(torch.tensor(self.policy.nfe - nfe, device=self.accelerator.device), 'sum')
+        cost = dict(nfe_probe=int(nfe), seconds_probe=time.perf_counter() - began)
+        return plans, cost | describe_choice(plans, profiles, reference)
+
+    def _profiles(self, prompts):
+        "Profiles of prompts under the policy as it is."
+        return entropy_profiles(self.policy, prompts, self.settings['num_steps'], self.settings['shift'])
+
+    def _known_before(self, prompts):
+        "Profiles of prompts under the policy before training, measured where they are not known."
+        def measure(new):
+            "Profiles of those that are not."
+            with self.policy.reference(): return self._profiles(new)
+        return self.known(prompts, measure)
+
+    def _joined(self,
+        measure, # Prompts -> their profiles
+        prompts:list, # P prompts
+    )->Tensor: # (P,T)
+        "Profiles of a batch: every process adds those of its share to zeros."
+        a = self.accelerator
+        share, out = slice(a.process_index, None, a.num_processes), torch.zeros(len(prompts), self.settings['num_steps'], device=a.device)
+        with self.policy.together(): out[share] = measure(prompts[share]).to(a.device)
+        return a.reduce(out, 'sum').cpu()
 
 # %% ../nbs/23_allocation.ipynb #9fdc79b6
 def share_work(

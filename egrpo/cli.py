@@ -779,7 +779,7 @@ def add_evaluate(
     defaults = config_options()
     add_model_options(parser)
     group = parser.add_argument_group('evaluation')
-    add_own(group, Option('prompts', 'str', 'shapes', "'shapes' or 'hpd' (held-out prompts of the miniature, of HPD) or a text file"),
+    add_own(group, Option('prompts', 'str', 'shapes', "'shapes' or 'hpd' (held-out prompts of the miniature, of HPD) or a prompt file"),
             Option('size', 'int', defaults['eval_size'].default, 'Most prompts to use'),
             Option('rewards', 'str', 'verifier + verifier_strict', 'What to measure: names or your own module:function, + between'),
             Option('out', 'str', None, 'CSV file for the scores of every prompt', 'FILE'))

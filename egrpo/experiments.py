@@ -570,7 +570,8 @@ def reproduce(
     experiment, scale = _find(name), get_scale(scale)
     planned = experiment.cells(scale)
     if partial and not planned: raise ValueError(f"partial is for experiments of several runs; {name} is one measurement: leave it out")
-    cells = _there(planned, {} if partial else _choose(planned, only), store)
+    chosen = _choose(planned, only)
+    cells = _there(planned, {} if partial else chosen, store)
     _check_replaced(record_path(path or name), scale)
     results = iter(run_cells([c for cs in cells.values() for c in cs], workers, store))
     by_setting = {setting: [next(results) for _ in cs] for setting, cs in cells.items()}

@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .advantage import combine_advantages, sample_weights, transition_values, zero_variance_groups
-from .allocation import CHOOSES, ProfileCache, allocated_plans, describe_choice, entropy_profiles, share_work, signal_needed
+from .allocation import CHOOSES, AttentionPlanner, allocated_plans, share_work, signal_needed
 from egrpo.checkpoint import (
     check_same_run,
     check_same_sources,
@@ -291,7 +291,7 @@ def read_prompts(
     "Prompts of a .jsonl, .json, .csv or .tsv file; of any other, one a line."
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"prompts: {path!r} could not be read ({e}): name a text file with one prompt a line") from e
+        raise ValueError(f"prompts: {path!r} could not be read ({e}): name a file of prompts, one a line") from e
     if not text.strip(): raise ValueError(f"prompts: {path!r} is empty: write one prompt a line")
     kind = Path(path).suffix.lower()
     try: entries = _entries(text, kind)
@@ -532,7 +532,7 @@ class Trainer:
         check_config(config)
         self.config, self.method, self.iteration, self.updates, self.nfe, self.history = config, method or config.method, 0, 0, 0, []
         check_method(self.method, config)
-        self.chooses, shared = chooses_steps(self.method), sharing_asked()
+        shared = sharing_asked()
         self.prompts, self.eval_prompts, self.reward, self.eval_reward = prompts_and_rewards(config, reward)
         self.names = dict(reward=repr(self.reward) if reward else config.reward, method=method_name(self.method))
         self.sources, self.seconds_reward = self._sources(), 0.
@@ -552,10 +552,9 @@ class Trainer:
         betas = config.adam_beta1, config.adam_beta2
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema_decay else {}
-        if config.beta or self._signals()[1]: self.policy.freeze_reference()
-        loaded = str(self.policy.dtype), self.policy.resolution
-        address = self.policy.fingerprint, *(getattr(config, k) for k in ('num_steps', 'shift', 'guidance')), *loaded
-        self.reference_profiles = ProfileCache(address, config.profile_cache or Path(config.out)/'profiles')
+        if config.beta: self.policy.freeze_reference()
+        asked = self.method, self.policy, self.accelerator, asdict(config), config.profile_cache or Path(config.out)/'profiles'
+        self.planner = AttentionPlanner(*asked) if chooses_steps(self.method) else None
 
     def _sources(self)->dict: # What a run is made of -> its name, or a hash of its content
         "What stands behind the names of the configuration, or was passed in; a run that goes on must find it as it was."
@@ -593,40 +592,10 @@ class Trainer:
     def plan(self,
         iteration:int, # Number of the iteration, >= 0
     )->tuple: # A plan for each of its prompts, metrics of what was measured for them
-        "The plans of an iteration; where the method chooses by attention entropy, that is measured first."
-        settings, n = asdict(self.config), self.config.prompts_per_iteration
-        if not self.chooses: return [make_plan(self.method, iteration, **settings)] * n, {}
-        began, nfe = time.perf_counter(), self.policy.nfe
-        profiles, reference = self._profiles(prompt_batch(self.prompts, n, iteration, self.config.seed))
-        plans = allocated_plans(self.method, n, profiles, reference, iteration, **settings)
-        cost = dict(nfe_probe=int(self._total(self.policy.nfe - nfe)), seconds_probe=time.perf_counter() - began)
-        return plans, cost | describe_choice(plans, profiles, reference)
-
-    def _signals(self)->tuple: # Are profiles needed? And of the policy before training?
-        "What has to be measured before a batch is planned."
-        return signal_needed(asdict(self.config)) if self.chooses else (False, False)
-
-    def _profiles(self,
-        batch:list, # P prompts
-    )->tuple: # (P,T) attention entropies of the policy, and before training; None where they are not needed
-        "Measure the batch's profiles, each process its share."
-        c, a, (now, before) = self.config, self.accelerator, self._signals()
-        share = slice(a.process_index, None, a.num_processes)
-        def measure(prompts):
-            "Profiles of prompts under the policy as it is."
-            return entropy_profiles(self.policy, prompts, c.num_steps, c.shift)
-        def measure_before(prompts):
-            "Profiles of prompts under the policy before training."
-            with self.policy.reference(): return measure(prompts)
-        def known_before(prompts):
-            "Profiles before training, measured where they are not known."
-            return self.reference_profiles(prompts, measure_before)
-        def joined(profiles):
-            "Profiles of the whole batch: every process adds its rows to zeros."
-            out = torch.zeros(len(batch), c.num_steps, device=a.device)
-            with self.policy.together(): out[share] = profiles(batch[share]).to(a.device)
-            return a.reduce(out, 'sum').cpu()
-        return joined(measure) if now else None, joined(known_before) if before else None
+        "The plans of an iteration; a method that chooses by attention entropy has it measured first."
+        c, n = self.config, self.config.prompts_per_iteration
+        if self.planner: return self.planner(prompt_batch(self.prompts, n, iteration, c.seed), iteration)
+        return [make_plan(self.method, iteration, **asdict(c))] * n, {}
 
     def sample(self,
         iteration:int, # Number of the iteration, >= 0
