@@ -211,11 +211,12 @@ def overhead(
 def joint_prevents(
     data:dict, # Data of the record of Fig. 8
 )->tuple: # What we saw, verdict
-    "With CLIP as a second reward there are fewer of them."
+    "With CLIP as a second reward more of the gain is real."
     seeds = min(len(data['seeds_finished'][k]) for k in ('egrpo', 'egrpo, clip'))
-    if 'egrpo' not in data['joint_minus_alone']: return '', verdict(seeds=seeds)
-    difference = data['joint_minus_alone']['egrpo']
-    return f"{show_interval(difference, '+')} of the samples", verdict(negative(difference), seeds=seeds)
+    joint = data['joint_minus_alone'].get('egrpo')
+    if joint is None or joint['real_share'] is None: return '', verdict(seeds=0)
+    share, hacked, truth = (show_interval(joint[k], '+') for k in ('real_share', 'hacked', 'verifier'))
+    return f'with CLIP {share} more of it is real; hacked samples {hacked}; verifier {truth}', verdict(joint['real_share'], seeds=seeds)
 
 # %% ../nbs/33_claims.ipynb #6a121db7
 ALONE = 'trained on HPS' # the column of Table 1

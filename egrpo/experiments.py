@@ -9,7 +9,7 @@ __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERG
            'load_strip', 'load_cell', 'save_cell', 'run_cells', 'iterations_for', 'with_budget', 'summarize',
            'paired_seeds', 'contrast', 'held_out_curve', 'training_curve', 'training_rise', 'run_cost',
            'shared_iteration', 'grid_data', 'Experiment', 'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking',
-           'contrast_hacked', 'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said',
+           'contrast_hacking', 'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said',
            'rewards_of', 'seeds_of', 'verdict_lines', 'find_record']
 
 # %% ../nbs/32_experiments.ipynb #40922409
@@ -691,11 +691,22 @@ def real_share(
     "Share of the gain in the learned reward that comes with a gain in truth."
     learned, truth = np.asarray(learned, dtype=float), np.asarray(truth, dtype=float)
     if bootstrap_interval(learned)[1] <= 0: return None
-    def split(mean):
-        "The share, from a function that takes means."
-        x, y = mean(truth), mean(learned)
-        return (mean(truth * learned) - x * y) / (mean(truth**2) - x**2) * x / y
-    return float(split(np.mean)), *map(float, np.quantile(split(bootstrap_means), [.025, .975]))
+    return _interval(lambda mean: _share(learned, truth, mean))
+
+def _share(
+    learned, # (S,P)
+    truth, # (S,P)
+    mean, # (S,P) -> its mean, or means of resamples
+): # The share, or shares
+    "The real share from means."
+    x, y = mean(truth), mean(learned)
+    return (mean(truth * learned) - x * y) / (mean(truth**2) - x**2) * x / y
+
+def _interval(
+    statistic, # Function that takes means -> a number, or one per resample
+)->tuple: # (value, low, high)
+    "A statistic of means with its interval over seeds and prompts; all its means are of the same resamples."
+    return float(statistic(np.mean)), *map(float, np.quantile(statistic(bootstrap_means), [.025, .975]))
 
 def _changes(
     results:list, # Results of one setting, a seed each
@@ -732,20 +743,20 @@ def _hacking_data(
     "How much of every gain is real, and the cases found by search."
     def case(r): return {k: r['shown'][k] for k in ('fixed', 'hacked', 'prompts', 'saw')} | dict(key=r['key'])
     first = {k: next((r for r in rs if 'shown' in r), None) for k, rs in results.items()}
-    joint = {k: contrast_hacked(results[k], results[f'{k}, clip']) for k in results if f'{k}, clip' in results}
+    joint = {k: contrast_hacking(results[k], results[f'{k}, clip']) for k in results if f'{k}, clip' in results}
     return dict(settings={k: hacking(rs) for k, rs in results.items()}, gain={k: summarize(rs) for k, rs in results.items()},
                 cases={k: case(r) for k, r in first.items() if r}, joint_minus_alone=joint)
 
-def contrast_hacked(
+def contrast_hacking(
     alone:list, # Results of a method trained on the learned reward alone
     joint:list, # Results of the same, trained on it and on CLIP
-)->tuple: # (mean, low, high): share of hacked samples, joint minus alone
-    "Does the second reward prevent hacking?"
-    def hacked(rs):
-        "(S,P) 1 where a sample is hacked."
-        rise, truth = _changes(rs, 'preference')
-        return ((rise > 0) & (truth <= -FALL + 1e-9)).astype(float)
-    return paired_interval(*map(hacked, paired_seeds(alone, joint)))
+)->dict: # real_share (None where one has not gained), hacked and verifier: (mean, low, high) of joint minus alone
+    "Does the second reward lessen hacking? Paired by seed and prompt."
+    changes = [_changes(rs, 'preference') for rs in paired_seeds(alone, joint)]
+    hacked = [((rise > 0) & (truth <= -FALL + 1e-9)).astype(float) for rise, truth in changes]
+    gained = all(real_share(*o) for o in changes)
+    more = _interval(lambda mean: _share(*changes[1], mean) - _share(*changes[0], mean)) if gained else None
+    return dict(real_share=more, hacked=paired_interval(*hacked), verifier=paired_interval(*(truth for _, truth in changes)))
 
 # %% ../nbs/32_experiments.ipynb #b9add900
 def _first_seed(

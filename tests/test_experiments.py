@@ -168,6 +168,23 @@ def test_hacking_is_found():
     assert [round(found[k][0], 9) for k in ('hacked', 'fell', 'rose', 'beyond_chance')] == [.2, .4, .2, -.04]
 
 
+def test_what_a_second_reward_changes_in_hacking():
+    "Alone half of the gain comes with the truth; jointly all of it. Seeds that only one of them has do not count."
+    rng = np.random.default_rng(0)
+    truth = rng.normal(.05, .2, (5, 400))
+    def trained(learned, seeds):
+        zero, both = np.zeros(400), ('preference', 'verifier')
+        return [dict(config=dict(seed=s), scores={k: {0: zero, 9: o[s]} for k, o in zip(both, (learned, truth))}) for s in seeds]
+    alone, joint = .2 * truth + .01, .4 * truth
+    found = ex.contrast_hacking(trained(alone, range(5)), trained(joint, range(4)))
+    expected = ex.real_share(joint[:4], truth[:4])[0] - ex.real_share(alone[:4], truth[:4])[0]
+    assert found['real_share'][0] == pytest.approx(expected) and found['real_share'][1] > .2
+    fell = truth[:4] <= -ex.FALL
+    assert found['hacked'][0] == pytest.approx((fell & (joint[:4] > 0)).mean() - (fell & (alone[:4] > 0)).mean())
+    assert found['verifier'] == (0, 0, 0)
+    assert ex.contrast_hacking(trained(-alone, range(5)), trained(joint, range(5)))['real_share'] is None
+
+
 def test_a_lift_of_the_reward_alone_is_no_hacking():
     rng = np.random.default_rng(0)
     before, truth = rng.uniform(.4, .6, 2000), rng.normal(0, .2, 2000)
