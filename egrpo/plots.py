@@ -77,8 +77,9 @@ def caption(
     if not names: return ''
     record = load_record(max(names, key=len))
     scale, prompts = record['scale'], record['data'].get('prompts')
-    counts = [('seed', len(record['seeds'])), ('prompt', prompts if isinstance(prompts, int) else 0)]
-    counted = [f'{n} {what}{"s" * (n > 1)}' for what, n in counts if n]
+    seeds = {len(o) for o in record['data'].get('seeds_finished', {}).values() if o} or {len(record['seeds'])}
+    counts = [('seed', sorted({min(seeds), max(seeds)})), ('prompt', [prompts if isinstance(prompts, int) else 0])]
+    counted = [f'{" to ".join(map(str, n))} {what}{"s" * (n[-1] > 1)}' for what, n in counts if n[-1]]
     model = f" ({SIZES[scale].settings.get('model', 'small FLUX on drawn shapes')})" * bool(counted)
     return ', '.join([f'scale {scale}{model}', *counted, *filter(None, [intervals])])
 
