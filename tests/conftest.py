@@ -1,9 +1,21 @@
-"Settings for every test: hypothesis draws the same examples each time, slow machines are not failures, and figures are printed."
+"For every test: hypothesis draws the same examples each time, slow machines are not failures, imports end with it, figures are printed."
+import sys
+
 import pytest
 from hypothesis import settings
 
 settings.register_profile('egrpo', deadline=None, derandomize=True, print_blob=True)
 settings.load_profile('egrpo')
+
+
+@pytest.fixture(autouse=True)
+def imports(tmp_path_factory):
+    "What a test imports from its folder, and the folder on `sys.path`, must not be found by the next one in this process."
+    path, base = [*sys.path], str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = path
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, '__file__', None)).startswith(base): del sys.modules[name]
 
 
 @pytest.fixture

@@ -61,8 +61,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path/'latin.txt').write_bytes('café'.encode('latin-1'))
     (tmp_path/'file').write_text('')
     (tmp_path/'folder').mkdir()
-    yield tmp_path
-    sys.modules.pop('mine', None)
+    return tmp_path
 
 
 def reward(code):
