@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['optimizer_tensors', 'load_optimizer_tensors', 'find_checkpoint', 'save_checkpoint', 'load_checkpoint',
-           'check_same_run', 'check_same_sources']
+           'check_same_run', 'digest', 'code_of', 'check_same_sources']
 
 # %% ../nbs/23_checkpoint.ipynb #ab60cbdc
+import hashlib
+import inspect
 import json
 import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -101,6 +105,27 @@ def check_same_run(
     differ = [f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
     if differ:
         raise ValueError(f"resume: the checkpoint is of another configuration ({'; '.join(differ)}): use its settings, or another `out`")
+
+# %% ../nbs/23_checkpoint.ipynb #d31c60f8
+def digest(
+    content:bytes, # Anything
+)->str: # 16 hexadecimal digits
+    "A short hash."
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+def code_of(
+    function, # A reward, or a method
+    name:str='', # What it was called by; the module of module:function and file.py:function counts whole
+)->str|None: # A hash; None for the library's own, where Python knows no source, and for a lambda, whose source is the whole line around it
+    "What stands behind a name."
+    module = name.partition(':')[0]
+    loaded = sys.modules.get(str(Path(module).resolve()) if module.endswith('.py') else module) if ':' in name else None
+    if getattr(loaded, '__file__', None): return digest(Path(loaded.__file__).read_bytes())
+    function = getattr(function, 'func', function) # of a partial
+    function = function if hasattr(function, '__qualname__') else type(function)
+    if (function.__module__ or '').split('.')[0] == 'egrpo' or function.__qualname__.endswith('<lambda>'): return None
+    for o in (function, function.__call__): # of a notebook's class Python may know the methods alone
+        with suppress(OSError, TypeError): return digest(inspect.getsource(o).encode())
 
 # %% ../nbs/23_checkpoint.ipynb #8c7c8953
 def check_same_sources(

@@ -690,8 +690,8 @@ def sample_prompts_of(
     args, # Parsed arguments
 )->list: # Prompts, each `images` times in a row
     "The prompts to draw."
+    from egrpo.prompts import load_prompts
     from egrpo.shapes import CATEGORIES, sample_prompts
-    from egrpo.trainer import load_prompts
     if args.prompt and args.prompts: raise ValueError("prompt and prompts were both given: name prompts one by one, or a file of them")
     if any(not p.strip() for p in args.prompt or []): raise ValueError("prompt is blank: write what to draw")
     if args.images < 1: raise ValueError(f"images must be >= 1 per prompt, got {args.images}")
@@ -751,8 +751,9 @@ def run_evaluate(
     args, # Parsed arguments
 ):
     "egrpo evaluate: score a model."
+    from egrpo.prompts import load_prompts
     from egrpo.reward import get_reward
-    from egrpo.trainer import TrainConfig, evaluate, load_prompts
+    from egrpo.trainer import TrainConfig, evaluate
     config, out, reward = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_file(args.out, '--out'), get_reward(args.rewards)
     if args.size < 1: raise ValueError(f"size must be >= 1 prompt, got {args.size}")
     prompts = load_prompts(args.prompts, 'held_out', args.size)[:args.size]

@@ -36,7 +36,7 @@ from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from .benchmark import one_thread
-from .checkpoint import find_checkpoint
+from .checkpoint import code_of, digest, find_checkpoint
 from .entropy import merge_lengths, step_entropy
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings, taken
@@ -59,7 +59,7 @@ from .reward import get_reward
 from .rollout import rollout
 from .shapes import CATEGORIES, parse_prompt, verify_batch
 from .sigmas import flow_sigmas
-from .trainer import EVAL_REWARDS, TrainConfig, Trainer, _digest, code_of, iteration_nfe, ode_plan, swapped, training_nfe
+from .trainer import EVAL_REWARDS, TrainConfig, Trainer, iteration_nfe, ode_plan, swapped, training_nfe
 
 # %% ../nbs/32_experiments.ipynb #d882276b
 WHERE = ('device', 'micro_batch', 'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
@@ -77,14 +77,14 @@ def _sources(
     files = {k: Path(v) for k in ('prompts', 'eval_prompts') if (v := getattr(config, k))}
     rewards = {k: f for spec in {config.reward, config.eval_rewards or config.reward} for k, f in get_reward(spec).rewards.items()}
     code = {k: code_of(f, k) for k, f in (rewards | {k: METHODS[k] for k in (config.method, config.base) if k in METHODS}).items()}
-    return {k: _digest(p.read_bytes()) for k, p in files.items() if p.is_file()} | {k: v for k, v in code.items() if v}
+    return {k: digest(p.read_bytes()) for k, p in files.items() if p.is_file()} | {k: v for k, v in code.items() if v}
 
 def cell_key(
     config:TrainConfig, # A run
 )->str: # 16 hexadecimal digits
     "What a run depends on, as a hash."
     sources = _sources(config)
-    return _digest(json.dumps(_what(config) | (dict(sources=sources) if sources else {}), sort_keys=True).encode())
+    return digest(json.dumps(_what(config) | (dict(sources=sources) if sources else {}), sort_keys=True).encode())
 
 # %% ../nbs/32_experiments.ipynb #441ec970
 def _pack(

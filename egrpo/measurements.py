@@ -46,12 +46,13 @@ from egrpo.exploration import (
 from .methods import make_plan
 from .plan import describe
 from .policy import load_policy
+from .prompts import load_prompts
 from .records import bootstrap_interval, bootstrap_means, paired_interval
 from .reward import RewardSet, get_reward
 from .sigmas import flow_sigmas
 from .speed import compiled_of, speed_of
 from .suffix import STRIDES, cache_scores, group_agreement, suffix_costs, suffix_plan, suffix_scores
-from .trainer import TrainConfig, load_prompts
+from .trainer import TrainConfig
 
 # %% ../nbs/31_measurements.ipynb #5746080a
 SIZES = {

@@ -20,9 +20,10 @@ from .benchmark import one_thread
 from .loss import policy_loss
 from .plan import Plan
 from .policy import compile_blocks
+from .prompts import prompt_batch
 from .rollout import addressed_noise, rollout, transition_log_prob, transition_mean
 from .sde import ode_step, sde_sample
-from .trainer import Trainer, prompt_batch
+from .trainer import Trainer
 
 # %% ../nbs/27_speed.ipynb #52234957
 def walk_alone(

@@ -4,28 +4,21 @@
 
 # %% auto #0
 __all__ = ['EVAL_REWARDS', 'FREE', 'CHOICES', 'UNSHAREABLE', 'TrainConfig', 'chooses_steps', 'check_method', 'check_config',
-           'iteration_nfe', 'training_nfe', 'describe_run', 'read_prompts', 'load_prompts', 'prompts_and_rewards',
-           'code_of', 'prompt_batch', 'ode_plan', 'sample_images', 'evaluate', 'loss_weights', 'rows_loss',
-           'check_writable', 'stop_on_interrupt', 'sharing_asked', 'own_device', 'Trainer']
+           'iteration_nfe', 'training_nfe', 'describe_run', 'prompts_and_rewards', 'ode_plan', 'sample_images',
+           'evaluate', 'loss_weights', 'rows_loss', 'check_writable', 'stop_on_interrupt', 'sharing_asked',
+           'own_device', 'Trainer']
 
 # %% ../nbs/24_trainer.ipynb #db4c47d0
-import csv
-import hashlib
-import inspect
-import io
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import warnings
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -44,6 +37,8 @@ from .allocation import CHOOSES, AttentionPlanner, allocated_plans, share_work, 
 from egrpo.checkpoint import (
     check_same_run,
     check_same_sources,
+    code_of,
+    digest,
     find_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
@@ -54,11 +49,10 @@ from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import METHODS, check_taken, make_plan, method_name, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
 from .policy import best_device, check_settings, is_out_of_memory, load_policy, own_part, swapped, whole_tensor, whole_tensors
+from .prompts import load_prompts, prompt_batch
 from .reward import RewardError, get_reward
-from .reward_models import HPD_STYLES, hpd_prompts
 from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
 from .sde import gaussian_kl
-from .shapes import sample_prompts
 from .sigmas import flow_sigmas
 
 # %% ../nbs/24_trainer.ipynb #64a565c7
@@ -240,79 +234,7 @@ def describe_run(
                 training=f"{c.reward} on {c.prompts} prompts · {weights} of {c.model} · lr {c.lr:g} · seed {c.seed}")
     return '\n'.join(f'{name:>9}  {text}' for name, text in rows.items())
 
-# %% ../nbs/24_trainer.ipynb #f2259473
-def _hpd_split(
-    split:str, # train, held_out or tuning
-)->list: # The four styles in turn: 2400 prompts to train on, 400 held out, 400 to choose settings on
-    "Prompts of HPD's benchmark."
-    place, prompts = dict(held_out=0, tuning=4), [p for together in zip(*map(hpd_prompts, HPD_STYLES)) for p in together]
-    def own(i): return i % 8 == place[split] if split in place else i % 8 not in place.values()
-    return [p for i, p in enumerate(prompts) if own(i // len(HPD_STYLES))]
-
-def _rows(
-    text:str, # A table's content
-    between:str, # What stands between its columns
-)->list: # (place, row) of each, by the names of its columns
-    "A table's rows."
-    rows = csv.DictReader(io.StringIO(text), restkey='more', delimiter=between, strict=True)
-    try:
-        if 'prompt' in rows.fieldnames: return [(f'line {rows.line_num}', row) for row in rows]
-    except csv.Error as e: raise ValueError(f'line {rows.reader.line_num}: {e}') from e
-    raise ValueError(f"its columns are {', '.join(rows.fieldnames)}: call one prompt")
-
-def _entries(
-    text:str, # A file's content
-    kind:str, # How its name ends
-)->list: # (place, entry) of each: a string, or an object with `prompt`
-    "What a file of prompts holds."
-    if kind in ('.csv', '.tsv'): return _rows(text, '\t' if kind == '.tsv' else ',')
-    if kind != '.json': return [(f'line {i}', line) for i, line in enumerate(text.rstrip().split('\n'), 1)]
-    found = json.loads(text)
-    if not isinstance(found, list): raise ValueError(f"it holds no list but a {type(found).__name__}")
-    return [(f'entry {i}', o) for i, o in enumerate(found, 1)]
-
-def _prompt_of(
-    entry, # What stands for a prompt in a file
-    kind:str, # How the file's name ends
-)->str: # The prompt
-    "A file's entry as a prompt."
-    if kind == '.jsonl' and entry.strip():
-        try: entry = json.loads(entry)
-        except ValueError as e: raise ValueError(f'is no JSON ({e})') from e
-    if isinstance(entry, dict) and 'more' in entry: raise ValueError('has more fields than the header: put a prompt with commas in quotes')
-    prompt = entry.get('prompt') if isinstance(entry, dict) else entry
-    if not isinstance(prompt, str): raise ValueError('is no prompt: write text, or an object with "prompt"')
-    if not prompt.strip(): raise ValueError('is blank: delete it or write a prompt')
-    return prompt.strip()
-
-def read_prompts(
-    path, # A file in UTF-8
-)->list: # Prompts
-    "Prompts of a .jsonl, .json, .csv or .tsv file; of any other, one a line."
-    try: text = Path(path).read_text(encoding='utf-8-sig')
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"prompts: {path!r} could not be read ({e}): name a file of prompts, one a line") from e
-    if not text.strip(): raise ValueError(f"prompts: {path!r} is empty: write one prompt a line")
-    kind = Path(path).suffix.lower()
-    try: entries = _entries(text, kind)
-    except ValueError as e: raise ValueError(f"prompts: {path!r} is no {kind[1:]} file of prompts: {e}") from e
-    prompts = []
-    for place, entry in entries:
-        try: prompts.append(_prompt_of(entry, kind))
-        except ValueError as e: raise ValueError(f"prompts: {place} of {path!r} {e}") from e
-    return prompts
-
-def load_prompts(
-    source:str='shapes', # 'shapes', 'hpd', 'shapes_tuning' or 'hpd_tuning' (others, to choose settings on), or a file, read by its ending
-    split:str='train', # Split of the shapes and hpd prompts: train or held_out
-    n:int=4096, # How many shapes prompts, >= 1; the others are read whole
-)->list: # Prompts
-    "Prompts of the miniature world, of HPD, or of a file."
-    if source == 'shapes': return sample_prompts(n, seed=0, split=split)
-    if source == 'shapes_tuning': return sample_prompts(n, seed=1, split='train')
-    if source in ('hpd', 'hpd_tuning'): return _hpd_split('tuning' if source == 'hpd_tuning' else split)
-    return read_prompts(source)
-
+# %% ../nbs/24_trainer.ipynb #d7203f8b
 def prompts_and_rewards(
     config, # A `TrainConfig`
     reward=None, # Any reward; None takes `config.reward`
@@ -325,46 +247,6 @@ def prompts_and_rewards(
     trained.check(prompts)
     measured.check(held_out)
     return prompts, held_out, trained, measured
-
-def _digest(
-    content:bytes, # Anything
-)->str: # 16 hexadecimal digits
-    "A short hash."
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-def code_of(
-    function, # A reward, or a method
-    name:str='', # What it was called by; the module of module:function and file.py:function counts whole
-)->str|None: # A hash; None for the library's own, where Python knows no source, and for a lambda, whose source is the whole line around it
-    "What stands behind a name."
-    module = name.partition(':')[0]
-    loaded = sys.modules.get(str(Path(module).resolve()) if module.endswith('.py') else module) if ':' in name else None
-    if getattr(loaded, '__file__', None): return _digest(Path(loaded.__file__).read_bytes())
-    function = getattr(function, 'func', function) # of a partial
-    function = function if hasattr(function, '__qualname__') else type(function)
-    if (function.__module__ or '').split('.')[0] == Plan.__module__.split('.')[0] or function.__qualname__.endswith('<lambda>'): return None
-    for o in (function, function.__call__): # of a notebook's class Python may know the methods alone
-        with suppress(OSError, TypeError): return _digest(inspect.getsource(o).encode())
-
-# %% ../nbs/24_trainer.ipynb #82bcf0b3
-@lru_cache(maxsize=2) # a batch may end one pass and begin the next
-def _order(
-    n:int, # How many prompts
-    epoch:int, # Passes before this one
-    seed:int, # Seed of the run
-)->Tensor: # (n,) a permutation
-    "The order of the prompts in one pass."
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-
-def prompt_batch(
-    prompts:list, # All training prompts
-    n:int, # Prompts in an iteration, >= 1
-    iteration:int, # Number of the iteration, >= 0
-    seed:int=0, # Seed of the order
-)->list: # n prompts
-    "The prompts of an iteration: a new order in every pass over all prompts."
-    places = [divmod(i, len(prompts)) for i in range(iteration * n, (iteration + 1) * n)]
-    return [prompts[_order(len(prompts), epoch, seed)[place]] for epoch, place in places]
 
 # %% ../nbs/24_trainer.ipynb #92a62613
 def ode_plan(
@@ -562,7 +444,7 @@ class Trainer:
         rewards = self.eval_reward.rewards | self.reward.rewards
         code = {f'the code of {k}': code_of(f, k) for k, f in rewards.items()}
         code |= {f'the code of method {k}': code_of(f) for k, f in methods.items()}
-        texts = {k: _digest(json.dumps(v).encode()) for k, v in dict(prompts=self.prompts, eval_prompts=self.eval_prompts).items()}
+        texts = {k: digest(json.dumps(v).encode()) for k, v in dict(prompts=self.prompts, eval_prompts=self.eval_prompts).items()}
         return self.names | texts | {k: hashed for k, hashed in code.items() if hashed}
 
     def _load_policy(self,

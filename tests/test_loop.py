@@ -9,10 +9,11 @@ from egrpo import rollout as rollout_module
 from egrpo.methods import egrpo
 from egrpo.plan import Branch, Plan, SDEStep, count_leaves, count_transitions, gradient_nfe, rollout_nfe
 from egrpo.policy import load_policy
+from egrpo.prompts import load_prompts
 from egrpo.rollout import rollout, transition_log_prob
 from egrpo.sde import ode_step
 from egrpo.sigmas import flow_sigmas
-from egrpo.trainer import TrainConfig, Trainer, evaluate, load_prompts, training_nfe
+from egrpo.trainer import TrainConfig, Trainer, evaluate, training_nfe
 
 PROMPTS = ['a red circle', 'two blue squares', 'a green cross left of a yellow triangle']
 SIGMAS = flow_sigmas(10)
