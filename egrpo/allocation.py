@@ -233,7 +233,7 @@ class AttentionPlanner:
         self.method, self.policy, self.accelerator, self.settings = method, policy, accelerator, settings
         self.now, self.before = signal_needed(settings)
         if self.before: policy.freeze_reference()
-        schedule = tuple(settings[k] for k in ('num_steps', 'shift', 'guidance'))
+        schedule = settings['num_steps'], settings['shift'], policy.guidance
         self.known = ProfileCache((policy.fingerprint, *schedule, str(policy.dtype), policy.resolution), folder)
 
     def __call__(self,

@@ -40,6 +40,7 @@ from .checkpoint import code_of, digest, find_checkpoint
 from .entropy import merge_lengths, step_entropy
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings, taken
+from .policy import best_device
 from egrpo.records import (
     SCALES,
     bootstrap_interval,
@@ -67,8 +68,10 @@ WHERE = ('device', 'micro_batch', 'checkpoint_every', 'tracker', 'out', 'resume'
 def _what(
     config:TrainConfig, # A run
 )->dict: # Field -> value
-    "The fields a result depends on."
-    return {k: v for k, v in asdict(config).items() if k not in WHERE and v is not None}
+    "The fields a result depends on; a dtype that is not named is that of the device, and fp32 is not noted."
+    dtype = config.dtype or ('bf16' if best_device(config.device).type == 'cuda' else 'fp32')
+    settings = asdict(config) | dict(dtype=None if dtype == 'fp32' else dtype)
+    return {k: v for k, v in settings.items() if k not in WHERE and v is not None}
 
 def _sources(
     config:TrainConfig, # A run
@@ -106,9 +109,10 @@ def _costs(
     metrics:list, # A dict of metrics per iteration
     wall:float, # Seconds the whole run lasted
     busy:float, # Seconds of processor time it took; on a GPU the same as `wall`
+    weights:dict, # Reward name -> its weight in the sum
 )->dict: # nfe, seconds, train_seconds, ratio_error, reward; for AEGPO probe: nfe and seconds of these
     "What a run took, evaluations included; its training alone; its largest ratio error, and its reward per iteration."
-    reward = [round(sum(v for k, v in m.items() if k.startswith('reward/')), 4) for m in metrics]
+    reward = [round(sum(w * m[f'reward/{k}'] for k, w in weights.items()), 4) for m in metrics]
     train = sum(m['seconds_rollout'] + m['seconds_update'] for m in metrics)
     nfe, ratio_error = sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics), max(m['ratio_error'] for m in metrics)
     probes = [dict(nfe=m['nfe_probe'], seconds=m['seconds_probe']) for m in metrics if 'nfe_probe' in m]
@@ -196,7 +200,7 @@ def run_cell(
         metrics = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
     sources = _sources(config)
     return dict(config=_what(config), **dict(sources=sources) if sources else {}, device=device_name(trainer.policy.device),
-                scores=_pack(frame), **_costs(metrics, wall, busy), **pictures)
+                scores=_pack(frame), **_costs(metrics, wall, busy, trainer.reward.weights), **pictures)
 
 # %% ../nbs/32_experiments.ipynb #abd1c9da
 def store_dir()->Path: # The folder of finished cells
@@ -452,7 +456,7 @@ def training_rise(
     results:list, # Results of one setting, a seed each
     iterations:int|None=None, # Of the first so many; None = all
 )->np.ndarray: # (S,1) last quarter minus first quarter
-    "How far the training reward of each seed rose."
+    "How far the training reward of each seed rose; what is learnt within the first quarter does not count."
     def rise(reward):
         "Of one run."
         quarter = max(1, len(reward) // 4)
@@ -581,9 +585,9 @@ def reproduce(
     seeds = {k: [c.seed for c in cells.get(k, [])] for k in planned}
     progress = dict(seeds_finished=seeds, seeds_planned=max(map(len, planned.values()))) if planned else {}
     if not _is_first(): return record_path(path or name)
-    seconds = {r['key']: r['seconds'] for r in runs}
+    seconds, devices = {r['key']: r['seconds'] for r in runs}, sorted({r['device'] for r in runs})
     return save_record(path or name, data | progress, scale=scale.name, seeds=sorted({s for o in seeds.values() for s in o}), nfe=nfe,
-                       wall_time=round(sum(seconds.values()) + time.perf_counter() - began, 1),
+                       wall_time=round(sum(seconds.values()) + time.perf_counter() - began, 1), device=' and '.join(devices) or None,
                        command=f'egrpo reproduce {name} --scale {scale.name}')
 
 # %% ../nbs/32_experiments.ipynb #468d6073

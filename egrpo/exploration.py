@@ -213,7 +213,7 @@ def redraw_chains(
     if keep not in ('step', 'past'): raise ValueError(f"keep must be 'step' or 'past', got {keep!r}")
     (branch,), shape, k = plan.branches, policy.latent_shape, 0
     ends, G, P = {s.start: s.end for s in branch.steps}, branch.leaves, len(cond)
-    versions = [(p, at) for p in ids or range(P) for at in (None, *ends)]
+    versions = [(p, at) for p in (range(P) if ids is None else ids) for at in (None, *ends)]
     roots = [addressed_noise(shape, *address, p, 'root', 0) for p, _ in versions]
     x = torch.stack(roots).to(policy.device).repeat_interleave(G, 0)
     c = cond[torch.arange(P, device=policy.device).repeat_interleave(len(x) // P)]

@@ -126,14 +126,25 @@ def load_pipeline(
 
 # %% ../nbs/10_policy.ipynb #d3e8a434
 class Conditions:
-    "Prompt embeddings, a row per prompt; indexing picks rows."
+    "Prompt embeddings, a row per prompt; indexing picks rows, which are copied where they are read: a micro-batch at a time."
     def __init__(self,
         embeds:Tensor, # (P,L,D) token embeddings
         pooled:Tensor|None=None, # (P,D') pooled embeddings, where the network takes some
-    ): self.embeds, self.pooled = embeds, pooled
-    def __len__(self): return len(self.embeds)
-    def __getitem__(self, index): return Conditions(*(None if x is None else x[index] for x in (self.embeds, self.pooled)))
+        rows:Tensor|None=None, # (R,) those of their rows that are meant; None = all
+    ): self._whole, self._rows = (embeds, pooled), torch.arange(len(embeds), device=embeds.device) if rows is None else rows
+    def __len__(self): return len(self._rows)
+    def __getitem__(self, index): return Conditions(*self._whole, self._rows[index])
     def __add__(self, other): return Conditions(*(None if a is None else torch.cat([a, b]) for a, b in zip(self.parts, other.parts)))
+
+    @property
+    def embeds(self)->Tensor: # (R,L,D)
+        "Token embeddings."
+        return self._whole[0][self._rows]
+
+    @property
+    def pooled(self)->Tensor|None: # (R,D')
+        "Pooled embeddings."
+        return None if self._whole[1] is None else self._whole[1][self._rows]
 
     @property
     def parts(self)->tuple: # embeds, pooled

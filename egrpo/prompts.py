@@ -82,7 +82,7 @@ def _hpd_split(
     return [p for i, p in enumerate(prompts) if own(i // len(HPD_STYLES))]
 
 def load_prompts(
-    source:str='shapes', # 'shapes', 'hpd', 'shapes_tuning' or 'hpd_tuning' (others, to choose settings on), or a file, read by its ending
+    source:str='shapes', # 'shapes', 'hpd', 'shapes_tuning' or 'hpd_tuning' (to choose settings on), or a file, read by its ending
     split:str='train', # Split of the shapes and hpd prompts: train or held_out
     n:int=4096, # How many shapes prompts, >= 1; the others are read whole
 )->list: # Prompts

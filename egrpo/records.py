@@ -32,7 +32,7 @@ class Scale:
 # %% ../nbs/30_records.ipynb #ef2b4369
 SCALES = {o.name: o for o in (
     Scale('smoke', (0,), dict(iterations=2, prompts_per_iteration=1, num_generations=2, eval_size=8), dict(eval_size=12)),
-    Scale('mini', (0, 1, 2, 3, 4), dict(iterations=100, num_generations=8, stride=2, eval_every=25), dict(iterations=240)),
+    Scale('mini', (0, 1, 2, 3, 4), dict(iterations=100, num_generations=8, stride=2, eval_every=25, dtype='fp32'), dict(iterations=240)),
     Scale('gpu', tuple(range(10)), dict(iterations=300, prompts_per_iteration=16, eval_size=512), dict()),
     Scale('flux', (0,), dict(model='black-forest-labs/FLUX.1-dev', prompts='hpd', reward='hpsv2.1',
                              eval_rewards='hpsv2.1 + clip_score + pickscore + imagereward', eval_size=400, resolution=720, guidance=3.5,
@@ -121,10 +121,11 @@ def versions()->dict: # Package -> version, of those that are installed
 
 # %% ../nbs/30_records.ipynb #b0717780
 def device_name(
-    device=None, # torch device or its name; the best there is if not given
+    device=None, # torch device or its name, or words that this function gave; the best there is if not given
 )->str: # Kind of device, without the machine's name
     "What a run ran on, in words."
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if ' ' in str(device): return device
     device = torch.device(device or best)
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} thread{'s'[:torch.get_num_threads() != 1]})"

@@ -134,24 +134,24 @@ def _load(
 # %% ../nbs/14_reward.ipynb #86c06cf2
 def _scorer(
     name:str, # 'clip' or 'preference'
-    images:Tensor, # Their device is where to compute
 ): # Its model and tokenizer
-    "A learned reward, on the images' device."
+    "A learned reward, on the best device there is, as published ones are: images come on the CPU."
+    from egrpo.policy import best_device
     scorer = _load(name)
-    scorer.model.to(images.device)
+    scorer.model.to(best_device())
     return scorer
 
 # %% ../nbs/14_reward.ipynb #9c953d73
 def _clip(images, prompts):
     "Cosine of the small CLIP."
     from egrpo.miniature import clip_score
-    return clip_score(_scorer('clip', images), images, prompts)
+    return clip_score(_scorer('clip'), images, prompts)
 
 # %% ../nbs/14_reward.ipynb #609caa89
 def _preference(images, prompts):
     "Score of the small preference model."
     from egrpo.miniature import preference_score
-    return preference_score(_scorer('preference', images), images, prompts)
+    return preference_score(_scorer('preference'), images, prompts)
 
 # %% ../nbs/14_reward.ipynb #1308a160
 BUILT_IN = dict(verifier=_verifier, verifier_strict=_verifier_strict, clip=_clip, preference=_preference)

@@ -7,6 +7,7 @@ __all__ = ['addressed_noise', 'Rollout', 'transition_mean', 'transition_log_prob
 
 # %% ../nbs/20_rollout.ipynb #f8167058
 import hashlib
+import operator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,9 +20,10 @@ from .sde import log_prob, ode_step, sde_sample, sde_step
 # %% ../nbs/20_rollout.ipynb #d500ad4e
 def addressed_noise(
     shape:tuple, # Shape of one sample, (C,H,W)
-    *address, # What the noise belongs to: integers and strings
+    *address, # What the noise belongs to: integers of any kind and strings
 )->Tensor: # Standard normal, fp32, on the CPU
     "The one noise that belongs to `address`."
+    address = tuple(o if isinstance(o, str) else operator.index(o) for o in address) # numpy writes its integers otherwise
     key = int.from_bytes(hashlib.blake2b(repr(address).encode(), digest_size=8).digest(), 'little', signed=True)
     return torch.randn(shape, generator=torch.Generator().manual_seed(key))
 
@@ -254,7 +256,7 @@ def rollout(
 )->Rollout: # The rollout
     "Roll out a plan for every prompt."
     n = len(cond)
-    plans, ids = _check_plans(plans, n), prompt_ids or list(range(n))
+    plans, ids = _check_plans(plans, n), list(range(n) if prompt_ids is None else prompt_ids)
     def noise(p, *rest):
         "The noise of a prompt at an address of this rollout."
         return addressed_noise(policy.latent_shape, *address, ids[p], *rest).to(policy.device)

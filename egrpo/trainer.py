@@ -125,6 +125,11 @@ class TrainConfig:
     out:str = 'runs/egrpo' # Folder of metrics, checkpoints and the trained model
     resume:bool = False # Go on from the last checkpoint in `out`
 
+    def __post_init__(self):
+        "Paths become strings, as a file of settings has them."
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), os.PathLike): setattr(self, f.name, os.fspath(value))
+
 # %% ../nbs/24_trainer.ipynb #42eb527b
 FREE = ('iterations', 'budget', 'eval_every', 'device', 'micro_batch', 'gradient_checkpointing', 'text_encoders', 'embeddings',
         'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
@@ -266,7 +271,7 @@ def sample_images(
     ids=None, # The prompts' numbers in the noise address, for a share of them; None = 0, 1, …
 )->Tensor: # (P,3,H,W) images in [0, 1], fp32, on the CPU
     "Sample one image per prompt by the ODE, on addressed noise."
-    plan, images, ids = ode_plan(num_steps, shift), [], list(ids or range(len(prompts)))
+    plan, images, ids = ode_plan(num_steps, shift), [], list(range(len(prompts)) if ids is None else ids)
     for first in range(0, len(prompts), batch):
         part = slice(first, first + batch)
         out = rollout(policy, policy.encode(prompts[part]), plan, 'sample', seed, prompt_ids=ids[part])
@@ -776,7 +781,8 @@ class Trainer:
 
     def _start_of_run(self)->dict: # Of the model that the configuration names
         "What a folder's or device's name does not say, and a run that goes on must find as it was."
-        return dict(weights=self.policy.fingerprint, dtype=str(self.policy.dtype).removeprefix('torch.'))
+        p = self.policy
+        return dict(weights=p.fingerprint, dtype=str(p.dtype).removeprefix('torch.'), guidance=p.guidance, resolution=p.resolution)
 
     def load(self):
         "Go on from the checkpoint in `config.out`; refuses one of another configuration."
@@ -786,7 +792,8 @@ class Trainer:
             return self._trim_log()
         tensors, info = load_checkpoint(out/'checkpoint')
         check_same_run(info['config'], asdict(self.config), FREE)
-        check_same_run(info.get('model', self._start_of_run()), self._start_of_run())
+        began = info.get('model', {}) # an older checkpoint knows less
+        check_same_run(began, {k: v for k, v in self._start_of_run().items() if k in began})
         check_same_sources(info.get('sources', {}), self.sources, out/'checkpoint')
         at = info['iteration']
         if n < at: raise ValueError(f"iterations is {n}, but the checkpoint is at iteration {at}: ask for more")
