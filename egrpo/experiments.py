@@ -181,9 +181,10 @@ def run_cell(
     config:TrainConfig, # The run; its `out`, `checkpoint_every` and `resume` are not used
     out=None, # Folder of the run, from whose checkpoint it goes on if there is one; None = a temporary one
 )->dict: # config, device, scores in thousandths, `_costs` (seconds since it last began), perhaps shown, images; {} but in the main process
-    "Train one cell, with one torch thread, and keep what its figure needs: two such cells at once beat one with two threads."
+    "Train one cell, on a CPU with one torch thread, and keep what its figure needs: two such cells at once beat one with two threads."
     wall, busy = time.perf_counter(), time.process_time()
-    with one_thread(), tempfile.TemporaryDirectory() as scratch:
+    threads = one_thread() if best_device(config.device).type == 'cpu' else nullcontext() # rewards of pixels are the CPU's everywhere
+    with threads, tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
         where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
         trainer = Trainer(TrainConfig(**taken(asdict(config), config.method, config.base) | where))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from egrpo import experiments as ex
 from egrpo.records import get_scale, load_record, verdict
@@ -26,14 +27,15 @@ def cell(scores, seed=0, reward=(0., 1.)):
     "A finished cell by hand: scores before and after."
     before, after = (np.array(o, dtype=float) for o in scores)
     return dict(config=dict(seed=seed), scores={'preference': {0: before, 5: after}}, reward=list(reward), nfe=10, train_seconds=1.,
-                seconds=1., ratio_error=0., key=f'k{seed}')
+                seconds=1., ratio_error=0., key=f'k{seed}', device='cpu (one, 1 thread)')
 
 
 # ---- the committed store
 @pytest.mark.parametrize('path', CELLS, ids=lambda p: p.stem)
 def test_committed_cell(path):
     found = ex.load_cell(path)
-    assert ex.cell_key(TrainConfig(**found['config'])) == path.stem, 'not what its name says: a field of TrainConfig has changed'
+    config = TrainConfig(**dict(dtype='fp32') | found['config'])
+    assert ex.cell_key(config) == path.stem, 'not what its name says: a field of TrainConfig has changed'
     assert path.stat().st_size < 50_000 and found['ratio_error'] < 1e-6
     if 'shown' in found:
         assert path.with_suffix('.png').stat().st_size <= 60_000
@@ -218,6 +220,27 @@ def test_an_edited_method_or_reward_is_another_cell(tmp_path, monkeypatch):
         keys += [key(reward='verifier + .5*my_reward_of_cells:red'), key(eval_rewards=f'{tmp_path}/my_reward_of_cells.py:red')]
     assert len(set(keys)) == 4
     assert key(reward='server(http://127.0.0.1:8000)') == key(reward='server(http://127.0.0.1:8000)')
+
+
+def test_another_dtype_is_another_cell(monkeypatch):
+    "Of its own a GPU computes in bf16, the scale mini in fp32 on every machine."
+    def keys(): return [ex.cell_key(TrainConfig(**o)) for o in (dict(), dict(dtype='fp32'), get_scale('mini').settings, dict(dtype='bf16'))]
+    on_cpu = keys()
+    monkeypatch.setattr(ex, 'best_device', lambda device: torch.device('cuda'))
+    on_gpu = keys()
+    assert on_cpu[0] == on_cpu[1] == on_gpu[1] and on_gpu[0] == on_gpu[3] == on_cpu[3] != on_cpu[0] and on_cpu[2] == on_gpu[2]
+
+
+def test_the_training_reward_is_the_weighted_sum():
+    metrics = dict(seconds_rollout=1., seconds_update=1., nfe_rollout=1, nfe_gradient=1, ratio_error=0.) | {'reward/a': 1., 'reward/b': 2.}
+    assert ex._costs([metrics], 1., 1., dict(a=1., b=-.5))['reward'] == [0.]
+
+
+def test_a_record_names_the_devices_of_its_runs(tmp_path, monkeypatch):
+    def run_cells(configs, workers, store):
+        return [cell(([0, 0], [1, 1]), c.seed) | dict(key=ex.cell_key(c), device=f'{"a" if c.seed else "b"} GPU') for c in configs]
+    monkeypatch.setattr(ex, 'run_cells', run_cells)
+    assert load_record(ex.reproduce('tau', 'mini', path=tmp_path/'tau.json'))['device'] == 'a GPU and b GPU'
 
 
 def test_small_scores_are_kept():

@@ -246,6 +246,9 @@ def test_resume_wants_the_model_it_began_with(here, capsys):
     with torch.no_grad(): policy.transformer.proj_out.weight.mul_(1.05)
     policy.save('model')
     fails(f'train {words} --out run --iterations 2 --resume', 'resume: the checkpoint is of another configuration (weights was', capsys)
+    config = TrainConfig(**json.loads(Path('run/checkpoint/state.json').read_text())['config'] | dict(resume=True))
+    with pytest.raises(ValueError, match='guidance was 3.5, is 7.0'): # of a policy that no configuration describes
+        Trainer(config, policy=load_policy('model', 'cpu', lora_rank=2, guidance=7.)).fit()
 
 
 def test_resume_wants_the_prompts_it_began_with(here, capsys):
