@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but make and Python 3.10 or newer: the first call fills .venv.
+# `make demo` and `make test` need nothing but make and Python 3.10 to 3.13: the first call fills .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,8 +27,8 @@ readme: $(READY) ## README.md alone, from nbs/index.ipynb
 	@$(BIN)/python tests/sync.py readme
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-	  || { echo "egrpo needs Python 3.10 or newer as $(PYTHON); name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	  || { echo "egrpo needs Python 3.10 to 3.13 as $(PYTHON); name another: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) \
 	  || { rm -rf $(VENV); echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 
