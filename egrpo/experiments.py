@@ -183,7 +183,7 @@ def run_cell(
 )->dict: # config, device, scores in thousandths, `_costs` (seconds since it last began), perhaps shown, images; {} but in the main process
     "Train one cell, on a CPU with one torch thread, and keep what its figure needs: two such cells at once beat one with two threads."
     wall, busy = time.perf_counter(), time.process_time()
-    threads = one_thread() if best_device(config.device).type == 'cpu' else nullcontext() # rewards of pixels are the CPU's everywhere
+    threads = one_thread() if best_device(config.device).type == 'cpu' else nullcontext() # beside a GPU the verifier may take all
     with threads, tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
         where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
