@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks readme
+.PHONY: help demo test trials lab notebooks readme
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
@@ -16,6 +16,9 @@ demo: $(READY) ## train E-GRPO on the miniature, then show before and after (opt
 
 test: $(READY) ## everything that must hold: notebooks, tests, lint
 	@$(BIN)/python tests/stages.py
+
+trials: $(READY) ## faults of machines, files and requests, by hand (some: make trials ARGS="server inputs")
+	@$(BIN)/python tests/trials $(ARGS)
 
 lab: $(READY) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
 	$(BIN)/jupyter lab nbs $(ARGS)
