@@ -10,17 +10,15 @@ __all__ = ['ROUNDING', 'ALLOCATIONS', 'EXPLORE', 'CHOOSES', 'query_share', 'entr
 # %% ../nbs/23_allocation.ipynb #32a97f55
 import hashlib
 import time
-import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from scipy.signal import find_peaks
 from torch import Tensor
 
 from .baselines import random_order
+from .files import load_whole, save_whole
 from .methods import make_plan, method_settings, stochastic_steps
 from .plan import Branch, Plan, gradient_nfe, rollout_nfe
 from .recorder import record_attention_entropy
@@ -65,19 +63,15 @@ class ProfileCache:
     def _load(self, prompt):
         "Take a prompt's profile from the disk, if it is there and whole."
         if not self.folder or prompt in self.known: return
-        with suppress(OSError, SafetensorError, KeyError): self.known[prompt] = load_file(self._path(prompt))['profile']
+        profile = load_whole(self._path(prompt)).get('profile')
+        if profile is not None: self.known[prompt] = profile
 
     def _keep(self, prompt, profile):
         "Keep a prompt's profile."
         self.known[prompt] = profile
         if not self.folder: return
-        draft = self._path(prompt).with_suffix(f'.{uuid.uuid4().hex}') # several processes, on several machines, may write at once
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({'profile': profile.contiguous()}, draft)
-            draft.replace(self._path(prompt))
+        try: save_whole({'profile': profile.contiguous()}, self._path(prompt))
         except (OSError, SafetensorError) as e:
-            draft.unlink(missing_ok=True)
             raise ValueError(f"profile_cache: {str(self.folder)!r} cannot be written ({e}): free some space or name another folder") from e
 
     def __call__(self,
@@ -235,19 +229,31 @@ class AttentionPlanner:
         if self.before: policy.freeze_reference()
         schedule = settings['num_steps'], settings['shift'], policy.guidance
         self.known = ProfileCache((policy.fingerprint, *schedule, str(policy.dtype), policy.resolution), folder)
+        self.seen = set() # prompts of earlier iterations
+
+    def remember(self,
+        prompts, # Prompts of the iterations that a run has behind it
+    ):
+        "Take prompts as seen, where a run goes on: their profiles before training were paid for."
+        self.seen |= {*prompts}
 
     def __call__(self,
         prompts:list, # P prompts, of all processes together
         iteration:int, # Training iteration
     )->tuple: # P plans, metrics of the choice and its cost
         "Measure, then plan."
-        began, nfe = time.perf_counter(), self.policy.nfe
+        began = time.perf_counter()
         profiles = self._joined(self._profiles, prompts) if self.now else None
         reference = self._joined(self._known_before, prompts) if self.before else None
         plans = allocated_plans(self.method, len(prompts), profiles, reference, iteration, **self.settings)
-        nfe = self.accelerator.reduce(torch.tensor(self.policy.nfe - nfe, device=self.accelerator.device), 'sum')
-        cost = dict(nfe_probe=int(nfe), seconds_probe=time.perf_counter() - began)
+        cost = dict(nfe_probe=self._cost(prompts), seconds_probe=time.perf_counter() - began)
         return plans, cost | describe_choice(plans, profiles, reference)
+
+    def _cost(self, prompts):
+        "Network evaluations of a batch's probes, the same whether profiles were found on the disk or measured."
+        new = {*prompts} - self.seen if self.before else ()
+        self.remember(prompts)
+        return self.settings['num_steps'] * (len(new) + (len(prompts) if self.now else 0))
 
     def _profiles(self, prompts):
         "Profiles of prompts under the policy as it is."

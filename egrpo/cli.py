@@ -791,10 +791,12 @@ COMMANDS['evaluate'] = Command(run_evaluate, add_evaluate, 'Score a model on hel
 # %% ../nbs/35_cli.ipynb #102d64b0
 def remove_made(
     made:list, # The folder and those of its parents that were not there, innermost first
-    files:list, # Files of the run that were not there
+    files:list, # Files and folders of the run that were not there
 ):
     "Take away what a run that never began has made."
-    for f in files: f.unlink(missing_ok=True)
+    for f in files:
+        if f.is_dir(): shutil.rmtree(f, ignore_errors=True)
+        else: f.unlink(missing_ok=True)
     if made: shutil.rmtree(made[0], ignore_errors=True)
     for folder in made[1:]:
         if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
@@ -803,11 +805,12 @@ def last_checkpoint(
     out, # A run's folder
 )->str: # Words to end an error with
     "Where a run that failed can go on from."
-    from egrpo.checkpoint import find_checkpoint
+    from egrpo.checkpoint import find_checkpoint, read_state
     folder = find_checkpoint(Path(out)/'checkpoint')
     if not folder: return f'there is no checkpoint yet: delete {str(out)!r} to start again'
-    state = json.loads((folder/'state.json').read_text())
-    return f"the last checkpoint is {str(folder)!r}, of iteration {state['iteration']}: go on with --resume"
+    try: iteration = read_state(folder).get('iteration')
+    except ValueError as e: return str(e)
+    return f"the last checkpoint is {str(folder)!r}, of iteration {iteration}: go on with --resume"
 
 @contextmanager
 def run_folder(
@@ -818,7 +821,8 @@ def run_folder(
     out = Path(out)
     made = [p for p in (out, *out.parents) if not p.exists() and not (keep and Path(keep).resolve().is_relative_to(p.resolve()))]
     log = out/'metrics.jsonl'
-    files, size = [f for f in (out/'config.json', out/'demo.json') if not f.exists()], log.stat().st_size if log.exists() else 0
+    size = log.stat().st_size if log.exists() else 0
+    files = [f for f in map(out.joinpath, ('config.json', 'demo.json', 'checkpoint', 'model')) if not f.exists()]
     try: yield
     except BaseException as e:
         if not log.exists(): remove_made(made, files)
@@ -831,8 +835,10 @@ def check_out(
     resume:bool=False, # May it hold a run?
 ):
     "Refuse a folder that cannot be the run's; makes nothing."
+    from egrpo.files import check_free
     if not out.strip(): raise ValueError("out is blank: name a folder")
     check_file(Path(out)/'metrics.jsonl', 'out')
+    if os.environ.get('RANK', '0') == '0': check_free(out) # of several processes of one run the first holds it
     if (Path(out)/'metrics.jsonl').exists() and not resume:
         raise ValueError(f"out: {out!r} already holds a run: add --resume to go on with it, or name another folder")
 
@@ -1018,13 +1024,15 @@ def clear_demo(
     out, # The demonstration's folder
 )->Path: # The same, made if need be, marked as a demo's
     "Remove what an earlier demo has written."
+    from egrpo.files import check_free, write_text
     from egrpo.trainer import check_writable
     out = check_demo(out)
     check_writable(out)
+    check_free(out)
     for path in map(out.joinpath, DEMO_FILES):
         if path.is_dir(): shutil.rmtree(path)
         else: path.unlink(missing_ok=True)
-    (out/'demo.json').write_text('{}')
+    write_text(out/'demo.json', '{}')
     return out
 
 # %% ../nbs/35_cli.ipynb #fe9b3f51

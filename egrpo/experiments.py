@@ -36,8 +36,9 @@ from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
 from .benchmark import one_thread
-from .checkpoint import code_of, digest, find_checkpoint
+from .checkpoint import code_of, find_checkpoint
 from .entropy import merge_lengths, step_entropy
+from .files import digest, read_object, write_text, write_whole
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings, taken
 from .policy import best_device
@@ -236,8 +237,8 @@ def load_cell(
 )->dict: # What `run_cell` returned, its key; scores as arrays; images (N,3,H,W) if there are any
     "Read a finished cell."
     path = Path(path)
-    try: cell = _unpack(json.loads(path.read_text(encoding='utf-8')))
-    except (json.JSONDecodeError, KeyError) as e:
+    try: cell = _unpack(read_object(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path.name} is no finished cell ({e!r}): delete it to run it again") from e
     images = dict(images=load_strip(path.with_suffix('.png'))) if 'shown' in cell and path.with_suffix('.png').exists() else {}
     return cell | dict(key=path.stem) | images
@@ -248,11 +249,10 @@ def save_cell(
 ):
     "Write a finished cell, whole or not at all: its images first, its JSON last."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    images, draft = result.get('images'), path.with_suffix(f'.{os.getpid()}')
-    if images is not None: save_strip(images, path.with_suffix('.png'))
-    draft.write_text(json.dumps({k: v for k, v in result.items() if k != 'images'}, separators=(',', ':')), encoding='utf-8')
-    draft.replace(path)
+    if 'images' in result:
+        with write_whole(path.with_suffix('.png')) as draft: save_strip(result['images'], draft)
+    numbers = {k: v for k, v in result.items() if k != 'images'}
+    write_text(path, json.dumps(numbers, separators=(',', ':')))
 
 # %% ../nbs/32_experiments.ipynb #9cf2b3ae
 def _is_first()->bool: # True also where there is only one

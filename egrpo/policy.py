@@ -14,8 +14,6 @@ import copy
 import gc
 import hashlib
 import math
-import os
-import uuid
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,8 +25,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline,
 from huggingface_hub import get_session
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -36,6 +33,7 @@ from tqdm.auto import tqdm
 
 import egrpo
 from .diffusion import angle_timestep, chord, chord_velocity, ddpm_angles
+from .files import load_whole, save_whole
 
 # %% ../nbs/10_policy.ipynb #fab6d476
 def best_device(
@@ -167,21 +165,15 @@ class Embeddings:
         "Where a prompt's embeddings are kept."
         return self.folder/f"{hashlib.blake2b(f'{self.model}|{prompt}'.encode(), digest_size=16).hexdigest()}.safetensors"
 
-    def __contains__(self, prompt):
-        "Is a prompt kept, its file whole? The header says how long that is; the rest is not read."
-        if self.folder is None: return prompt in self.kept
-        try:
-            with safe_open(self.path(prompt), 'pt'): return True
-        except (OSError, SafetensorError): return False
+    def __contains__(self, prompt): return self.get(prompt) is not None
 
     def get(self,
         prompt:str, # A prompt
-    )->Conditions|None: # One row, on the CPU; None = not there
-        "A prompt's embeddings, if they are kept."
+    )->Conditions|None: # One row, on the CPU; None = not there, or damaged
+        "A prompt's embeddings, if they are kept as they were."
         if self.folder is None: return self.kept.get(prompt)
-        try: tensors = load_file(self.path(prompt))
-        except (OSError, SafetensorError): return None
-        return Conditions(tensors['embeds'], tensors.get('pooled'))
+        tensors = load_whole(self.path(prompt))
+        return Conditions(tensors['embeds'], tensors.get('pooled')) if 'embeds' in tensors else None
 
     def put(self,
         prompt:str, # A prompt
@@ -207,14 +199,9 @@ class Embeddings:
         cond:Conditions, # One row, on the CPU
     ):
         "Write a file, whole or not at all."
-        path, tensors = self.path(prompt), {k: x for k, x in zip(('embeds', 'pooled'), cond.parts) if x is not None}
-        new = path.with_name(f'{path.name}.{uuid.uuid4().hex}.new') # several processes may write at once
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, new, metadata=dict(prompt=prompt))
-            os.replace(new, path)
+        tensors = {k: x for k, x in zip(('embeds', 'pooled'), cond.parts) if x is not None}
+        try: save_whole(tensors, self.path(prompt), prompt=prompt)
         except (OSError, SafetensorError) as e:
-            new.unlink(missing_ok=True)
             raise ValueError(f"embeddings: {str(self.folder)!r} cannot be written ({e}): free some space or name another folder") from e
 
 def _bytes(

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from scipy.special import ndtri, stdtrit
 
+from .files import write_text
+
 # %% ../nbs/30_records.ipynb #9ddb048b
 @dataclass(frozen=True)
 class Scale:
@@ -158,10 +160,7 @@ def save_record(
     record = _plain(dict(name=path.stem, scale=scale, seeds=list(seeds), command=command, wall_time=wall_time, nfe=nfe,
                          device=device_name(device), versions=versions(), **extra, data=data))
     text = json.dumps(check_record(record, path.name), indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix('.json.tmp')
-    draft.write_text(text, encoding='utf-8')
-    draft.replace(path)
+    write_text(path, text)
     return path
 
 # %% ../nbs/30_records.ipynb #65adf9bc

@@ -17,6 +17,7 @@ import signal
 import tempfile
 import time
 import warnings
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env, patch_environment
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -37,14 +39,18 @@ from .allocation import CHOOSES, AttentionPlanner, allocated_plans, share_work, 
 from egrpo.checkpoint import (
     check_same_run,
     check_same_sources,
+    check_tensors,
     code_of,
-    digest,
+    damaged,
     find_checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
+    log_digest,
     optimizer_tensors,
+    read_log,
     save_checkpoint,
 )
+from .files import digest, finite, hold, remove_drafts, sync, write_text, write_whole
 from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import METHODS, check_taken, make_plan, method_name, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
@@ -469,7 +475,7 @@ class Trainer:
     ):
         "Embed every prompt that the run will see, each process its share, and free the text encoders."
         c, a = self.config, self.accelerator
-        seen = [p for i in range(c.iterations) for p in prompt_batch(self.prompts, c.prompts_per_iteration, i, c.seed)]
+        seen = [p for i in range(c.iterations) for p in self._prompts_of(i)]
         prompts = list(dict.fromkeys(self.eval_prompts + seen))
         policy.embed(prompts[a.process_index::a.num_processes])
         a.wait_for_everyone()
@@ -480,9 +486,13 @@ class Trainer:
         iteration:int, # Number of the iteration, >= 0
     )->tuple: # A plan for each of its prompts, metrics of what was measured for them
         "The plans of an iteration; a method that chooses by attention entropy has it measured first."
-        c, n = self.config, self.config.prompts_per_iteration
-        if self.planner: return self.planner(prompt_batch(self.prompts, n, iteration, c.seed), iteration)
-        return [make_plan(self.method, iteration, **asdict(c))] * n, {}
+        if self.planner: return self.planner(self._prompts_of(iteration), iteration)
+        return [make_plan(self.method, iteration, **asdict(self.config))] * self.config.prompts_per_iteration, {}
+
+    def _prompts_of(self, iteration):
+        "The prompts of an iteration, of all processes together."
+        c = self.config
+        return prompt_batch(self.prompts, c.prompts_per_iteration, iteration, c.seed)
 
     def sample(self,
         iteration:int, # Number of the iteration, >= 0
@@ -491,7 +501,7 @@ class Trainer:
         "Roll out this process's share of the iteration's prompts and score the images."
         c, plans = self.config, plans or self.plan(iteration)[0]
         ids = self._mine(plans)
-        batch = prompt_batch(self.prompts, c.prompts_per_iteration, iteration, c.seed)
+        batch = self._prompts_of(iteration)
         prompts = [batch[i] for i in ids]
         cond = self.policy.encode(prompts)
         with self.policy.together(): out = rollout(self.policy, cond, [plans[i] for i in ids], c.seed, iteration, prompt_ids=ids)
@@ -626,8 +636,9 @@ class Trainer:
         iteration:int, # Number of the iteration, >= 0
     )->dict: # Metrics, see the table below
         "One iteration: plan, rollout, rewards, advantages, update."
-        began, nfe = time.perf_counter(), self.policy.nfe
+        began = time.perf_counter()
         plans, choice = self.plan(iteration)
+        nfe = self.policy.nfe
         prompts, cond, out, images, rewards = self.sample(iteration, plans)
         sampled, nfe_rollout = time.perf_counter(), self.policy.nfe - nfe
         advantages, zero = self.advantages(out, rewards)
@@ -637,6 +648,7 @@ class Trainer:
         reward = {f'reward/{k}': float(v.mean()) for k, v in scores.items()}
         weighted = sum(self.reward.weights[k] * v for k, v in scores.items())
         nfe_rollout, nfe_gradient = (int(self._total(n)) for n in (nfe_rollout, self.policy.nfe - nfe - nfe_rollout))
+        nfe_rollout += choice.get('nfe_probe', 0)
         return dict(iteration=iteration, **reward, reward_std=float(weighted.std()), zero_variance_groups=zero, **update,
                     nfe_rollout=nfe_rollout, nfe_gradient=nfe_gradient,
                     seconds_rollout=sampled - began, seconds_update=time.perf_counter() - sampled, seconds_reward=self.seconds_reward,
@@ -659,7 +671,28 @@ class Trainer:
         stop=None, # Function of the trainer, asked after every iteration: true ends the run there, as Ctrl-C does
     )->pd.DataFrame: # Evaluations: a row per iteration and prompt
         "Run to `config.iterations`. Ctrl-C stops after the current iteration, with a checkpoint."
-        self._open()
+        with self._alone():
+            self._open()
+            self._run(stop)
+            self._close()
+        return pd.DataFrame(self.history)
+
+    @contextmanager
+    def _alone(self):
+        "Inside: the run's folder is this run's. The first process holds it; where it cannot, all are refused."
+        with ExitStack() as held:
+            refused = None
+            if self.accelerator.is_main_process:
+                try: held.enter_context(hold(self.config.out))
+                except ValueError as e: refused = e
+            if self._total(refused is not None):
+                raise refused or ValueError("out: the folder is in use: the first process says by whom")
+            yield
+
+    def _run(self,
+        stop, # As for `fit`
+    ):
+        "Evaluate where that is due, and run the iterations that are left."
         bar = self._bar()
         if self._evaluation_is_due() and not any(o['iteration'] == self.iteration for o in self.history): self._record_evaluation()
         with stop_on_interrupt() as interrupt:
@@ -670,8 +703,6 @@ class Trainer:
                 self._log(metrics, bar)
                 self._save_and_evaluate(stopped)
                 if stopped: break
-        self._close()
-        return pd.DataFrame(self.history)
 
     def _step_or_save(self,
         iteration:int, # Number of the iteration
@@ -729,15 +760,25 @@ class Trainer:
         return frame[frame.iteration == frame.iteration.max()].drop(columns=['prompt', 'iteration']).mean().to_dict()
 
     def _open(self):
-        "Check the output folder before anything is computed, then resume or start."
+        "Resume or start, and prove before anything is computed that all can be saved."
         out, settings, a = Path(self.config.out), asdict(self.config), self.accelerator
         if self.config.resume: self.load()
         elif (out/'metrics.jsonl').exists():
             raise ValueError(f"out: {str(out)!r} already holds a run: set resume to go on with it, or name another folder")
         state = 4 * (4 if self.ema else 3) # fp32 weights, two moments, the average
         check_writable(out, (2 * state + 4) * sum(p.numel() for p in self.parameters.values())) # old checkpoint, new one, the model
-        if a.is_main_process: (out/'config.json').write_text(json.dumps(settings | self.names, indent=1))
+        if a.is_main_process:
+            write_text(out/'config.json', json.dumps(settings | self.names, indent=1))
+            remove_drafts(out/'profiles', older=0)
         if self.config.tracker: a.init_trackers('egrpo', {k: v for k, v in settings.items() if isinstance(v, (int, float, str))})
+        if self.iteration == 0: self._try_saving()
+
+    def _try_saving(self):
+        "Save a checkpoint and the model before the first iteration: what cannot be saved shows now, not after days."
+        self.save()
+        if self.policy.lora_rank: return # saved with the checkpoint
+        self._save_model('trial')
+        if self.accelerator.is_main_process: shutil.rmtree(Path(self.config.out)/'trial')
 
     def _log(self,
         metrics:dict, # An iteration's metrics
@@ -745,7 +786,8 @@ class Trainer:
     ):
         "Append a line to metrics.jsonl, tell the tracker, move the progress bar."
         if not self.accelerator.is_main_process: return
-        with (Path(self.config.out)/'metrics.jsonl').open('a') as f: f.write(json.dumps(metrics) + '\n')
+        line = json.dumps(finite(metrics), allow_nan=False) + '\n'
+        with self._log_file().open('a', encoding='utf-8', newline='\n') as f: f.write(line)
         flat = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.config.tracker: self.accelerator.log(flat, step=self.iteration)
         if metrics['ratio_error'] > self.config.clip_range:
@@ -757,8 +799,8 @@ class Trainer:
 
     def _close(self):
         "Write the evaluations and the trained model. The process group stays: there may be more to do together."
-        main, out = self.accelerator.is_main_process, Path(self.config.out)
-        if main: pd.DataFrame(self.history).to_csv(out/'evaluations.csv', index=False)
+        if self.accelerator.is_main_process:
+            write_text(Path(self.config.out)/'evaluations.csv', pd.DataFrame(self.history).to_csv(index=False))
         self._save_model()
         for tracker in self.accelerator.trackers: tracker.finish()
 
@@ -770,14 +812,31 @@ class Trainer:
         tensors = {k: whole_tensors(v, main) for k, v in dict(weights=self.parameters, ema=self.ema, optimizer=moments).items()}
         info = dict(iteration=self.iteration, nfe=self.nfe, config=asdict(self.config), history=self.history,
                     model=self._start_of_run(), sources=self.sources)
-        if main: save_checkpoint(folder, {k: v for k, v in tensors.items() if v}, info)
+        if main: save_checkpoint(folder, {k: v for k, v in tensors.items() if v}, info | self._log_so_far())
         if self.policy.lora_rank: self._save_model() # small, and of use if the run is killed
         return folder
 
-    def _save_model(self):
+    def _log_file(self): return Path(self.config.out)/'metrics.jsonl'
+
+    def _log_so_far(self)->dict: # metrics: digest of the log; nothing where there is none
+        "Flush the metrics to the disk, so that no checkpoint is ahead of them."
+        log = self._log_file()
+        if not log.exists(): return {}
+        sync(log)
+        return dict(metrics=log_digest(log.read_text(encoding='utf-8').split('\n')[:-1]))
+
+    def _save_model(self,
+        name:str='model', # The folder in `out`
+    ):
         "Write the trained model, of the averaged weights where there are such."
-        if self.accelerator.is_main_process or self.policy.mesh:
-            with swapped(self.parameters, self.ema): self.policy.save(Path(self.config.out)/'model')
+        main, folder = self.accelerator.is_main_process, Path(self.config.out)/name
+        if not (main or self.policy.mesh): return
+        whole = write_whole(folder, folder=True) if main else nullcontext(folder)
+        try:
+            with swapped(self.parameters, self.ema), whole as draft: self.policy.save(draft)
+        except (OSError, SafetensorError) as e:
+            remedy = "free some space or name another `out`; the last checkpoint is kept"
+            raise OSError(f"model {str(folder)!r} could not be written ({e}): {remedy}") from e
 
     def _start_of_run(self)->dict: # Of the model that the configuration names
         "What a folder's or device's name does not say, and a run that goes on must find as it was."
@@ -786,29 +845,57 @@ class Trainer:
 
     def load(self):
         "Go on from the checkpoint in `config.out`; refuses one of another configuration."
-        out, n = Path(self.config.out), self.config.iterations
-        if find_checkpoint(out/'checkpoint') is None and (out/'metrics.jsonl').exists():
-            if self.accelerator.is_main_process: tqdm.write(f"the run in {str(out)!r} ended before its first checkpoint: it starts anew")
+        folder, n = Path(self.config.out)/'checkpoint', self.config.iterations
+        if find_checkpoint(folder) is None and self._log_file().exists():
+            if self.accelerator.is_main_process:
+                tqdm.write(f"the run in {self.config.out!r} ended before its first checkpoint: it starts anew")
             return self._trim_log()
-        tensors, info = load_checkpoint(out/'checkpoint')
+        tensors, info = load_checkpoint(folder)
+        self._check_state(info, folder)
         check_same_run(info['config'], asdict(self.config), FREE)
         began = info.get('model', {}) # an older checkpoint knows less
         check_same_run(began, {k: v for k, v in self._start_of_run().items() if k in began})
-        check_same_sources(info.get('sources', {}), self.sources, out/'checkpoint')
+        check_same_sources(info.get('sources', {}), self.sources, folder)
         at = info['iteration']
         if n < at: raise ValueError(f"iterations is {n}, but the checkpoint is at iteration {at}: ask for more")
-        with torch.no_grad():
-            for n, p in self.parameters.items(): p.copy_(own_part(tensors['weights'][n], p))
-            for n, e in self.ema.items(): e.copy_(own_part(tensors['ema'][n], e))
-        moments = {k: own_part(v, self.parameters[k.rsplit('|', 1)[0]]) if v.ndim else v for k, v in tensors['optimizer'].items()}
-        load_optimizer_tensors(self.optimizer, list(self.parameters), moments)
-        self.iteration, self.nfe, self.history = info['iteration'], info.get('nfe', 0), info['history']
-        self._trim_log()
+        if at and 'optimizer' not in tensors: raise damaged(folder, 'it has no optimizer.safetensors')
+        self._take(tensors, folder)
+        self.iteration, self.nfe, self.history = at, info.get('nfe', 0), info['history']
+        if self.planner: self.planner.remember(p for i in range(at) for p in self._prompts_of(i))
+        self._trim_log(info.get('metrics'))
 
-    def _trim_log(self):
+    def _check_state(self,
+        info:dict, # What a checkpoint's state.json holds
+        folder, # The checkpoint's
+    ):
+        "Refuse a state that lacks what a run goes on from."
+        kinds = dict(iteration=int, config=dict, history=list, nfe=int, model=dict, sources=dict)
+        for name, kind in kinds.items():
+            value = info.get(name, kind() if name in ('nfe', 'model', 'sources') else None) # as an older checkpoint may
+            if not isinstance(value, kind): raise damaged(folder, f'state.json has no {name}')
+
+    def _take(self,
+        tensors:dict, # Section -> name -> tensor, as a checkpoint has them
+        folder, # The checkpoint's
+    ):
+        "Put a checkpoint's tensors into the network, the average and the optimiser."
+        saved = {section: tensors.get(section, {}) for section in ('weights', 'ema', 'optimizer')}
+        moments = {k: self.parameters.get(k.rsplit('|', 1)[0]) for k, v in saved['optimizer'].items() if v.ndim}
+        check_tensors(saved['optimizer'], {k: p for k, p in moments.items() if p is not None}, folder, 'optimizer')
+        with torch.no_grad():
+            for section, own in dict(weights=self.parameters, ema=self.ema).items():
+                check_tensors(saved[section], own, folder, section)
+                for n, p in own.items(): p.copy_(own_part(saved[section][n], p))
+        parts = {k: v if moments.get(k) is None else own_part(v, moments[k]) for k, v in saved['optimizer'].items()}
+        load_optimizer_tensors(self.optimizer, list(self.parameters), parts)
+
+    def _trim_log(self,
+        expected:str|None=None, # Digest of the metrics so far; None = not known
+    ):
         "Drop the metrics of iterations after the checkpoint; they are run again."
-        log = Path(self.config.out)/'metrics.jsonl'
-        if not (self.accelerator.is_main_process and log.exists()): return
-        draft, kept = log.with_suffix('.new'), log.read_text().splitlines()[:self.iteration] # a line each; the last may be half a line
-        draft.write_text(''.join(line + '\n' for line in kept))
-        draft.replace(log)
+        log = self._log_file()
+        lines = read_log(log, self.iteration, expected)
+        if not self.accelerator.is_main_process: return
+        if self.iteration and not log.exists():
+            tqdm.write(f"{str(log)!r} is gone: it begins anew with iteration {self.iteration}")
+        if log.exists(): write_text(log, ''.join(line + '\n' for line in lines))

@@ -12,7 +12,7 @@ import sync
 package = sync.root/'egrpo'
 modules = sorted(p for p in package.glob('*.py') if not p.name.startswith('_'))
 every = pytest.mark.parametrize('module', [p.stem for p in modules])
-maths = [p.stem for p in modules if re.search(r'File to edit: \.\./nbs/0\d_', p.read_text(encoding='utf-8'))]
+maths = [p.stem for p in modules if re.search(r'File to edit: \.\./nbs/0[0-7]_', p.read_text(encoding='utf-8'))]
 dev_only = ['nbdev', 'execnb', 'ghapi', 'fastgit', 'pytest', 'hypothesis', 'nbclient', 'nbconvert', 'tensorboard']
 
 
