@@ -20,6 +20,7 @@ import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
+from types import UnionType
 
 import pandas as pd
 import torch
@@ -45,6 +46,7 @@ from egrpo.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
+from .inputs import PATHS, check_kind, expand
 from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import METHODS, check_taken, make_plan, method_name, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
@@ -126,9 +128,12 @@ class TrainConfig:
     resume:bool = False # Go on from the last checkpoint in `out`
 
     def __post_init__(self):
-        "Paths become strings, as a file of settings has them."
+        "Paths become strings, as a file of settings has them, and a leading ~ the user's folder, as by the shell."
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), os.PathLike): setattr(self, f.name, os.fspath(value))
+        for name in PATHS:
+            path = getattr(self, name, None)
+            if isinstance(path, str): setattr(self, name, expand(path))
 
 # %% ../nbs/24_trainer.ipynb #42eb527b
 FREE = ('iterations', 'budget', 'eval_every', 'device', 'micro_batch', 'gradient_checkpointing', 'text_encoders', 'embeddings',
@@ -175,10 +180,15 @@ def check_method(
     if any(map(count_transitions, plans)): return
     raise ValueError(f"method {method_name(method)} trains nothing: give its plan a stochastic step of a weight above 0")
 
+def _kind_of(field):
+    "A field's annotation as the command line has it, such as int|None."
+    return str(field.type).replace(' ', '') if isinstance(field.type, UnionType) else field.type.__name__
+
 def check_config(
     config:TrainConfig, # The configuration
 ):
-    "Refuse numbers no run can have; what plans, policies and rewards need, they check themselves."
+    "Refuse kinds and numbers no run can have; what plans, policies and rewards need, they check themselves."
+    for field in fields(config): check_kind(field.name, getattr(config, field.name), _kind_of(field))
     _check_least(config, 1, 'prompts_per_iteration iterations updates_per_iteration inner_epochs eval_size')
     _check_least(config, 0, 'eval_every checkpoint_every beta ema_decay weight_decay')
     if config.budget is not None: _check_least(config, 1, 'budget')
