@@ -147,7 +147,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{'formatter_class': formatter, 'allow_abbrev': False, **kwargs})
     def error(self, message): raise ValueError(f'{message} (see {self.prog} --help)')
     def parse_known_args(self, args=None, namespace=None):
-        "What is left over is an error here, where a command's options are known."
+        "What is left over is an error here, where a command's options are known; so is --option=--, which argparse reads as []."
+        none = [w for w in args or () if w.startswith('--') and w.endswith('=--')]
+        if none: self.error(f"argument {none[0].partition('=')[0]}: expected a value, got '--'")
         found, left = super().parse_known_args(args, namespace)
         near = get_close_matches(left[0].partition('=')[0], self._option_string_actions, 1, .75) if left else []
         if left: self.error(f"unrecognized arguments: {' '.join(left)}" + ''.join(f', did you mean {o}?' for o in near))

@@ -28,9 +28,10 @@ NAME_A_FILE = 'name a file of prompts, one a line'
 
 def _check_file(
     path:str, # A file
+    named:str, # The argument and its value, for an error
 ):
     "Refuse what is no file of prompts by its name, its kind or its size."
-    named, kind = f'prompts: {quote(path)}', Path(path).suffix.lower()
+    kind = Path(path).suffix.lower()
     try: found = os.stat(path)
     except OSError as e: raise ValueError(f"{named} could not be read ({e.strerror}): {NAME_A_FILE}") from e
     if not stat.S_ISREG(found.st_mode):
@@ -44,9 +45,9 @@ def _check_file(
 
 def _text(
     path:str, # A file
+    named:str, # The argument and its value, for an error
 )->str: # Its lines end in \n
     "A file's text."
-    named = f'prompts: {quote(path)}'
     try: content = Path(path).read_bytes()
     except OSError as e: raise ValueError(f"{named} could not be read ({e.strerror}): {NAME_A_FILE}") from e
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -107,20 +108,22 @@ def _prompt_of(
 
 def read_prompts(
     path, # A regular file in UTF-8 of at most 256 MiB
+    name:str='prompts', # The argument it came by
 )->list: # Prompts
     "Prompts of a .jsonl, .json, .csv or .tsv file; of a .txt file, or one without an ending, one a line."
-    path = check_path('prompts', os.fspath(path))
-    named, kind = quote(path), Path(path).suffix.lower()
-    _check_file(path)
-    text = _text(path)
-    if not text.strip(): raise ValueError(f"prompts: {named} is empty: write one prompt a line")
+    path = check_path(name, os.fspath(path))
+    named, kind = f'{name}: {quote(path)}', Path(path).suffix.lower()
+    _check_file(path, named)
+    text = _text(path, named)
+    if not text.strip(): raise ValueError(f"{named} is empty: write one prompt a line")
     try: entries = _entries(text, kind)
-    except ValueError as e: raise ValueError(f"prompts: {named} is no {kind[1:]} file of prompts: {e}") from e
+    except ValueError as e: raise ValueError(f"{named} is no {kind[1:]} file of prompts: {e}") from e
     prompts = []
     for place, entry in entries:
+        found = f'{name}: {place} of {quote(path)}'
         try: prompts.append(_prompt_of(entry, kind))
-        except ValueError as e: raise ValueError(f"prompts: {place} of {named} {e}") from e
-        check_text(f'prompts: {place} of {named}', prompts[-1])
+        except ValueError as e: raise ValueError(f"{found} {e}") from e
+        check_text(found, prompts[-1])
     return prompts
 
 # %% ../nbs/19_prompts.ipynb #f2259473
@@ -136,12 +139,13 @@ def load_prompts(
     source:str='shapes', # 'shapes', 'hpd', 'shapes_tuning' or 'hpd_tuning' (to choose settings on), or a file, read by its ending
     split:str='train', # Split of the shapes and hpd prompts: train or held_out
     n:int=4096, # How many shapes prompts, >= 1; the others are read whole
+    name:str='prompts', # The argument that named the source
 )->list: # Prompts
     "Prompts of the miniature world, of HPD, or of a file."
     if source == 'shapes': return sample_prompts(n, seed=0, split=split)
     if source == 'shapes_tuning': return sample_prompts(n, seed=1, split='train')
     if source in ('hpd', 'hpd_tuning'): return _hpd_split('tuning' if source == 'hpd_tuning' else split)
-    return read_prompts(source)
+    return read_prompts(source, name)
 
 # %% ../nbs/19_prompts.ipynb #82bcf0b3
 @lru_cache(maxsize=2) # a batch may end one pass and begin the next

@@ -219,9 +219,12 @@ def training_nfe(
     config:TrainConfig, # The configuration
     iterations:int|None=None, # Iterations; None = the configuration's
 )->int: # Velocities, as in `iteration_nfe`
-    "What training costs without evaluations, at most."
-    n, moves = iterations or config.iterations, 'iteration' in method_settings(config.method)
-    return sum(iteration_nfe(config, i) for i in range(n)) if moves else n * iteration_nfe(config)
+    "What training costs without evaluations, at most; of a plan that changes in a long run, estimated from a thousand iterations."
+    n = iterations or config.iterations
+    if 'iteration' not in method_settings(config.method): return n * iteration_nfe(config)
+    if n <= 2000: return sum(iteration_nfe(config, i) for i in range(n))
+    spread = [i * n // 1009 for i in range(1009)] # a prime number: in step with no window
+    return round(n * sum(iteration_nfe(config, i) for i in spread) / len(spread))
 
 # %% ../nbs/24_trainer.ipynb #d0504cc3
 def _describe_iteration(
@@ -256,7 +259,8 @@ def prompts_and_rewards(
 )->tuple: # Prompts to train on, prompts to evaluate on, `RewardSet` to train on, `RewardSet` to evaluate by
     "What a run needs beside its model."
     c, source = config, config.eval_prompts or config.prompts
-    prompts, held_out = load_prompts(c.prompts), load_prompts(source, 'held_out', c.eval_size)[:c.eval_size]
+    prompts = load_prompts(c.prompts)
+    held_out = load_prompts(source, 'held_out', c.eval_size, 'eval_prompts' if c.eval_prompts else 'prompts')[:c.eval_size]
     trained = get_reward(reward or c.reward)
     measured = get_reward(c.eval_rewards or (EVAL_REWARDS if source in ('shapes', 'shapes_tuning') else trained))
     trained.check(prompts)
