@@ -21,6 +21,7 @@ from scipy.signal import find_peaks
 from torch import Tensor
 
 from .baselines import random_order
+from .inputs import share_files
 from .methods import make_plan, method_settings, stochastic_steps
 from .plan import Branch, Plan, gradient_nfe, rollout_nfe
 from .recorder import record_attention_entropy
@@ -75,6 +76,7 @@ class ProfileCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({'profile': profile.contiguous()}, draft)
+            share_files(draft)
             draft.replace(self._path(prompt))
         except (OSError, SafetensorError) as e:
             draft.unlink(missing_ok=True)

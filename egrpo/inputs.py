@@ -152,8 +152,9 @@ def open_streams():
 
 # %% ../nbs/08_inputs.ipynb #a08f1c1a
 def share_files(
-    folder, # A folder that this process made
+    path, # A file, or a folder with safetensors files, that this process has made
 ):
-    "Give the safetensors files in a folder the permissions of any new file there."
-    for file in Path(folder).rglob('*.safetensors'):
+    "Give files the permissions of any new file in their folder."
+    path = Path(path)
+    for file in path.rglob('*.safetensors') if path.is_dir() else [path]:
         file.chmod(file.parent.stat().st_mode & 0o666)

@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 
 import egrpo
 from .diffusion import angle_timestep, chord, chord_velocity, ddpm_angles
+from .inputs import share_files
 
 # %% ../nbs/10_policy.ipynb #fab6d476
 def best_device(
@@ -212,6 +213,7 @@ class Embeddings:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, new, metadata=dict(prompt=prompt))
+            share_files(new)
             os.replace(new, path)
         except (OSError, SafetensorError) as e:
             new.unlink(missing_ok=True)
@@ -812,6 +814,7 @@ class Policy:
         with _without_bars(True), self._gathered(first):
             if first and self.lora_rank: self._save_lora(folder)
             elif first: self._whole_pipeline().save_pretrained(folder)
+        if first: share_files(folder)
         return Path(folder)
 
     @contextmanager
