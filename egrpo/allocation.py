@@ -79,7 +79,7 @@ class ProfileCache:
             share_files(draft)
             draft.replace(self._path(prompt))
         except (OSError, SafetensorError) as e:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError): draft.unlink()
             raise ValueError(f"profile_cache: {str(self.folder)!r} cannot be written ({e}): free some space or name another folder") from e
 
     def __call__(self,

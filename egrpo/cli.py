@@ -39,7 +39,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-from .inputs import check_kind, from_json, one_line, open_streams, quote, to_json
+from .inputs import check_kind, check_readable, from_json, one_line, open_streams, quote, to_json
 
 # %% ../nbs/35_cli.ipynb #775dc02d
 @dataclass(frozen=True)
@@ -436,13 +436,17 @@ def read_images(
 )->list: # (1,3,H,W) each, in [0,1]
     "Images to try a reward on."
     import torch
+    from PIL import Image
 
     from egrpo.reward_server import from_png
     if not files: return list(torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     def read(path):
         "One file."
+        named, remedy = f'image: {quote(path)}', 'name a PNG or JPEG file'
+        check_readable(path, named, remedy)
         try: return from_png(Path(path).read_bytes())[None]
-        except OSError as e: raise ValueError(f"image: {path!r} could not be read ({e.strerror or e}): name a PNG or JPEG file") from e
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: # as PIL says that it is none
+            raise ValueError(f"{named} could not be read ({getattr(e, 'strerror', None) or e}): {remedy}") from e
     return [read(o) for o in files]
 
 def run_rewards(
@@ -613,6 +617,7 @@ def run_plan(
     from egrpo.methods import check_taken, make_plan, method_settings
     from egrpo.plan import describe, plot_plan
     check_picture(args.picture, '--picture')
+    if args.iteration < 0: raise ValueError(f"iteration must be >= 0, got {args.iteration}: the first is 0")
     own_methods(given(args, PLAN_OPTIONS))
     entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
     asked = args.scale or args.probe or args.share or args.processes != 1
@@ -662,6 +667,7 @@ def run_tune(
     from egrpo.trainer import TrainConfig, check_config
     config = TrainConfig(**(preset(args.scale) if args.scale else {}) | given(args, TUNE_OPTIONS))
     check_config(config)
+    if args.most < 1: raise ValueError(f"most must be >= 1, got {args.most}: the largest micro-batch to try")
     check_device(config.device)
     policy = policy_of(config)
     limit = free_bytes(policy.device) if args.limit is None else int(args.limit * 2**30)
@@ -1034,6 +1040,7 @@ def check_demo(
     out, # The demonstration's folder
 )->Path: # The same
     "Refuse a folder that holds something else."
+    if not str(out).strip(): raise ValueError("out is blank: name a folder")
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f"out: {str(out)!r} is a file: name a folder")
     if out.exists() and any(out.iterdir()) and not (out/'demo.json').exists():

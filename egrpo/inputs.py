@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST_QUOTE', 'LONGEST_LINE', 'LARGEST', 'PATHS', 'SIGNS', 'quote', 'one_line', 'largest', 'check_number',
-           'check_kind', 'check_text', 'expand', 'check_path', 'from_json', 'to_json', 'plain_signs', 'open_streams',
-           'share_files']
+           'check_kind', 'check_text', 'expand', 'check_path', 'check_readable', 'from_json', 'to_json', 'plain_signs',
+           'open_streams', 'share_files']
 
 # %% ../nbs/08_inputs.ipynb #a08f1c04
 import codecs
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 
@@ -110,6 +111,22 @@ def check_path(
         if e.errno not in (errno.ELOOP, errno.ENAMETOOLONG): return path # what is missing, or closed to us, has messages of its own
         raise ValueError(f"{name}: {quote(path)} is no path ({os.strerror(e.errno)}): name another place") from e
     return path
+
+# %% ../nbs/08_inputs.ipynb #a08f1c1d
+def check_readable(
+    path, # A file
+    named:str, # The argument and its value, for an error
+    remedy:str, # What to do, for an error
+    most:int=2**28, # Bytes that are read at most
+):
+    "Refuse what is no regular file, holds nothing, or is too large."
+    try: found = os.stat(path)
+    except OSError as e: raise ValueError(f"{named} could not be read ({e.strerror}): {remedy}") from e
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{named} could not be read (it is no regular file): {remedy}")
+    if not found.st_size: raise ValueError(f"{named} is empty: {remedy}") # so are the files of /proc
+    if found.st_size > most:
+        raise ValueError(f"{named} has {found.st_size / 2**20:,.0f} MiB, more than {most >> 20}: {remedy}")
 
 # %% ../nbs/08_inputs.ipynb #a08f1c14
 def from_json(

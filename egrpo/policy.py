@@ -17,7 +17,7 @@ import math
 import os
 import uuid
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import diffusers.utils.logging as diffusers_logging
@@ -216,7 +216,7 @@ class Embeddings:
             share_files(new)
             os.replace(new, path)
         except (OSError, SafetensorError) as e:
-            new.unlink(missing_ok=True)
+            with suppress(OSError): new.unlink()
             raise ValueError(f"embeddings: {str(self.folder)!r} cannot be written ({e}): free some space or name another folder") from e
 
 def _bytes(
