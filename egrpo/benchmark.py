@@ -106,12 +106,12 @@ def attention_contenders(
 def _most_held()->int: # Bytes
     "The most memory this process has held since `_forget_most_held`."
     status = Path('/proc/self/status')
-    if status.exists(): return int(re.search(r'VmHWM:\s*(\d+) kB', status.read_text())[1]) * 1024
+    if status.exists(): return int(re.search(r'VmHWM:\s*(\d+) kB', status.read_text(encoding='utf-8'))[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # macOS, in bytes
 
 def _forget_most_held():
     "Where the system can, start `_most_held` from what is held now."
-    if Path('/proc/self/clear_refs').exists(): Path('/proc/self/clear_refs').write_text('5')
+    if Path('/proc/self/clear_refs').exists(): Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
 
 def highest_rise(
     run, # () -> anything

@@ -13,16 +13,15 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'published', 'plan_cost', 'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan', 'add_plan',
            'run_tune', 'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options',
            'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder',
-           'check_out', 'check_model', 'check_run', 'begun_settings', 'train_config', 'prompts_text', 'try_own_rewards',
-           'run_train', 'stopped_early', 'part', 'ready', 'sample_command', 'run_report', 'add_train', 'time_is_up',
-           'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config',
-           'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce', 'run_claims',
-           'run_serve', 'add_serve']
+           'check_out', 'check_model', 'check_run', 'check_settings', 'begun_settings', 'train_config', 'prompts_text',
+           'try_own_rewards', 'run_train', 'stopped_early', 'part', 'ready', 'sample_command', 'run_report',
+           'add_train', 'time_is_up', 'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows',
+           'draw_demo', 'demo_config', 'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce',
+           'add_reproduce', 'run_claims', 'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
 import ast
-import json
 import os
 import re
 import shlex
@@ -38,6 +37,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+
+from .inputs import check_kind, check_readable, from_json, one_line, open_streams, quote, to_json
 
 # %% ../nbs/35_cli.ipynb #775dc02d
 @dataclass(frozen=True)
@@ -69,11 +70,18 @@ def yes_or_no(
 
 def converter(
     kind:str, # An annotation as in `Option`
+    name:str='it', # The option's name, which may have a limit of its own
 ):
     "The function that reads a word of the command line as a value of `kind`."
-    plain = {'int': int, 'float': float, 'str': str, 'bool': yes_or_no}[kind.removesuffix('|None')]
-    def convert(word): return None if kind.endswith('|None') and word.lower() == 'none' else plain(word)
-    convert.__name__ = {int: 'whole number', float: 'number', str: 'text', yes_or_no: 'yes or no'}[plain] # argparse: invalid ... value
+    plain = kind.removesuffix('|None')
+    read = dict(int=int, float=float, str=str, bool=yes_or_no)[plain]
+    wanted = dict(int='whole number', float='number', str='text', bool='yes or no')[plain]
+    def convert(word):
+        if kind.endswith('|None') and word.lower() == 'none': return None
+        try: value = read(word)
+        except ValueError: raise argparse.ArgumentTypeError(f'invalid {wanted} value: {quote(word)}') from None
+        try: return check_kind(name, value, plain)
+        except ValueError as e: raise argparse.ArgumentTypeError(str(e).removeprefix(name).lstrip(' :')) from None # argparse says the name
     return convert
 
 def show_default(
@@ -93,7 +101,7 @@ def add_option(
     shown = option.shown or {'int': 'N', 'float': 'X', 'str': 'TEXT', 'bool': 'yes|no'}[option.kind.removesuffix('|None')]
     if option.default is not None or '|None' in option.kind: text += f' (default: {show_default(option.default)})'
     alone = dict(nargs='?', const=True) if option.kind == 'bool|None' else {} # the flag by itself is a yes
-    parser.add_argument(flag, type=converter(option.kind), default=default, metavar=shown, help=text, **alone)
+    parser.add_argument(flag, type=converter(option.kind, option.name), default=default, metavar=shown, help=text, **alone)
 
 def add_fields(
     parser, # A parser or a group of options
@@ -138,7 +146,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{'formatter_class': formatter, 'allow_abbrev': False, **kwargs})
     def error(self, message): raise ValueError(f'{message} (see {self.prog} --help)')
     def parse_known_args(self, args=None, namespace=None):
-        "What is left over is an error here, where a command's options are known."
+        "What is left over is an error here, where a command's options are known; so is --option=--, which argparse reads as []."
+        none = [w for w in args or () if w.startswith('--') and w.endswith('=--')]
+        if none: self.error(f"argument {none[0].partition('=')[0]}: expected a value, got '--'")
         found, left = super().parse_known_args(args, namespace)
         near = get_close_matches(left[0].partition('=')[0], self._option_string_actions, 1, .75) if left else []
         if left: self.error(f"unrecognized arguments: {' '.join(left)}" + ''.join(f', did you mean {o}?' for o in near))
@@ -178,7 +188,7 @@ def explain(
     error:Exception, # What was raised
 )->str|None: # One line; None where it is no mistake of the user
     "An error in a line."
-    said = ' '.join(str(error).split())
+    said = one_line(str(error))
     if isinstance(error, RuntimeError) and _memory_is_full(error): # torch's own, or the trainer's, which names the micro-batch to try
         return said if 'micro_batch' in said else 'the device has not enough memory: lower --micro-batch or --resolution'
     return said if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
@@ -206,6 +216,7 @@ def main(
     argv:list=None, # Words after `egrpo`; None takes them from the command line
 )->int: # Exit code: 0 done, 2 bad input, 130 interrupted or stopped before its end
     "The command `egrpo`."
+    open_streams()
     words = sys.argv[1:] if argv is None else list(argv)
     name = ' '.join(['egrpo', *[w for w in words[:1] if w in COMMANDS]])
     set_environment()
@@ -424,13 +435,17 @@ def read_images(
 )->list: # (1,3,H,W) each, in [0,1]
     "Images to try a reward on."
     import torch
+    from PIL import Image
 
     from egrpo.reward_server import from_png
     if not files: return list(torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     def read(path):
         "One file."
+        named, remedy = f'image: {quote(path)}', 'name a PNG or JPEG file'
+        check_readable(path, named, remedy)
         try: return from_png(Path(path).read_bytes())[None]
-        except OSError as e: raise ValueError(f"image: {path!r} could not be read ({e.strerror or e}): name a PNG or JPEG file") from e
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: # as PIL says that it is none
+            raise ValueError(f"{named} could not be read ({getattr(e, 'strerror', None) or e}): {remedy}") from e
     return [read(o) for o in files]
 
 def run_rewards(
@@ -452,10 +467,12 @@ def add_rewards(
     parser:Parser, # The command's parser
 ):
     "Options of egrpo rewards."
-    parser.add_argument('name', nargs='?', metavar='REWARD', help='A reward or a sum of them to load and try; none lists them')
+    parser.add_argument('name', nargs='?', type=converter('str', 'name'), metavar='REWARD',
+                        help='A reward or a sum of them to load and try; none lists them')
     group = parser.add_argument_group('trial')
     add_own(group, Option('prompt', 'str', 'a red circle', 'What the images should show'))
-    group.add_argument('--image', action='append', metavar='FILE', help='Image to score; may be repeated (default: two images of noise)')
+    group.add_argument('--image', action='append', type=converter('str', 'image'), metavar='FILE',
+                       help='Image to score; may be repeated (default: two images of noise)')
 
 COMMANDS['rewards'] = Command(run_rewards, add_rewards, 'List the rewards, or load one and score images.',
                               "egrpo rewards 'hpsv2.1 + 0.5*clip_score' --prompt 'a cat' --image cat.png")
@@ -599,6 +616,7 @@ def run_plan(
     from egrpo.methods import check_taken, make_plan, method_settings
     from egrpo.plan import describe, plot_plan
     check_picture(args.picture, '--picture')
+    if args.iteration < 0: raise ValueError(f"iteration must be >= 0, got {args.iteration}: the first is 0")
     own_methods(given(args, PLAN_OPTIONS))
     entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
     asked = args.scale or args.probe or args.share or args.processes != 1
@@ -648,6 +666,7 @@ def run_tune(
     from egrpo.trainer import TrainConfig, check_config
     config = TrainConfig(**(preset(args.scale) if args.scale else {}) | given(args, TUNE_OPTIONS))
     check_config(config)
+    if args.most < 1: raise ValueError(f"most must be >= 1, got {args.most}: the largest micro-batch to try")
     check_device(config.device)
     policy = policy_of(config)
     limit = free_bytes(policy.device) if args.limit is None else int(args.limit * 2**30)
@@ -736,7 +755,7 @@ def add_sample(
     "Options of egrpo sample."
     add_model_options(parser)
     group = parser.add_argument_group('images')
-    group.add_argument('--prompt', action='append', metavar='TEXT',
+    group.add_argument('--prompt', action='append', type=converter('str', 'prompt'), metavar='TEXT',
                        help='What to draw; may be repeated (default: a held-out shapes prompt of each category)')
     add_own(group, Option('prompts', 'str', None, "Text file with one prompt a line, 'shapes' or 'hpd'", 'FILE'),
             Option('size', 'int', 48, 'Most prompts to draw'),
@@ -862,6 +881,17 @@ def check_run(
     check_out(config.out, config.resume)
     return config
 
+def check_settings(
+    settings, # What a file of settings holds
+)->dict: # The same: fields of `TrainConfig`
+    "Refuse what is no configuration of a run."
+    if not isinstance(settings, dict): raise ValueError(f'it holds no settings but {quote(settings)}')
+    for name, value in settings.items():
+        option = config_options().get(name)
+        if option is None: raise ValueError(f'it sets {quote(name)}, which this version does not know')
+        check_kind(name, value, option.kind)
+    return settings
+
 def begun_settings(
     out, # The folder of a run to go on with
 )->dict: # Fields of `TrainConfig`
@@ -870,9 +900,10 @@ def begun_settings(
     checkpoint, path = Path(out)/'checkpoint', Path(out)/'config.json'
     if not find_checkpoint(checkpoint) and not (Path(out)/'metrics.jsonl').exists(): load_checkpoint(checkpoint) # says that there is none
     if not path.exists(): return {} # all has to be given again
-    try: settings = json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f"resume: {str(path)!r} cannot be read ({e}): delete it and give all options again") from e
-    return {k: v for k, v in settings.items() if k in config_options()} | dict(out=str(out))
+    try: settings = check_settings(from_json(path.read_text(encoding='utf-8')))
+    except ValueError as e:
+        raise ValueError(f"resume: {quote(str(path))} cannot be read ({e}): delete it and give all options again") from e
+    return settings | dict(out=str(out))
 
 def train_config(
     args, # Parsed arguments
@@ -1014,6 +1045,7 @@ def check_demo(
     out, # The demonstration's folder
 )->Path: # The same
     "Refuse a folder that holds something else."
+    if not str(out).strip(): raise ValueError("out is blank: name a folder")
     out = Path(out)
     if out.exists() and not out.is_dir(): raise ValueError(f"out: {str(out)!r} is a file: name a folder")
     if out.exists() and any(out.iterdir()) and not (out/'demo.json').exists():
@@ -1142,7 +1174,7 @@ def report_demo(
     pairs = dict(before=(before, None), after=(after, None), change=(before, after))
     scores = {name: {what: interval_rows(*pair, name) for what, pair in pairs.items()} for name in score_names(before)}
     summary = dict(iterations=trainer.iteration, seconds=round(seconds, 1), prompts=len(before), scores=scores)
-    (out/'demo.json').write_text(json.dumps(summary, indent=1))
+    (out/'demo.json').write_text(to_json(summary, indent=1), encoding='utf-8')
     took = f'{seconds:.0f} seconds' if seconds < 90 else f'{seconds / 60:.1f} minutes'
     say(f'\n{change_tables(history)}\n\nin {took}, everything included\n')
     say(f'picture  {out}/demo.png  the reward, and images before and after on the same noise')
@@ -1206,7 +1238,7 @@ def add_reproduce(
     parser:Parser, # The command's parser
 ):
     "Options of egrpo reproduce."
-    parser.add_argument('name', nargs='?', metavar='NAME', help='Which figure or table; none lists them')
+    parser.add_argument('name', nargs='?', type=converter('str', 'name'), metavar='NAME', help='Which figure or table; none lists them')
     add_own(parser.add_argument_group('run'),
             Option('scale', 'str', None, 'smoke, mini, gpu or flux (default: EGRPO_SCALE, else mini)', 'NAME'),
             Option('workers', 'int', 1, 'Worker processes, each with one thread; 0 runs in this process'),

@@ -73,7 +73,7 @@ def _read_part(
     folder:Path, # A part's folder in a pipeline
 )->tuple: # Class name, configuration
     "What a part is, from its config.json."
-    config = json.loads((folder/'config.json').read_text())
+    config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     return config.get('_class_name') or config['architectures'][0], config
 
 def architecture(
@@ -89,7 +89,8 @@ def architecture(
     if network[0] not in COUNTED:
         raise ValueError(f"model {model!r} has a {network[0]}: costs are counted of {' and '.join(COUNTED)}; egrpo tune takes UNets, too")
     text = tuple(_read_part(o) for o in sorted(folder.glob('text_encoder*')))
-    limits = [json.loads((o/'tokenizer_config.json').read_text()).get('model_max_length', 512) for o in sorted(folder.glob('tokenizer*'))]
+    files = [o/'tokenizer_config.json' for o in sorted(folder.glob('tokenizer*'))]
+    limits = [json.loads(o.read_text(encoding='utf-8')).get('model_max_length', 512) for o in files]
     if network[0] != _flux_class: return Architecture(network, vae, text, limits[0] + min(256, limits[-1]), True) # CLIP's and T5's
     return Architecture(network, vae, text, min(512 if network[1]['guidance_embeds'] else 256, limits[-1]))
 

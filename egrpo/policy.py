@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 import egrpo
 from .diffusion import angle_timestep, chord, chord_velocity, ddpm_angles
-from .files import load_whole, save_whole
+from .files import load_whole, save_whole, settle
 
 # %% ../nbs/10_policy.ipynb #fab6d476
 def best_device(
@@ -799,6 +799,7 @@ class Policy:
         with _without_bars(True), self._gathered(first):
             if first and self.lora_rank: self._save_lora(folder)
             elif first: self._whole_pipeline().save_pretrained(folder)
+        if first: settle(folder)
         return Path(folder)
 
     @contextmanager

@@ -209,7 +209,7 @@ def open_clip_model(
 )->dict: # `model_cfg`: heads and activation, which no tensor tells
     "What the configuration beside weights says of their model."
     said = file.parent/'open_clip_config.json'
-    model = json.loads(said.read_text()).get('model_cfg', {}) if said.is_file() else {}
+    model = json.loads(said.read_text(encoding='utf-8')).get('model_cfg', {}) if said.is_file() else {}
     if not set(CLIP_SETTINGS) <= set(model):
         raise ValueError(f"heads and activation of {file.name!r} are not in its tensors: put the model's open_clip_config.json beside it")
     more = [f'{part}.{k}' for part, known in CLIP_SETTINGS.items() for k, v in model[part].items() if v and k not in known]
@@ -279,7 +279,7 @@ def load_tokenizer(
     if not any((here/o).is_file() for o in ('tokenizer.json', 'vocab.json', 'vocab.txt')):
         here = download(repo, TOKENIZER_FILES, f"put its tokenizer.json into {str(here)!r}")
     config = here/'tokenizer_config.json'
-    named = config.is_file() and json.loads(config.read_text()).get('tokenizer_class')
+    named = config.is_file() and json.loads(config.read_text(encoding='utf-8')).get('tokenizer_class')
     return (AutoTokenizer if named else kind).from_pretrained(here)
 
 def clean_prompt(
@@ -519,7 +519,7 @@ def preparation(
 )->Callable: # (images, size) -> prepared
     "How a CLIP wants its images: as open_clip's configuration beside it says, cut out where there is none."
     said = (place if place.is_dir() else place.parent)/'open_clip_config.json'
-    wants = json.loads(said.read_text()).get('preprocess_cfg', {}) if said.is_file() else {}
+    wants = json.loads(said.read_text(encoding='utf-8')).get('preprocess_cfg', {}) if said.is_file() else {}
     ways, way = dict(shortest=cut_out, squash=squash), wants.get('resize_mode', 'shortest')
     for name, usual in (('mean', CLIP_MEAN), ('std', CLIP_STD)):
         if any(abs(a - b) > 1e-4 for a, b in zip(wants.get(name, usual), usual)): way = f"{name} {wants[name]}"

@@ -144,7 +144,7 @@ def _save_open_clip(folder, seed):
     "A CLIP of open_clip, and beside it what no tensor tells: 16 heads in either tower."
     torch.save(small_open_clip(seed), folder/'open_clip_pytorch_model.bin')
     model = dict(embed_dim=24, vision_cfg=dict(width=64, head_width=4), text_cfg=dict(width=32, heads=16))
-    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=model)))
+    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=model)), encoding='utf-8')
 
 SMALL_REWARDS = ('hpsv2.1', 'hpsv2.0', 'pickscore', 'clip_score', 'imagereward', 'aesthetic')
 

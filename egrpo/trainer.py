@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
+from types import UnionType
 
 import pandas as pd
 import torch
@@ -50,7 +51,8 @@ from egrpo.checkpoint import (
     read_log,
     save_checkpoint,
 )
-from .files import digest, finite, hold, remove_drafts, sync, write_text, write_whole
+from .files import digest, hold, remove_drafts, sync, write_text, write_whole
+from .inputs import PATHS, check_kind, expand, to_json
 from .loss import guard_logratio, loss_metrics, policy_loss
 from .methods import METHODS, check_taken, make_plan, method_name, method_settings
 from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
@@ -132,9 +134,12 @@ class TrainConfig:
     resume:bool = False # Go on from the last checkpoint in `out`
 
     def __post_init__(self):
-        "Paths become strings, as a file of settings has them."
+        "Paths become strings, as a file of settings has them, and a leading ~ the user's folder, as by the shell."
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), os.PathLike): setattr(self, f.name, os.fspath(value))
+        for name in PATHS:
+            path = getattr(self, name, None)
+            if isinstance(path, str): setattr(self, name, expand(path))
 
 # %% ../nbs/24_trainer.ipynb #42eb527b
 FREE = ('iterations', 'budget', 'eval_every', 'device', 'micro_batch', 'gradient_checkpointing', 'text_encoders', 'embeddings',
@@ -181,10 +186,15 @@ def check_method(
     if any(map(count_transitions, plans)): return
     raise ValueError(f"method {method_name(method)} trains nothing: give its plan a stochastic step of a weight above 0")
 
+def _kind_of(field):
+    "A field's annotation as the command line has it, such as int|None."
+    return str(field.type).replace(' ', '') if isinstance(field.type, UnionType) else field.type.__name__
+
 def check_config(
     config:TrainConfig, # The configuration
 ):
-    "Refuse numbers no run can have; what plans, policies and rewards need, they check themselves."
+    "Refuse kinds and numbers no run can have; what plans, policies and rewards need, they check themselves."
+    for field in fields(config): check_kind(field.name, getattr(config, field.name), _kind_of(field))
     _check_least(config, 1, 'prompts_per_iteration iterations updates_per_iteration inner_epochs eval_size')
     _check_least(config, 0, 'eval_every checkpoint_every beta ema_decay weight_decay')
     if config.budget is not None: _check_least(config, 1, 'budget')
@@ -215,9 +225,12 @@ def training_nfe(
     config:TrainConfig, # The configuration
     iterations:int|None=None, # Iterations; None = the configuration's
 )->int: # Velocities, as in `iteration_nfe`
-    "What training costs without evaluations, at most."
-    n, moves = iterations or config.iterations, 'iteration' in method_settings(config.method)
-    return sum(iteration_nfe(config, i) for i in range(n)) if moves else n * iteration_nfe(config)
+    "What training costs without evaluations, at most; of a plan that changes in a long run, estimated from a thousand iterations."
+    n = iterations or config.iterations
+    if 'iteration' not in method_settings(config.method): return n * iteration_nfe(config)
+    if n <= 2000: return sum(iteration_nfe(config, i) for i in range(n))
+    spread = [i * n // 1009 for i in range(1009)] # a prime number: in step with no window
+    return round(n * sum(iteration_nfe(config, i) for i in spread) / len(spread))
 
 # %% ../nbs/24_trainer.ipynb #d0504cc3
 def _describe_iteration(
@@ -252,7 +265,8 @@ def prompts_and_rewards(
 )->tuple: # Prompts to train on, prompts to evaluate on, `RewardSet` to train on, `RewardSet` to evaluate by
     "What a run needs beside its model."
     c, source = config, config.eval_prompts or config.prompts
-    prompts, held_out = load_prompts(c.prompts), load_prompts(source, 'held_out', c.eval_size)[:c.eval_size]
+    prompts = load_prompts(c.prompts)
+    held_out = load_prompts(source, 'held_out', c.eval_size, 'eval_prompts' if c.eval_prompts else 'prompts')[:c.eval_size]
     trained = get_reward(reward or c.reward)
     measured = get_reward(c.eval_rewards or (EVAL_REWARDS if source in ('shapes', 'shapes_tuning') else trained))
     trained.check(prompts)
@@ -786,8 +800,7 @@ class Trainer:
     ):
         "Append a line to metrics.jsonl, tell the tracker, move the progress bar."
         if not self.accelerator.is_main_process: return
-        line = json.dumps(finite(metrics), allow_nan=False) + '\n'
-        with self._log_file().open('a', encoding='utf-8', newline='\n') as f: f.write(line)
+        with self._log_file().open('a', encoding='utf-8', newline='\n') as f: f.write(to_json(metrics) + '\n')
         flat = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.config.tracker: self.accelerator.log(flat, step=self.iteration)
         if metrics['ratio_error'] > self.config.clip_range:

@@ -1,4 +1,5 @@
 "For every test: hypothesis draws the same examples each time, slow machines are not failures, imports end with it, figures are printed."
+import signal
 import sys
 
 import pytest
@@ -6,6 +7,8 @@ from hypothesis import settings
 
 settings.register_profile('egrpo', deadline=None, derandomize=True, print_blob=True)
 settings.load_profile('egrpo')
+
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job ignores Ctrl-C, and so would what tests start
 
 
 @pytest.fixture(autouse=True)

@@ -61,6 +61,12 @@ def here(tmp_path, monkeypatch):
     (tmp_path/'latin.txt').write_bytes('café'.encode('latin-1'))
     (tmp_path/'file').write_text('')
     (tmp_path/'folder').mkdir()
+    (tmp_path/'loop').symlink_to('loop')
+    (tmp_path/'deep.json').write_text('[' * 100_000)
+    (tmp_path/'utf16.txt').write_text('a fox', encoding='utf-16')
+    (tmp_path/'semicolons.csv').write_text('style;prompt\nphoto;a fox\n')
+    (tmp_path/'zipped.gz').write_bytes(b'\x1f\x8b')
+    os.mkfifo(tmp_path/'fifo')
     return tmp_path
 
 
@@ -91,7 +97,24 @@ def one_thread():
 @pytest.mark.parametrize('words, says', [
     ('--method dppo', "method must be one of flow_grpo"),
     ('--tau -1', 'tau must be a finite number >= 0, got -1.0'),
-    ('--tau nan', 'tau must be a finite number >= 0'),
+    ('--tau nan', 'argument --tau: must be a finite number of at most 1e+15, got nan'),
+    ('--lr 1e38', 'argument --lr: must be a finite number'),
+    ('--clip-range inf', 'argument --clip-range: must be a finite number'),
+    ('--iterations 99999999999999999999', 'argument --iterations: must be a whole number of at most 1,000,000'),
+    ('--num-steps 10001', 'argument --num-steps: must be a whole number of at most 10,000'),
+    ('--merge-length 0', 'merge_length must be a whole number from 1'),
+    ('--method=--', "argument --method: expected a value, got '--'"),
+    ('--prompts loop', "argument --prompts: 'loop' is no path (Too many levels"),
+    ('--out loop/run', "argument --out: 'loop/run' is no path"),
+    ('--out "a\0b"', 'argument --out: holds a NUL character'),
+    ('--reward \udcff', 'argument --reward: is no text in UTF-8'),
+    ('--prompts fifo', "prompts: 'fifo' could not be read (it is no regular file)"),
+    ('--prompts /dev/zero', "prompts: '/dev/zero' could not be read (it is no regular file)"),
+    ('--prompts /proc/self/maps', "prompts: '/proc/self/maps' is empty"),
+    ('--prompts deep.json', 'it is nested too deeply'),
+    ('--prompts utf16.txt', 'it is in UTF-16): save it in UTF-8'),
+    ('--prompts semicolons.csv', "its columns are separated by ';'"),
+    ('--prompts zipped.gz', 'is of a kind that is not read'),
     ('--tau 9', 'cannot be reached from step'),
     ('--tau much', "argument --tau: invalid number value: 'much'"),
     ('--active-steps 6', 'active_steps must be from 1 to num_steps - 1 = 5'),
@@ -107,7 +130,7 @@ def one_thread():
     ('--prompts blank.txt', "prompts: line 2 of 'blank.txt' is blank"),
     ('--prompts latin.txt', "prompts: 'latin.txt' could not be read"),
     ('--prompts folder', "prompts: 'folder' could not be read"),
-    ('--eval-prompts nothing.txt', "'nothing.txt' could not be read"),
+    ('--eval-prompts nothing.txt', "eval_prompts: 'nothing.txt' could not be read"),
     ('--reward beauty', "unknown reward 'beauty'"),
     ('--reward verifier+', "is not a weighted sum of names"),
     ('--reward nowhere:f', "reward 'nowhere:f' cannot be imported"),
@@ -144,6 +167,14 @@ def test_bad_setting(words, says, here, capsys):
     ('sample --lora nothing', "lora: 'nothing' does not exist"),
     ('sample --lora folder', "lora_from: 'folder' does not fit this model"),
     ('sample --num-steps 0', 'num_steps'),
+    ('sample --device cpu --prompt a --embeddings /dev/null', "embeddings: '/dev/null' cannot be written"),
+    ('sample --images 99999999999999999999', 'argument --images: must be a whole number of at most 10,000'),
+    ('rewards verifier --image /dev/zero', "image: '/dev/zero' could not be read (it is no regular file)"),
+    ('rewards verifier --image blank.txt', "image: 'blank.txt' could not be read (cannot identify"),
+    ('rewards verifier --image empty.txt', "image: 'empty.txt' is empty"),
+    ('plan --iteration -1', 'iteration must be >= 0'),
+    ('tune --most 0', 'most must be >= 1'),
+    ('demo --out " "', 'out is blank'),
     ('sample --out /proc/grid.png', "--out: '/proc/grid.png' cannot be written"),
     ('sample --out folder', "'folder' is a folder"),
     ('evaluate --size 0', 'size must be >= 1'),
@@ -167,6 +198,75 @@ def test_bad_word_to_another_command(words, says, here, capsys):
     before = tree(here)
     assert len(fails(words, says, capsys)) == 1
     assert tree(here) == before
+
+
+@pytest.mark.parametrize('words', ['train --tau {}', 'train --prompts {}', 'train --device {}', 'train --{} 3', 'plan --method {}',
+                                   'reproduce {}', '{}'])
+def test_an_error_is_short(words, here, capsys):
+    "However long the word, whatever it holds; it is quoted in at most 200 characters."
+    for word in ('x' * 100_000, '\x1b]0;title\x07' * 1000):
+        assert main(words.format(word).split()) == 2
+        line = capsys.readouterr().err.rstrip('\n')
+        assert line.isprintable() and len(line) < 1000 and 'x' * 201 not in line, line[:300]
+
+
+@pytest.mark.parametrize('settings, says', [
+    ('null', 'it holds no settings but None'),
+    ('[1, 2]', 'it holds no settings but [1, 2]'),
+    ('{"tau": "2.2"}', "tau must be a number, got '2.2'"),
+    ('{"num_steps": 2.5}', 'num_steps must be a whole number, got 2.5'),
+    ('{"resume": 1}', 'resume must be true or false, got 1'),
+    ('{"lr": NaN}', 'lr must be a finite number'),
+    ('{"prompts": null}', 'prompts must be text, got None'),
+    ('{"unheard": 1}', "it sets 'unheard', which this version does not know"),
+    ('[' * 100_000, 'it is nested too deeply'),
+    ('{"tau"', 'Expecting'),
+])
+def test_settings_of_a_run_that_are_none(settings, says, here, capsys):
+    Path('run').mkdir()
+    Path('run/metrics.jsonl').write_text('')
+    Path('run/config.json').write_text(settings)
+    line = fails('train --resume --dry-run --out run', says, capsys)[0]
+    assert "resume: 'run/config.json' cannot be read" in line and 'delete it and give all options again' in line
+
+
+@pytest.mark.parametrize('settings, says', [
+    (dict(iterations=10**20), 'iterations must be a whole number of at most 1,000,000'),
+    (dict(num_steps=6.), 'num_steps must be a whole number, got 6.0'),
+    (dict(lr='1e-4'), "lr must be a number, got '1e-4'"),
+    (dict(seed=None), 'seed must be a whole number, got None'),
+    (dict(out='a\0b'), 'out holds a NUL character'),
+    (dict(vae_tiling='yes'), "vae_tiling must be true or false, got 'yes'"),
+])
+def test_bad_setting_in_python(settings, says):
+    with pytest.raises(ValueError, match=says): Trainer(TrainConfig(**settings))
+
+
+def test_the_home_folder_is_expanded(here, monkeypatch, capsys):
+    "In quotes the shell leaves ~ to us, and so does Python; a run must not end in two places."
+    monkeypatch.setenv('HOME', str(here))
+    Path('p.txt').write_text('a red circle\n')
+    assert main(f"train {small} --iterations 1 --prompts ~/p.txt --eval-rewards verifier --embeddings ~/kept --out ~/run".split()) == 0
+    assert {'model', 'evaluations.csv', 'metrics.jsonl', 'checkpoint'} <= {p.name for p in Path('run').iterdir()}
+    assert main('evaluate --size 1 --num-steps 2 --device cpu --model ~/run/model --out ~/scores.csv'.split()) == 0
+    assert main('plan --picture ~/plan.png'.split()) == 0
+    assert Path('scores.csv').exists() and Path('plan.png').exists() and not Path('~').exists()
+    config = TrainConfig(out=Path('~/run'), lora_from='~/lora', eval_prompts='~/p.txt')
+    assert (config.out, config.lora_from, config.eval_prompts) == tuple(str(here/o) for o in ('run', 'lora', 'p.txt'))
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    "safetensors' own writer lets their owner alone read them: neither a group's model nor its cache of embeddings."
+    before = os.umask(0o027)
+    try:
+        policy = load_policy(device='cpu', lora_rank=2, embeddings=tmp_path/'kept')
+        policy.encode(['a red circle'])
+        policy.save(tmp_path/'lora')
+        load_policy(device='cpu').save(tmp_path/'model')
+    finally: os.umask(before)
+    files = [p for p in tmp_path.rglob('*') if p.is_file()]
+    assert {p.parent.name for p in files if p.suffix == '.safetensors'} >= {'kept', 'lora', 'transformer', 'vae'}
+    assert {oct(p.stat().st_mode & 0o777) for p in files} == {'0o640'}
 
 
 def test_unknown_command(capsys):

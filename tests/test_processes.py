@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from types import SimpleNamespace
 
 import pandas as pd
@@ -194,12 +194,22 @@ def kill_after_checkpoint(out, processes, iterations, **settings):
     "Start a run, and kill one of its processes once there is a checkpoint; the launcher ends the others."
     words = command(out, processes, iterations=iterations, **settings)
     job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-    while job.poll() is None and not (out/'checkpoint').exists(): time.sleep(.05)
-    workers = [int(p) for p in os.listdir('/proc') if p.isdigit() and is_worker(p, out)]
-    assert len(workers) == processes
-    os.kill(max(workers), signal.SIGKILL)
-    assert job.wait(timeout=120) != 0
+    try:
+        while job.poll() is None and not (out/'checkpoint').exists(): time.sleep(.05)
+        workers = workers_of(out)
+        assert len(workers) == processes
+        os.kill(max(workers), signal.SIGKILL)
+        assert job.wait(timeout=120) != 0
+    finally:
+        job.kill()
+        for worker in workers_of(out):
+            with suppress(ProcessLookupError): os.kill(worker, signal.SIGKILL)
     assert 2 <= len((out/'metrics.jsonl').read_text().splitlines()) < iterations
+
+
+def workers_of(out):
+    "The training processes of a run."
+    return [int(p) for p in os.listdir('/proc') if p.isdigit() and is_worker(p, out)]
 
 
 def is_worker(pid, out):
