@@ -476,7 +476,7 @@ def public_address(
     text:str, # Addresses, also within a reward such as .5*server(http://…?key=…)
 )->str: # The same without user:password@ and what stands after a ?
     "A text without what may be secret in addresses."
-    return re.sub(r'\?[^\s,()]+', '?…', re.sub(r'[^\s/(]*@', '…@', text))
+    return re.sub(r'\?[^\s,()]+', '?...', re.sub(r'[^\s/(]*@', '...@', text))
 
 def _check_address(
     url:str|None, # Should be http://… or https://…

@@ -28,6 +28,12 @@ PROMPTS = ['a', 'b', 'a “c”', '', 'ü\n']
 def brightness(images, prompts): return images.mean((1, 2, 3)) + torch.tensor([float(len(o)) for o in prompts])
 
 
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch):
+    "Whoever runs the tests may have one."
+    monkeypatch.delenv('EGRPO_TOKEN', raising=False)
+
+
 @contextmanager
 def running(server):
     "A server in a thread; inside, its address."
@@ -193,7 +199,7 @@ def test_a_connection_that_is_reset_makes_no_noise(answer, monkeypatch):
     monkeypatch.setattr(server, 'handle_error', lambda *args: noise.append(sys.exc_info()[1]))
     with running(server), socket.create_connection(server.server_address) as client:
         body = pack(IMAGES, PROMPTS)
-        client.sendall(f'POST / HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
+        client.sendall(f'POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n'.encode() + body)
         assert going.wait(10)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)) # reset, not closed in order
         client.close()
