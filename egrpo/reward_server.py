@@ -23,6 +23,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
@@ -45,15 +46,21 @@ def to_png(
     Image.fromarray(pixels).save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
-def from_file(
-    data:bytes, # A PNG, a JPEG, or anything else that Pillow reads
+def _pixels(
+    data:bytes, # An image's file
     formats:list|None=None, # Formats to take, by Pillow's names; None = all
-)->Tensor: # (3,H,W) fp32 in [0,1]
-    "An image from the bytes of a file of one's own."
+)->Tensor: # (3,H,W), 0 to 255
+    "Read an image."
     import numpy as np
     from PIL import Image
     with Image.open(io.BytesIO(data), formats=formats) as picture: pixels = np.array(picture.convert('RGB'))
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+def from_file(
+    data:bytes, # A PNG, a JPEG, or anything else that Pillow reads
+)->Tensor: # (3,H,W) fp32 in [0,1]
+    "An image from a file of one's own."
+    return _pixels(data) / 255
 
 def pack(
     images:Tensor, # (B,3,H,W) in [0,1]
@@ -104,7 +111,7 @@ def from_png(
 )->Tensor: # (3,H,W) fp32 in [0,1]
     "An image from a PNG that somebody else made."
     png_size(data)
-    return from_file(bare_png(data), ['PNG'])
+    return _pixels(bare_png(data), ['PNG']) / 255
 
 # %% ../nbs/12_reward_server.ipynb #f61c83b7
 PROMPT_LENGTH = 10_000 # characters
@@ -121,12 +128,14 @@ def _line(
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 def _parse(
-    body:bytes, # A request
+    body:bytes, # A request, or anything else that holds bytes
 )->dict: # What it holds
     "Read a request's JSON, if it can be one."
-    values = sum(body.count(o) for o in (b',', b'[', b'{'))
-    if values > VALUES_PER_REQUEST: raise ValueError(f"{REQUEST}: it has more than {VALUES_PER_REQUEST} values")
-    try: asked = json.loads(body)
+    try:
+        text = str(body, 'utf-8')
+        values = sum(text.count(o) for o in ',[{')
+        if values > VALUES_PER_REQUEST: raise ValueError(f"it has more than {VALUES_PER_REQUEST} values")
+        asked = json.loads(text)
     except (ValueError, RecursionError) as e: raise ValueError(f"{REQUEST}: {_line(e)}") from e
     if not isinstance(asked, dict) or not all(isinstance(asked.get(o), list) for o in ('prompts', 'images')):
         raise ValueError(f"{REQUEST}: two lists in an object")
@@ -148,16 +157,18 @@ def _decode(
     "Images from PNGs, if they are few and small enough."
     if not 0 < len(pictures) <= IMAGES_PER_REQUEST:
         raise ValueError(f"it has {len(pictures)} images: send 1 to {IMAGES_PER_REQUEST}")
-    files = [base64.b64decode(o, validate=True) for o in pictures]
-    sizes = {png_size(o) for o in files}
+    starts = [base64.b64decode(o[:64], validate=True) for o in pictures]
+    sizes = {png_size(o) for o in starts}
     if len(sizes) > 1: raise ValueError(f"they have {len(sizes)} sizes")
     height, width = sizes.pop()
-    pixels = len(files) * height * width
+    pixels = len(pictures) * height * width
     if pixels > PIXELS_PER_REQUEST:
         raise ValueError(f"they have {pixels} pixels: send at most {PIXELS_PER_REQUEST}, in several requests")
-    images = torch.empty(len(files), 3, height, width)
-    for image, data in zip(images, files): image.copy_(from_png(data))
-    return images
+    images = torch.empty(len(pictures), 3, height, width)
+    for image, picture in zip(images, pictures):
+        data = bare_png(base64.b64decode(picture, validate=True))
+        image.copy_(_pixels(data, ['PNG']))
+    return images.div_(255)
 
 def unpack(
     body:bytes, # JSON
@@ -172,7 +183,7 @@ def unpack(
 # %% ../nbs/12_reward_server.ipynb #1a7e5d90
 MAX_BODY = 80 * 2**20 # bytes of a request
 MAX_HEAD = 2**14 # bytes before it
-MAX_HELD = 2**28 # bytes of all requests
+MAX_HELD = 4 * MAX_BODY # bytes of all requests
 MAX_CONNECTIONS = 256
 GRACE = 10 # seconds that a sender may be silent
 PACE = 2**18 # bytes a second that a sender must reach, after as long
@@ -209,7 +220,7 @@ class _Server(ThreadingHTTPServer):
         token:str, # That requests must carry; '' for none
     ):
         self.reward, self.name, self.token = reward, name, token
-        self.turn = threading.Lock() # whoever holds it is scored
+        self.scorer = ThreadPoolExecutor(1) # one request after the other, always in the same thread
         self.lock = threading.RLock() # for `visits`
         self.visits = {} # socket -> _Visit
         self.closing = False
@@ -263,7 +274,8 @@ class _Server(ThreadingHTTPServer):
     )->bool: # False where it takes longer
         "Let the request that is being scored have its answer, and score no more."
         self.closing = True
-        return self.turn.acquire(timeout=seconds)
+        last = self.scorer.submit(int)
+        return bool(wait([last], seconds).done)
 
 # %% ../nbs/12_reward_server.ipynb #3c9071b2
 def _is_loopback(
@@ -331,16 +343,18 @@ def _scores(
     "Score what a request asks."
     images, prompts = unpack(body)
     with torch.no_grad(): raw = torch.as_tensor(reward(images, prompts))
-    if raw.is_complex() or raw.dtype == torch.bool: raise ValueError(f"the reward gave {raw.dtype}: return real numbers")
+    if raw.is_complex() or raw.dtype == torch.bool:
+        raise ValueError(f"the reward gave {raw.dtype}: return real numbers")
     scores = raw.float().cpu()
     if scores.shape != (len(prompts),):
         raise ValueError(f"the reward gave scores of shape {tuple(scores.shape)} for {len(prompts)} images")
     bad = scores[~scores.isfinite()].tolist()
-    if bad: raise ValueError(f"the reward gave {bad[0]} for {len(bad)} of {len(prompts)} images: return finite numbers")
+    n = len(prompts)
+    if bad: raise ValueError(f"the reward gave {bad[0]} for {len(bad)} of {n} images: return finite numbers")
     return scores.tolist()
 
 class _Handler(BaseHTTPRequestHandler):
-    "One request; the server it belongs to has `reward`, `name`, `token` and `turn`."
+    "One request; the server it belongs to has `reward`, `name`, `token` and `scorer`."
     server_version, sys_version = 'egrpo', ''
     request_version = 'HTTP/1.0' # until the request names its own
     def log_request(self, *args): pass
@@ -372,7 +386,7 @@ class _Handler(BaseHTTPRequestHandler):
         while not self.visit.dropped:
             data = self._recv(most)
             if data: self.server.receive(self.visit, len(data))
-            if self.visit.is_late(): raise _Refusal(408, f"the request came too slowly: send it within {GRACE} s")
+            if self.visit.is_late(): raise _Refusal(408, "the request came too slowly: send it at once")
             if data is not None and not self.visit.dropped: return data
         raise _Refusal(503, "the server is full: ask again", **{'Retry-After': 1})
 
@@ -408,20 +422,24 @@ class _Handler(BaseHTTPRequestHandler):
         if size > MAX_BODY: raise _Refusal(413, f"the request has {size} bytes, more than {MAX_BODY}")
         return size
 
-    def _read_body(self)->bytearray:
+    def _read_body(self)->memoryview:
         "Read the body within the limits."
         size = self._length()
-        body = self.begun[:size]
-        while len(body) < size:
-            data = self._receive(min(STEP, size - len(body)))
-            if not data: raise _Refusal(400, f"the body ended after {len(body)} of {size} bytes")
-            body += data
+        body = memoryview(torch.empty(size, dtype=torch.uint8).numpy()) # takes memory only as it is filled
+        at = min(size, len(self.begun))
+        body[:at] = self.begun[:at]
+        while at < size:
+            data = self._receive(min(STEP, size - at))
+            if not data: raise _Refusal(400, f"the body ended after {at} of {size} bytes")
+            body[at:at + len(data)] = data
+            at += len(data)
         with self.server.lock: self.visit.sending = False
         return body
 
     def _is_left(self)->bool:
         "Has the client gone while it waited for its turn?"
-        try: return bool(select.select([self.connection], [], [], 0)[0]) and not self.connection.recv(1, socket.MSG_PEEK)
+        there = select.select([self.connection], [], [], 0)[0]
+        try: return bool(there) and not self.connection.recv(1, socket.MSG_PEEK)
         except ConnectionError: return True
 
     def _linger(self):
@@ -435,16 +453,20 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         "Say what is served."
         self._admit()
-        _answer(self, 200, reward=self.server.name, ask='POST {"prompts": [...], "images": ["<base64 of a PNG>", ...]}')
+        ask = 'POST {"prompts": [...], "images": ["<base64 of a PNG>", ...]}'
+        _answer(self, 200, reward=self.server.name, ask=ask)
 
     def do_POST(self):
         "Score images."
         self._admit()
-        body = self._read_body()
-        try:
-            with self.server.turn:
-                if self.server.closing or self._is_left(): return # it asks again, and would be scored twice
-                _answer(self, 200, scores=_scores(self.server.reward, body))
+        self.server.scorer.submit(self._score, self._read_body()).result()
+
+    def _score(self,
+        body:memoryview, # A request
+    )->None:
+        "Score images, in the scorer's thread."
+        if self.server.closing or self._is_left(): return # it asks again, and would be scored twice
+        try: _answer(self, 200, scores=_scores(self.server.reward, body))
         except ValueError as e: raise _Refusal(400, str(e)) from None
         except Exception as e: raise _Refusal(500, f"{type(e).__name__}: {e}") from None
 
@@ -459,10 +481,12 @@ def make_server(
     "An HTTP server for a reward."
     token = find_token(token)
     if not 0 <= port < 65536: raise ValueError(f"port must be 0 to 65535, got {port}")
-    if not host.strip(): raise ValueError(f"host must be an address, got {host!r}: take 127.0.0.1, or 0.0.0.0 for every network")
+    if not host.strip():
+        raise ValueError(f"host must be an address, got {host!r}: take 127.0.0.1, or 0.0.0.0 for every network")
     try: server = _Server((host, port), reward, name, token)
     except OSError as e:
-        raise ValueError(f"port {port} of {host} cannot be listened on ({e.strerror}): choose another --port or --host") from e
+        trouble = f"port {port} of {host} cannot be listened on ({e.strerror})"
+        raise ValueError(f"{trouble}: choose another --port or --host") from e
     if token or server.is_local: return server
     server.server_close()
     raise ValueError(f"host {host} lets other machines ask: give --token or set EGRPO_TOKEN, here and where the training runs")
@@ -488,9 +512,10 @@ def _check_address(
         good = parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0
     except ValueError: good = False # its port
     if not good or re.search(r'[^\x21-\x7e]', text):
-        raise ValueError(f"reward server needs an address, got {_line(public_address(text))!r}: write server(http://127.0.0.1:8000)")
+        shown = _line(public_address(text))
+        raise ValueError(f"reward server needs an address, got {shown!r}: write server(http://127.0.0.1:8000)")
     if '@' in parts.netloc:
-        raise ValueError("reward server takes no user and password in its address: set EGRPO_TOKEN, here and at the server")
+        raise ValueError("reward server takes no user and password in its address: set EGRPO_TOKEN, here and there")
 
 @contextmanager
 def _deadline(
@@ -559,8 +584,9 @@ def _reason(
     reply:_Reply, # A refusal
 )->str: # One line
     "The server's words, or else the status."
+    if reply.status // 100 == 3: return f"HTTP {reply.status} (redirects are not followed)"
     try: return _line(json.loads(reply.text)['error'], 1000)
-    except Exception: return f"HTTP {reply.status}" + (" (redirects are not followed)" if reply.status // 100 == 3 else '')
+    except Exception: return f"HTTP {reply.status}"
 
 def _checked(
     answer, # What the server answered
@@ -571,7 +597,8 @@ def _checked(
     scores = answer.get('scores') if isinstance(answer, dict) else None
     good = isinstance(scores, list) and len(scores) == n and all(type(o) is float for o in scores)
     if good and torch.tensor(scores).isfinite().all(): return scores
-    raise RewardError(f'reward {spec} must answer {{"scores": [...]}} with {n} finite numbers, got {_line(answer)}')
+    wanted = f'{{"scores": [...]}} with {n} finite numbers'
+    raise RewardError(f'reward {spec} must answer {wanted}, got {_line(answer)}')
 
 # %% ../nbs/12_reward_server.ipynb #b16d08f4
 class RewardClient:
@@ -607,7 +634,8 @@ class RewardClient:
         reply = _exchange(self.url, body, self.token, self.timeout)
         if reply.status in RETRIED: raise _Busy(reply)
         if reply.status // 100 != 2: raise RewardError(f"reward {self.spec} refused: {_reason(reply)}")
-        if len(reply.text) > MAX_ANSWER: raise RewardError(f"reward {self.spec} answered with more than {MAX_ANSWER} bytes")
+        if len(reply.text) > MAX_ANSWER:
+            raise RewardError(f"reward {self.spec} answered with more than {MAX_ANSWER} bytes")
         try: return json.loads(reply.text, parse_int=float)
         except (ValueError, RecursionError) as e:
             raise RewardError(f"reward {self.spec} did not answer in JSON: is it a reward server?") from e
@@ -627,13 +655,14 @@ class RewardClient:
         body:bytes, # A request
     )->dict: # The answer
         "Ask, and again where the server is away, busy or slow."
-        for wait in [*[2**i for i in range(self.retries)], None]:
+        for pause in [*[2**i for i in range(self.retries)], None]:
             try: return self._queue(body)
             except _Busy as e: trouble = str(e)
             except TimeoutError: trouble = f"has not answered within {self.timeout:g} s"
             except (OSError, HTTPException) as e: trouble = f"is not there ({_line(e)})"
-            if wait: time.sleep(wait)
-        raise RewardError(f"reward {self.spec} {trouble}, asked {self.retries + 1} times: start it (egrpo serve), or check the address")
+            if pause: time.sleep(pause)
+        times = f"asked {self.retries + 1} times"
+        raise RewardError(f"reward {self.spec} {trouble}, {times}: start it (egrpo serve), or check the address")
 
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]
