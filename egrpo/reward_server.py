@@ -88,7 +88,7 @@ def png_size(
     small, large = sorted((width, height))
     if not 0 < width * height <= PIXELS_PER_IMAGE:
         raise ValueError(f"an image has {width} × {height} pixels: send at most {PIXELS_PER_IMAGE}")
-    if large > ASPECT * small: raise ValueError(f"an image of {width} × {height} pixels is longer than {ASPECT}:1")
+    if large > ASPECT * small: raise ValueError(f"an image has {width} × {height} pixels, beyond {ASPECT}:1")
     return height, width
 
 def bare_png(
@@ -149,7 +149,8 @@ def _check_prompts(
     if len(prompts) != n or not all(isinstance(o, str) for o in prompts):
         raise ValueError(f"the request needs one prompt, a string, per image; it has {len(prompts)} for {n}")
     longest = max(map(len, prompts))
-    if longest > PROMPT_LENGTH: raise ValueError(f"a prompt has {longest} characters: send at most {PROMPT_LENGTH}")
+    if longest > PROMPT_LENGTH:
+        raise ValueError(f"a prompt has {longest} characters: send at most {PROMPT_LENGTH}")
 
 def _decode(
     pictures:list, # Should be base64 of PNGs of one size
@@ -394,8 +395,8 @@ class _Handler(BaseHTTPRequestHandler):
         "Read what stands before the body, and keep what came of the body."
         head, end = bytearray(), None
         while not end:
-            if len(head) > MAX_HEAD: raise _Refusal(431, f"the request's head has more than {MAX_HEAD} bytes")
-            data = self._receive(2**12)
+            if len(head) == MAX_HEAD: raise _Refusal(431, f"the request's head has more than {MAX_HEAD} bytes")
+            data = self._receive(MAX_HEAD - len(head))
             if not data: raise ConnectionAbortedError
             head += data
             end = re.search(rb'\r?\n\r?\n', head)
@@ -406,10 +407,11 @@ class _Handler(BaseHTTPRequestHandler):
         "Refuse who may not ask."
         names = [*self.headers.get_all('Host', ['']), *self.headers.get_all('Origin', [])]
         if self.server.is_local and not all(_is_loopback(_host(o)) for o in names):
-            raise _Refusal(403, "the server answers this machine alone: ask http://127.0.0.1 or http://localhost")
+            raise _Refusal(403, "the server answers this machine alone: ask 127.0.0.1 or localhost")
         token = self.server.token
         if token and not _carries(self.headers.get('Authorization', ''), token):
-            raise _Refusal(401, "the token is missing or wrong: set EGRPO_TOKEN", **{'WWW-Authenticate': 'Bearer'})
+            asked = {'WWW-Authenticate': 'Bearer'}
+            raise _Refusal(401, "the token is missing or wrong: set EGRPO_TOKEN", **asked)
 
     def _length(self)->int: # Bytes
         "The length of the body."
@@ -482,14 +484,14 @@ def make_server(
     token = find_token(token)
     if not 0 <= port < 65536: raise ValueError(f"port must be 0 to 65535, got {port}")
     if not host.strip():
-        raise ValueError(f"host must be an address, got {host!r}: take 127.0.0.1, or 0.0.0.0 for every network")
+        raise ValueError(f"host must be an address, got {host!r}: take 127.0.0.1, or 0.0.0.0 for all networks")
     try: server = _Server((host, port), reward, name, token)
     except OSError as e:
         trouble = f"port {port} of {host} cannot be listened on ({e.strerror})"
         raise ValueError(f"{trouble}: choose another --port or --host") from e
     if token or server.is_local: return server
     server.server_close()
-    raise ValueError(f"host {host} lets other machines ask: give --token or set EGRPO_TOKEN, here and where the training runs")
+    raise ValueError(f"host {host} lets other machines ask: give --token or set EGRPO_TOKEN, here and there")
 
 # %% ../nbs/12_reward_server.ipynb #ce7bb77a
 MAX_ANSWER = 2**16 # bytes
@@ -515,7 +517,7 @@ def _check_address(
         shown = _line(public_address(text))
         raise ValueError(f"reward server needs an address, got {shown!r}: write server(http://127.0.0.1:8000)")
     if '@' in parts.netloc:
-        raise ValueError("reward server takes no user and password in its address: set EGRPO_TOKEN, here and there")
+        raise ValueError("reward server takes no user:password@ in its address: set EGRPO_TOKEN, here and there")
 
 @contextmanager
 def _deadline(
@@ -611,7 +613,8 @@ class RewardClient:
     ):
         _check_address(url)
         if not 0 < timeout <= 86400 or retries < 0:
-            raise ValueError(f"timeout must be > 0 and at most 86400, and retries >= 0, got {timeout} and {retries}")
+            got = f"got {timeout} and {retries}"
+            raise ValueError(f"timeout must be > 0 and at most 86400, and retries >= 0, {got}")
         self.url, self.timeout, self.retries, self.__name__ = url, timeout, retries, 'server'
         self.token = find_token(token)
         place = public_address(url)
