@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COST_OPTIONS', 'SECONDS', 'TUNE_OPTIONS',
-           'SAMPLE_OPTIONS', 'DEMO_FILES', 'NEXT', 'Option', 'config_options', 'yes_or_no', 'converter', 'show_default',
-           'add_option', 'add_fields', 'add_own', 'option_groups', 'Parser', 'Command', 'make_parser', 'explain',
-           'set_environment', 'complain', 'main', 'table', 'category_rows', 'score_names', 'show_mean',
-           'category_table', 'change_table', 'ends', 'overlap_text', 'change_tables', 'given', 'check_file',
-           'check_picture', 'save_picture', 'try_reward', 'check_device', 'say', 'fold', 'run_methods', 'own_methods',
-           'read_images', 'run_rewards', 'add_rewards', 'plan_lengths', 'plan_table', 'steps_table', 'preset',
-           'published', 'plan_cost', 'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan', 'add_plan',
-           'run_tune', 'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options',
-           'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder',
-           'check_out', 'check_model', 'check_run', 'check_settings', 'begun_settings', 'train_config', 'prompts_text',
-           'try_own_rewards', 'run_train', 'stopped_early', 'part', 'ready', 'sample_command', 'run_report',
-           'add_train', 'time_is_up', 'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows',
-           'draw_demo', 'demo_config', 'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce',
-           'add_reproduce', 'run_claims', 'run_serve', 'add_serve']
+           'SAMPLE_OPTIONS', 'DEMO_FILES', 'NEXT', 'SECONDS_TO_FINISH', 'Option', 'config_options', 'yes_or_no',
+           'converter', 'show_default', 'add_option', 'add_fields', 'add_own', 'option_groups', 'Parser', 'Command',
+           'make_parser', 'explain', 'set_environment', 'complain', 'main', 'table', 'category_rows', 'score_names',
+           'show_mean', 'category_table', 'change_table', 'ends', 'overlap_text', 'change_tables', 'given',
+           'check_file', 'check_picture', 'save_picture', 'try_reward', 'check_device', 'say', 'fold', 'run_methods',
+           'own_methods', 'read_images', 'run_rewards', 'add_rewards', 'plan_lengths', 'plan_table', 'steps_table',
+           'preset', 'published', 'plan_cost', 'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan',
+           'add_plan', 'run_tune', 'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample',
+           'add_model_options', 'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made',
+           'last_checkpoint', 'run_folder', 'check_out', 'check_model', 'check_run', 'check_settings', 'begun_settings',
+           'train_config', 'prompts_text', 'try_own_rewards', 'run_train', 'stopped_early', 'part', 'ready',
+           'sample_command', 'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo', 'shown_places',
+           'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo', 'add_demo',
+           'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'stopped_by_sigterm', 'serve_reward', 'leave',
+           'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -26,6 +27,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -437,13 +439,13 @@ def read_images(
     import torch
     from PIL import Image
 
-    from egrpo.reward_server import from_png
+    from egrpo.reward_server import from_file
     if not files: return list(torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     def read(path):
         "One file."
         named, remedy = f'image: {quote(path)}', 'name a PNG or JPEG file'
         check_readable(path, named, remedy)
-        try: return from_png(Path(path).read_bytes())[None]
+        try: return from_file(Path(path).read_bytes())[None]
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: # as PIL says that it is none
             raise ValueError(f"{named} could not be read ({getattr(e, 'strerror', None) or e}): {remedy}") from e
     return [read(o) for o in files]
@@ -1260,18 +1262,49 @@ COMMANDS['claims'] = Command(run_claims, lambda parser: None, "List both papers'
                              'egrpo claims')
 
 # %% ../nbs/35_cli.ipynb #5f1a9b84
+@contextmanager
+def stopped_by_sigterm():
+    "Take SIGTERM for Ctrl-C."
+    def interrupt(*args): raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
+def serve_reward(
+    args, # Parsed arguments
+):
+    "Serve until interrupted; the request that is being scored then has some seconds to end."
+    from egrpo.reward import get_reward
+    from egrpo.reward_server import make_server
+    reward = get_reward(args.reward)
+    with make_server(reward.total, args.host, args.port, str(reward), args.token) as server:
+        try_reward(reward, [args.prompt], 64)
+        host = f'[{args.host}]' if ':' in args.host else args.host
+        url = f'http://{host}:{server.server_port}'
+        token = ', with EGRPO_TOKEN as here' * bool(server.token)
+        say(f"{reward} at {url}, until Ctrl-C; train with --reward 'server({url})'{token}")
+        try: server.serve_forever()
+        except KeyboardInterrupt:
+            leave(server)
+            raise
+
+def leave(
+    server, # Of `make_server`
+):
+    "Wait for a reward that still computes; beyond that, exit at once: Python could not end its thread in order."
+    if server.finish(SECONDS_TO_FINISH): return
+    say('stopped')
+    sys.stdout.flush()
+    os._exit(0)
+
+SECONDS_TO_FINISH = 5
+
 def run_serve(
     args, # Parsed arguments
 ):
     "egrpo serve: serve a reward."
-    from egrpo.reward import get_reward
-    from egrpo.reward_server import make_server
-    reward = get_reward(args.reward)
-    try_reward(reward, [args.prompt], 64)
-    with make_server(reward.total, args.host, args.port, str(reward)) as server:
-        url = f'http://{args.host}:{server.server_port}'
-        say(f"{reward} at {url}, until Ctrl-C; train with --reward 'server({url})'")
-        try: server.serve_forever()
+    with stopped_by_sigterm():
+        try: serve_reward(args)
         except KeyboardInterrupt: say('stopped')
 
 def add_serve(
@@ -1280,8 +1313,9 @@ def add_serve(
     "Options of egrpo serve."
     add_own(parser.add_argument_group('server'),
             Option('reward', 'str', 'verifier', 'What to serve: a reward, or a weighted sum, which is one number'),
-            Option('host', 'str', '127.0.0.1', 'Address to listen on; 0.0.0.0 lets every machine ask that can reach this one', 'ADDRESS'),
+            Option('host', 'str', '127.0.0.1', 'Address to listen on; 0.0.0.0 lets other machines ask, who need the token', 'ADDRESS'),
             Option('port', 'int', 8000, 'Port to listen on; 0 takes a free one'),
+            Option('token', 'str', None, 'Word that requests must carry; better set EGRPO_TOKEN, since others see command lines', 'WORD'),
             Option('prompt', 'str', 'a red circle', 'Prompt to try the reward with before serving'))
 
 COMMANDS['serve'] = Command(run_serve, add_serve, 'Serve a reward over HTTP, for trainings that name it server(http://…).',

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import egrpo
 from .reward_models import REWARD_MODELS, RewardError, RewardModel
-from .reward_server import RewardClient
+from .reward_server import RewardClient, public_address
 
 # %% ../nbs/14_reward.ipynb #6c7c1750
 def _check_batch(
@@ -220,8 +220,9 @@ def _parse(
     while at < len(spec) or not terms:
         m = _term.match(spec, at)
         if not m or (m.end() == len(spec) and spec.rstrip().endswith('+')):
-            raise ValueError(f"reward {spec!r} is not a weighted sum of names: write it like 'verifier', 'preference + 0.5*clip', "
-                             "'hpsv2.1(/path/of/weights.pt)' or 'path/of/file.py:function', a file's path of letters, digits and ./_-")
+            raise ValueError(f"reward {public_address(spec)!r} is not a weighted sum of names: write it like 'verifier', "
+                             "'preference + 0.5*clip', 'hpsv2.1(/path/of/weights.pt)' or "
+                             "'path/of/file.py:function', a file's path of letters, digits and ./_-")
         terms.append((float(m[1] or 1), m[2], m[3]))
         at = m.end()
     return terms
@@ -233,9 +234,12 @@ def _called(
 )->list: # What each is called in metrics
     "Names, with places where it takes them."
     times = Counter(name for _, name, _ in terms)
-    names = [f'{name}({place})' if times[name] > 1 and place else name for _, name, place in terms]
+    names = []
+    for _, name, place in terms:
+        shown = public_address(place) if name == 'server' and place else place
+        names.append(f'{name}({shown})' if times[name] > 1 and place else name)
     twice = [name for name, n in Counter(names).items() if n > 1]
-    if twice: raise ValueError(f"reward {spec!r} names {twice[0]!r} twice: add up its weights")
+    if twice: raise ValueError(f"reward {public_address(spec)!r} names {twice[0]!r} twice: add up its weights")
     return names
 
 # %% ../nbs/14_reward.ipynb #6866751f
@@ -264,7 +268,8 @@ def _find(
     if name == 'server':
         url, _, seconds = (place or '').partition(',')
         try: wait = float(seconds or 120)
-        except ValueError: raise ValueError(f"reward server({place}): after the comma stand seconds to wait, got {seconds!r}") from None
+        except ValueError: raise ValueError("reward server(address, X): after the comma stand seconds to wait: "
+                                            "write server(http://127.0.0.1:8000, 600)") from None
         return RewardClient(url.strip(), wait)
     if name in REWARD_MODELS: return RewardModel(name, place)
     if place: raise ValueError(f"reward {name!r} has no place to name: leave out ({place})")

@@ -467,10 +467,11 @@ class Trainer:
         "What stands behind the names of the configuration, or was passed in; a run that goes on must find it as it was."
         methods = {method_name(m): METHODS[m] if isinstance(m, str) else m for m in (self.method, self.config.base) if m}
         rewards = self.eval_reward.rewards | self.reward.rewards
+        served = {f'what {k} serves': f.served_reward() for k, f in rewards.items() if hasattr(f, 'served_reward')}
         code = {f'the code of {k}': code_of(f, k) for k, f in rewards.items()}
         code |= {f'the code of method {k}': code_of(f) for k, f in methods.items()}
         texts = {k: digest(json.dumps(v).encode()) for k, v in dict(prompts=self.prompts, eval_prompts=self.eval_prompts).items()}
-        return self.names | texts | {k: hashed for k, hashed in code.items() if hashed}
+        return self.names | texts | {k: known for k, known in (code | served).items() if known}
 
     def _load_policy(self,
         shared:bool, # Is the network shared among the processes?
