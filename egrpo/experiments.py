@@ -147,7 +147,7 @@ def images_at(
     places:list, # Places of evaluation prompts
 )->Tensor: # (N,3,H,W) images in [0, 1]
     "The images that an evaluation makes at these places."
-    policy, plan = trainer.policy, ode_plan(trainer.config.num_steps, trainer.config.shift)
+    policy, plan = trainer.policy, ode_plan(trainer.config.num_steps, trainer.settings['shift'])
     cond = policy.encode([trainer.eval_prompts[i] for i in places])
     with swapped(trainer.parameters, trainer.ema), policy.together(): out = rollout(policy, cond, plan, 'sample', 0, prompt_ids=places)
     return policy.decode(out.latents)

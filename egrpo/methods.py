@@ -155,12 +155,12 @@ def taken(
     method, # A name in `METHODS`, or a function that returns a Plan
     base=None, # What AEGPO is put upon, where it was chosen
 )->dict: # The same, without those of other methods
-    "What is left of settings for all methods, such as a scale's; every run keeps its seed."
+    "What is left of settings for all methods, such as a scale's; every run keeps its seed and its schedule."
     if not isinstance(method, str): return dict(settings) # a function of one's own takes what it wants
     own = method_settings(method)
     upon = own.get('base') and (base or own['base'])
     others = {k for s in map(method_settings, METHODS) if 'base' not in s for k in s}
-    others -= {'seed', *own, *(method_settings(upon) if upon else ())}
+    others -= {'seed', 'shift', *own, *(method_settings(upon) if upon else ())}
     return {k: v for k, v in settings.items() if k not in others}
 
 def check_taken(

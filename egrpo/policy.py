@@ -7,7 +7,8 @@ __all__ = ['FULL', 'DTYPES', 'MEMORY_BYTES', 'LORA_TARGETS', 'PASSES', 'MICRO_BA
            'best_device', 'is_out_of_memory', 'assets_path', 'limit_hub_waiting', 'load_pipeline', 'Conditions',
            'Embeddings', 'network_fingerprint', 'text_fingerprint', 'lora_layers', 'check_lora_file', 'load_lora',
            'compile_blocks', 'shard_network', 'whole_tensor', 'whole_tensors', 'own_part', 'swapped', 'pipeline_sigmas',
-           'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy', 'model_sigmas']
+           'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy', 'bare_pipeline',
+           'model_sigmas']
 
 # %% ../nbs/10_policy.ipynb #b8d27e80
 import copy
@@ -18,7 +19,7 @@ import os
 import uuid
 import warnings
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from unittest.mock import patch
 
@@ -1031,6 +1032,7 @@ def _bare_pipeline(
     local:bool, # Look here alone, in the folder or the hub's cache?
 ): # The pipeline: networks on the meta device, no text encoders
     "Build a pipeline from its configuration files."
+    warnings.filterwarnings('ignore', '.*local_dir_use_symlinks') # diffusers asks the hub's client in an old way
     index = DiffusionPipeline.load_config(source, local_files_only=local)
     parts = {k: None if isinstance(v, list) else v for k, v in index.items() if k[0] != '_'}
     for name in {'scheduler', 'vae', 'transformer', 'unet'} & index.keys():
@@ -1046,16 +1048,23 @@ def _hub_answers(
     try: return bool(get_session().head(hf_hub_url(model, 'model_index.json'), timeout=5))
     except Exception: return False # the client has errors of its own, and offline mode another
 
+def bare_pipeline(
+    model:str='miniature', # 'miniature', a folder, or a hub id
+): # The pipeline: networks on the meta device, no text encoders
+    "Build a pipeline from its configuration files: no weights are read."
+    source = str(assets_path(model) if model == 'miniature' else model)
+    local = Path(source).exists() or not _hub_answers(source)
+    try: return _bare_pipeline(source, local)
+    except Exception as e: raise _load_error(model, e) from e # of as many kinds as in `load_pipeline`
+
+@lru_cache(maxsize=64)
 def model_sigmas(
     model:str='miniature', # 'miniature', a folder, or a hub id
     num_steps:int=16, # T, denoising steps, >= 1
     resolution:int|None=None, # Side of the images in pixels; None = what the VAE was made for
-)->Tensor: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU
-    "A model's own schedule, from its configuration files: no weights are read."
-    source = str(assets_path(model) if model == 'miniature' else model)
-    try: pipeline = _bare_pipeline(source, True)
-    except OSError as e:
-        if '/' not in source or Path(source).exists() or not _hub_answers(source): raise _load_error(model, e) from e
-        pipeline = _bare_pipeline(source, False)
+)->Tensor|None: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU; None = the files cannot be read here
+    "A model's own schedule, from its configuration files."
+    try: pipeline = bare_pipeline(model)
+    except ValueError: return None
     policy = _policy_class(model, type(pipeline))
     return policy._own_sigmas(pipeline, num_steps, resolution or pipeline.vae.config.sample_size)
