@@ -32,7 +32,7 @@ def _check_lengths(
 # %% ../nbs/22_methods.ipynb #7e9c5f29
 def egrpo(
     num_steps:int=16, # T, denoising steps, >= 2 (the paper's 16)
-    shift:float=3.0, # Shift of the schedule, > 0 (the paper's 3)
+    shift:float=3.0, # Shift of the schedule, > 0 (the paper's 3), or its noise levels
     tau:float=2.2, # Entropy threshold on exp(h/d), h/d in nats per latent element, >= 0; 0 merges nothing
     active_steps:int=8, # Steps that are made stochastic, one at a time: the first ones, 1…T-1; the paper takes half
     first_step:int|None=None, # The first one, >= 0; given, steps that cannot reach `tau` merge as far as they can; None = 0, refuse such

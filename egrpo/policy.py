@@ -1027,7 +1027,7 @@ def load_policy(
     return _policy_class(model, type(pipeline))(pipeline, lora_rank, device=device, dtype=dtype, **kwargs)
 
 # %% ../nbs/10_policy.ipynb #5c1ed016
-def _bare_pipeline(
+def _from_files(
     source:str, # A pipeline's folder or hub id
     local:bool, # Look here alone, in the folder or the hub's cache?
 ): # The pipeline: networks on the meta device, no text encoders
@@ -1054,7 +1054,7 @@ def bare_pipeline(
     "Build a pipeline from its configuration files: no weights are read."
     source = str(assets_path(model) if model == 'miniature' else model)
     local = Path(source).exists() or not _hub_answers(source)
-    try: return _bare_pipeline(source, local)
+    try: return _from_files(source, local)
     except Exception as e: raise _load_error(model, e) from e # of as many kinds as in `load_pipeline`
 
 @lru_cache(maxsize=64)
