@@ -23,7 +23,6 @@ from .methods import make_plan, method_settings, stochastic_steps
 from .plan import Branch, Plan, gradient_nfe, rollout_nfe
 from .recorder import record_attention_entropy
 from .rollout import rollout
-from .sigmas import flow_sigmas
 
 # %% ../nbs/23_allocation.ipynb #60d85c4a
 def query_share(
@@ -38,11 +37,11 @@ def entropy_profiles(
     policy, # A policy with `transformer`; inside `policy.reference()` the policy before training
     prompts:list, # P prompts; none gives an empty tensor
     num_steps:int=16, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float|Tensor|None=None, # As for `Policy.sigmas`; None = the model's own schedule
 )->Tensor: # (P,T) nats, fp32, on the CPU
     "Attention entropy along a prompt's unguided ODE trajectory: T network evaluations per prompt."
     if not prompts: return torch.zeros(0, num_steps)
-    plan = Plan(flow_sigmas(num_steps, shift), (Branch(),))
+    plan = Plan(policy.sigmas(num_steps, shift), (Branch(),))
     with policy.unguided(), record_attention_entropy(policy.transformer, every=query_share(policy)) as H:
         rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)
     return H.entropy(samples=len(prompts)).mean(1).T.contiguous()
@@ -221,13 +220,15 @@ class AttentionPlanner:
         method, # A name in `METHODS` or a function that returns a Plan; it takes `steps` and `num_generations`
         policy, # The policy; where the policy before training is needed, it is frozen as it is now
         accelerator, # accelerate's `Accelerator`, of the processes that train
-        settings:dict, # Fields of the run's configuration
+        settings:dict, # Fields of the run's configuration, from `egrpo.trainer.plan_settings`
         folder=None, # Where profiles before training are kept; None = in memory only
     ):
         self.method, self.policy, self.accelerator, self.settings = method, policy, accelerator, settings
         self.now, self.before = signal_needed(settings)
         if self.before: policy.freeze_reference()
-        schedule = settings['num_steps'], settings['shift'], policy.guidance
+        shift = settings['shift']
+        levels = shift.tolist() if isinstance(shift, Tensor) else shift
+        schedule = settings['num_steps'], levels, policy.guidance
         self.known = ProfileCache((policy.fingerprint, *schedule, str(policy.dtype), policy.resolution), folder)
         self.seen = set() # prompts of earlier iterations
 

@@ -10,7 +10,7 @@ __all__ = ['SIGNALS', 'LENGTH', 'block_profiles', 'velocity_distance', 'policy_g
 # %% ../nbs/26_attention_signal.ipynb #71f1d717
 import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,6 @@ from .recorder import record_attention_entropy
 from .reward import get_reward
 from .rollout import Rollout, addressed_noise, prune, rollout
 from .sde import ode_step
-from .sigmas import flow_sigmas
 from .trainer import TrainConfig, Trainer, loss_weights, ode_plan, rows_loss, sample_images
 
 # %% ../nbs/26_attention_signal.ipynb #d0ba437e
@@ -35,11 +34,11 @@ def block_profiles(
     policy, # A policy; inside `policy.reference()` the policy before training
     prompts:list, # P prompts, P >= 1
     num_steps:int=16, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float|Tensor|None=None, # As for `Policy.sigmas`; None = the model's own schedule
 )->tuple: # (P,T,B) nats, fp32, on the CPU; names of the B blocks
     "Attention entropy of every block along a prompt's ODE trajectory: T network evaluations per prompt."
     if not prompts: raise ValueError("prompts is empty: a probe needs at least one")
-    plan = ode_plan(num_steps, shift)
+    plan = ode_plan(num_steps, policy.sigmas(num_steps, shift))
     with policy.unguided(), record_attention_entropy(policy.transformer, every=query_share(policy)) as H:
         rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)
     return H.entropy(samples=len(prompts)).permute(2, 0, 1).contiguous(), H.blocks
@@ -50,11 +49,11 @@ def velocity_distance(
     policy, # A policy
     prompts:list, # P prompts
     num_steps:int=16, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float|Tensor|None=None, # As for `Policy.sigmas`; None = the model's own schedule
 )->Tensor: # (P,) root mean square, in units of the latents, >= 0, on the CPU
     "How far the velocity is from the policy's before training, along the unguided probe: 2T network evaluations per prompt."
     x = torch.stack([addressed_noise(policy.latent_shape, 'probe', p, 'root', 0) for p in prompts]).to(policy.device)
-    sigmas, cond, apart = flow_sigmas(num_steps, shift).to(policy.device), policy.encode(prompts), 0.
+    sigmas, cond, apart = policy.sigmas(num_steps, shift).to(policy.device), policy.encode(prompts), 0.
     with policy.unguided():
         for sigma, sigma_next in zip(sigmas, sigmas[1:]):
             velocity = policy.velocity(x, sigma.expand(len(x)), cond)
@@ -91,7 +90,7 @@ def half_scores(
     samples:int=16, # ODE samples of each prompt, even, >= 2
     seed:int=0, # Addresses their noise
     num_steps:int=16, # T, denoising steps, >= 1
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float|Tensor|None=None, # As for `Policy.sigmas`; None = the model's own schedule
 )->Tensor: # (P,2) mean score of half A and of half B
     "Mean score of each prompt on two halves of the same fixed noise."
     if samples < 2 or samples % 2: raise ValueError(f"samples must be even and >= 2, got {samples}: they are split into halves")
@@ -106,7 +105,7 @@ def group_signals(
     *address, # What the groups' noise belongs to: integers and strings
 )->dict: # variance, gradient: (P,)
     "A fresh group of each prompt: how its rewards vary, and how long its gradient is."
-    plan, found, policy = make_plan(trainer.method, iteration, **asdict(trainer.config)), [], trainer.policy
+    plan, found, policy = make_plan(trainer.method, iteration, **trainer.settings), [], trainer.policy
     for i, prompt in enumerate(prompts):
         cond = policy.encode([prompt])
         out = rollout(policy, cond, plan, *address, prompt_ids=[i])
@@ -151,14 +150,15 @@ def _state(
 )->dict: # The signals, (P,) each; entropies: blocks (T,B), mean over prompts, and profiles (P,T), mean over blocks
     "Every signal of every watched prompt."
     c, policy, prompts = trainer.config, trainer.policy, trainer.prompts
-    profiles, _ = block_profiles(policy, prompts, c.num_steps, c.shift)
-    before, score = half_scores(policy, noted.reward, prompts, samples, c.seed, c.num_steps, c.shift).T
+    schedule = c.num_steps, trainer.settings['shift']
+    profiles, _ = block_profiles(policy, prompts, *schedule)
+    before, score = half_scores(policy, noted.reward, prompts, samples, c.seed, *schedule).T
     last = noted.std(prompts) # before the fresh groups, which are scored by the same reward
     scored = dict(noted.last)
     group = group_signals(trainer, prompts, trainer.iteration, 'watched', c.seed, trainer.iteration)
     noted.last = scored
     return dict(delta_entropy=delta_entropy(profiles.mean(-1), reference.mean(-1)), last_std=last, before=before, score=score, **group,
-                distance=velocity_distance(policy, prompts, c.num_steps, c.shift), blocks=profiles.mean(0), profiles=profiles.mean(-1))
+                distance=velocity_distance(policy, prompts, *schedule), blocks=profiles.mean(0), profiles=profiles.mean(-1))
 
 # %% ../nbs/26_attention_signal.ipynb #9bb76dab
 def watch(
@@ -174,7 +174,7 @@ def watch(
         (Path(folder)/'prompts.txt').write_text('\n'.join(prompts), encoding='utf-8')
         trainer = Trainer(replace(config, prompts=f'{folder}/prompts.txt', eval_prompts=None, eval_size=1, out=folder), reward=noted)
     trainer.policy.freeze_reference()
-    reference, _ = block_profiles(trainer.policy, prompts, config.num_steps, config.shift)
+    reference, _ = block_profiles(trainer.policy, prompts, config.num_steps, trainer.settings['shift'])
     for trainer.iteration in range(1, max(checkpoints) + 1):
         metrics = trainer.step(trainer.iteration - 1)
         reward.append(metrics['reward/LastScores'])

@@ -49,7 +49,7 @@ def check_counts(
 # %% ../nbs/21_baselines.ipynb #e219fbf9
 def flow_grpo(
     num_steps:int=10, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     num_generations:int=24, # G, samples per group, >= 2
     noise_level:float=0.7, # a of the kernel, > 0
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
@@ -62,7 +62,7 @@ def flow_grpo(
 # %% ../nbs/21_baselines.ipynb #bb020606
 def grpo_guard(
     num_steps:int=10, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     num_generations:int=24, # G, samples per group, >= 2
     noise_level:float=0.7, # a of the kernel, > 0
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
@@ -76,7 +76,7 @@ def grpo_guard(
 # %% ../nbs/21_baselines.ipynb #67bae1d4
 def dance_grpo(
     num_steps:int=16, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     num_generations:int=12, # G, samples per group, >= 2
     noise_level:float=0.3, # eta of the kernel, > 0
     kernel:str='dance', # Kernel of the stochastic steps: flow, dance or cps
@@ -94,7 +94,7 @@ def dance_grpo(
 # %% ../nbs/21_baselines.ipynb #761f2bb0
 def mix_grpo(
     num_steps:int=25, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     num_generations:int=12, # G, samples per group, >= 2
     noise_level:float=0.7, # a of the kernel, > 0
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
@@ -114,7 +114,7 @@ def mix_grpo(
 # %% ../nbs/21_baselines.ipynb #1b048dee
 def flow_grpo_fast(
     num_steps:int=10, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     num_generations:int=24, # G, samples per group, >= 2
     noise_level:float=0.8, # eta of the kernel, in (0, 1]
     kernel:str='cps', # Kernel of the stochastic steps: flow, dance or cps
@@ -135,7 +135,7 @@ def flow_grpo_fast(
 # %% ../nbs/21_baselines.ipynb #66a3eb3f
 def tempflow_grpo(
     num_steps:int=10, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     num_generations:int=24, # G, samples per group and step, >= 2
     noise_level:float=0.7, # a of the kernel, > 0
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
@@ -157,7 +157,7 @@ def tempflow_grpo(
 # %% ../nbs/21_baselines.ipynb #5cbf351d
 def branch_grpo(
     num_steps:int=20, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     num_generations:int=16, # Leaves, >= 2; a split has two children, or another prime factor of it
     noise_level:float=0.3, # eta of the kernel, > 0
     kernel:str='dance', # Kernel of the stochastic steps: flow, dance or cps
@@ -205,7 +205,7 @@ def _check_tree(
 # %% ../nbs/21_baselines.ipynb #dd76ad7c
 def g2rpo(
     num_steps:int=16, # T, denoising steps, >= 2
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     active_steps:int=8, # Steps that are made stochastic, one at a time: the first ones, 1…T-1
     num_generations:int=12, # G, samples per group, >= 2
     noise_level:float=0.7, # a of the kernel, > 0

@@ -10,15 +10,15 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'show_mean', 'category_table', 'change_table', 'ends', 'overlap_text', 'change_tables', 'given',
            'check_file', 'check_picture', 'save_picture', 'try_reward', 'check_device', 'say', 'fold', 'run_methods',
            'own_methods', 'read_images', 'run_rewards', 'add_rewards', 'plan_lengths', 'plan_table', 'steps_table',
-           'preset', 'published', 'plan_cost', 'entered_seconds', 'memory_text', 'time_text', 'run_text', 'run_plan',
-           'add_plan', 'run_tune', 'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample',
-           'add_model_options', 'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made',
-           'last_checkpoint', 'run_folder', 'check_out', 'check_model', 'check_run', 'check_settings', 'begun_settings',
-           'train_config', 'prompts_text', 'try_own_rewards', 'run_train', 'stopped_early', 'part', 'ready',
-           'sample_command', 'run_report', 'add_train', 'time_is_up', 'check_demo', 'clear_demo', 'shown_places',
-           'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo', 'add_demo',
-           'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'stopped_by_sigterm', 'serve_reward', 'leave',
-           'run_serve', 'add_serve']
+           'preset', 'published', 'plan_cost', 'entered_seconds', 'memory_text', 'time_text', 'schedule_text',
+           'run_text', 'asked_schedule', 'run_plan', 'add_plan', 'run_tune', 'add_tune', 'load_sampler',
+           'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample', 'run_evaluate', 'save_scores',
+           'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out', 'check_model', 'check_run',
+           'check_settings', 'begun_settings', 'train_config', 'prompts_text', 'try_own_rewards', 'run_train',
+           'stopped_early', 'part', 'ready', 'sample_command', 'run_report', 'add_train', 'time_is_up', 'check_demo',
+           'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo',
+           'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'stopped_by_sigterm',
+           'serve_reward', 'leave', 'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -596,6 +596,18 @@ def time_text(
     each = f'{seconds.forward:.3g} s an evaluation and {seconds.backward:.3g} s with gradient'
     return f'an iteration takes {total:.3g} s ({phases}) at {each}; {config.iterations} iterations {total * config.iterations / 3600:.3g} h'
 
+def schedule_text(
+    config, # A `TrainConfig`
+)->str: # A line; empty where a shift is named, and for the miniature, whose schedule is the papers'
+    "The source of a plan's noise levels."
+    from egrpo.policy import model_sigmas
+    from egrpo.trainer import plan_settings
+    if config.shift is not None or config.model == 'miniature': return ''
+    if model_sigmas(config.model, config.num_steps, config.resolution) is None:
+        return f"planned with shift 3: {config.model} has no configuration files here to ask; a run takes the model's own"
+    shift = plan_settings(config)['shift']
+    return "the model's own" + (f', which is shift {shift:g}' if isinstance(shift, float) else '')
+
 def run_text(
     args, # Parsed arguments
 )->str: # Lines
@@ -610,6 +622,15 @@ def run_text(
     nfe = f'an iteration of {prompts} prompts on {devices} takes {iteration_nfe(config):,} velocities, those with gradient included'
     missing = 'for seconds add --seconds-forward and --seconds-backward as measured on the device, or --probe on it'
     return f'\n{memory}\n\n{nfe}\n' + (time_text(config, seconds, args.processes) if seconds else missing)
+
+def asked_schedule(
+    args, # Parsed arguments, a model among them
+    num_steps:int, # T, denoising steps
+)->tuple: # A shift or (T+1,) noise levels, and their source
+    "A model's own schedule."
+    from egrpo.trainer import TrainConfig, plan_settings
+    config = TrainConfig(num_steps=num_steps, **given(args, ['model', 'resolution']))
+    return plan_settings(config)['shift'], schedule_text(config)
 
 def run_plan(
     args, # Parsed arguments
@@ -626,6 +647,10 @@ def run_plan(
     cost = run_text(args) if costs else '' # may take a moment, or be refused: before anything is printed
     scale = {k: v for k, v in (preset(args.scale) if args.scale else {}).items() if k in PLAN_OPTIONS}
     settings = {name: config_options()[name].default for name in PLAN_OPTIONS} | scale | given(args, PLAN_OPTIONS) # needs no trainer
+    schedule = ''
+    if settings['shift'] is None:
+        settings['shift'] = 3. # the miniature's
+        if hasattr(args, 'model'): settings['shift'], schedule = asked_schedule(args, settings['num_steps'])
     method = settings.pop('method')
     check_taken(given(args, PLAN_OPTIONS), method, settings['base'])
     merging = {'tau', 'kernel', 'noise_level', 'merge_length', 'first_step', 'active_steps'} <= {*method_settings(method)} # E-GRPO's
@@ -633,6 +658,7 @@ def run_plan(
     plan = make_plan(method, args.iteration, **settings)
     if not merging: say(steps_table(plan))
     say(fold(f'\n{describe(plan)}\n{plan_cost(plan)}'))
+    if schedule: say(fold(f'schedule: {schedule}'))
     chooses = 'steps' in method_settings(method)
     if chooses: say(fold('the first steps stand for those that attention entropy will choose; its probes come on top'))
     if cost: say(fold(cost))
@@ -951,6 +977,7 @@ def run_train(
     config = check_run(train_config(args))
     if args.dry_run: try_own_rewards(config)
     say(f'{describe_run(config)}\n{prompts_text(config)}')
+    if schedule := schedule_text(config): say(f' schedule  {schedule}')
     begun = Path(config.out)/'config.json'
     if config.resume and begun.exists(): say(f'  resumed  what is not given here is as in {begun}')
     if args.dry_run: return 0

@@ -27,7 +27,7 @@ from .benchmark import flux_inputs, highest_rise
 from .methods import make_plan
 from .plan import count_leaves, gradient_nfe
 from .policy import DTYPES, MICRO_BATCH_ELEMENTS, assets_path, is_out_of_memory, load_policy, lora_layers
-from .trainer import TrainConfig, chooses_steps, iteration_nfe
+from .trainer import TrainConfig, chooses_steps, iteration_nfe, plan_settings
 
 # %% ../nbs/29_cost.ipynb #9817ccd3
 @dataclass(frozen=True)
@@ -297,7 +297,7 @@ def run_memory(
     parts = _weights_memory(config, small, share) | {
         'text encoders': n['text'] * small if config.text_encoders in (None, 'keep') else 0, 'decoder': n['vae'] * small}
     kept = activation_bytes(config.model, _side(config, a), dtype)[bool(config.gradient_checkpointing)] * evaluations_per_velocity(config)
-    rows = config.prompts_per_iteration * gradient_nfe(make_plan(config.method, **vars(config))) # no update has more
+    rows = config.prompts_per_iteration * gradient_nfe(make_plan(config.method, **plan_settings(config))) # no update has more
     parts['activations'] = kept * min(rows, default_micro_batch(config))
     parts['evaluation or optimiser step'] = _without_activations(config, parts, share)
     return {k: v for k, v in parts.items() if v}
@@ -371,7 +371,7 @@ def iteration_seconds(
 )->dict: # rollout, decoding, update -> seconds
     "What an iteration takes, without rewards other than those in `seconds.image`."
     if processes < 1: raise ValueError(f"processes must be >= 1, got {processes}: 1 is a single device")
-    plan, c = make_plan(config.method, **vars(config)), config
+    plan, c = make_plan(config.method, **plan_settings(config)), config
     share = -(-c.prompts_per_iteration // processes) # of the device that has most
     twice = evaluations_per_velocity(c)
     gradient = share * c.inner_epochs * gradient_nfe(plan)

@@ -61,7 +61,7 @@ from .reward import get_reward
 from .rollout import rollout
 from .shapes import CATEGORIES, parse_prompt, verify_batch
 from .sigmas import flow_sigmas
-from .trainer import EVAL_REWARDS, TrainConfig, Trainer, iteration_nfe, ode_plan, swapped, training_nfe
+from .trainer import EVAL_REWARDS, TrainConfig, Trainer, iteration_nfe, ode_plan, plan_settings, swapped, training_nfe
 
 # %% ../nbs/32_experiments.ipynb #d882276b
 WHERE = ('device', 'micro_batch', 'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
@@ -72,6 +72,8 @@ def _what(
     "The fields a result depends on; a dtype that is not named is that of the device, and fp32 is not noted."
     dtype = config.dtype or ('bf16' if best_device(config.device).type == 'cuda' else 'fp32')
     settings = asdict(config) | dict(dtype=None if dtype == 'fp32' else dtype)
+    shift = plan_settings(config)['shift']
+    if not isinstance(shift, Tensor): settings['shift'] = shift # 3 and None are one run where 3 is the model's own
     return {k: v for k, v in settings.items() if k not in WHERE and v is not None}
 
 def _sources(
@@ -148,7 +150,7 @@ def images_at(
     places:list, # Places of evaluation prompts
 )->Tensor: # (N,3,H,W) images in [0, 1]
     "The images that an evaluation makes at these places."
-    policy, plan = trainer.policy, ode_plan(trainer.config.num_steps, trainer.config.shift)
+    policy, plan = trainer.policy, ode_plan(trainer.config.num_steps, trainer.settings['shift'])
     cond = policy.encode([trainer.eval_prompts[i] for i in places])
     with swapped(trainer.parameters, trainer.ema), policy.together(): out = rollout(policy, cond, plan, 'sample', 0, prompt_ids=places)
     return policy.decode(out.latents)

@@ -35,7 +35,7 @@ def exploration_plan(
     steps:list, # (start, length) of the stochastic steps, a branch each
     num_generations:int=8, # G, samples of each step, >= 1
     num_steps:int=16, # T, denoising steps (E-GRPO's 16)
-    shift:float=3.0, # Shift of the schedule, > 0 (E-GRPO's 3)
+    shift:float=3.0, # Shift of the schedule, > 0 (E-GRPO's 3), or its noise levels
     noise_level:float=0.7, # a (flow) or eta (dance, cps), > 0 (E-GRPO's 0.7)
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
 )->Plan: # The plan of one prompt: a branch per step, then the plain ODE
@@ -160,7 +160,7 @@ def chain_plan(
     first:int=0, # Where they begin, >= 0
     num_generations:int=8, # G, chains in a group, >= 2
     num_steps:int=16, # T, denoising steps
-    shift:float=3.0, # Shift of the schedule, > 0
+    shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     noise_level:float=0.7, # a (flow) or eta (dance, cps), > 0
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
 )->Plan: # The plan of one prompt

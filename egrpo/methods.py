@@ -32,7 +32,7 @@ def _check_lengths(
 # %% ../nbs/22_methods.ipynb #7e9c5f29
 def egrpo(
     num_steps:int=16, # T, denoising steps, >= 2 (the paper's 16)
-    shift:float=3.0, # Shift of the schedule, > 0 (the paper's 3)
+    shift:float=3.0, # Shift of the schedule, > 0 (the paper's 3), or its noise levels
     tau:float=2.2, # Entropy threshold on exp(h/d), h/d in nats per latent element, >= 0; 0 merges nothing
     active_steps:int=8, # Steps that are made stochastic, one at a time: the first ones, 1…T-1; the paper takes half
     first_step:int|None=None, # The first one, >= 0; given, steps that cannot reach `tau` merge as far as they can; None = 0, refuse such
@@ -155,12 +155,12 @@ def taken(
     method, # A name in `METHODS`, or a function that returns a Plan
     base=None, # What AEGPO is put upon, where it was chosen
 )->dict: # The same, without those of other methods
-    "What is left of settings for all methods, such as a scale's; every run keeps its seed."
+    "What is left of settings for all methods, such as a scale's; every run keeps its seed and its schedule."
     if not isinstance(method, str): return dict(settings) # a function of one's own takes what it wants
     own = method_settings(method)
     upon = own.get('base') and (base or own['base'])
     others = {k for s in map(method_settings, METHODS) if 'base' not in s for k in s}
-    others -= {'seed', *own, *(method_settings(upon) if upon else ())}
+    others -= {'seed', 'shift', *own, *(method_settings(upon) if upon else ())}
     return {k: v for k, v in settings.items() if k not in others}
 
 def check_taken(

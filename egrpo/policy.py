@@ -6,8 +6,9 @@
 __all__ = ['FULL', 'DTYPES', 'MEMORY_BYTES', 'LORA_TARGETS', 'PASSES', 'MICRO_BATCH_ELEMENTS', 'TEXT_ENCODERS', 'POLICIES',
            'best_device', 'is_out_of_memory', 'assets_path', 'limit_hub_waiting', 'load_pipeline', 'Conditions',
            'Embeddings', 'network_fingerprint', 'text_fingerprint', 'lora_layers', 'check_lora_file', 'load_lora',
-           'compile_blocks', 'shard_network', 'whole_tensor', 'whole_tensors', 'own_part', 'swapped', 'check_settings',
-           'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy']
+           'compile_blocks', 'shard_network', 'whole_tensor', 'whole_tensors', 'own_part', 'swapped', 'pipeline_sigmas',
+           'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy', 'bare_pipeline',
+           'model_sigmas']
 
 # %% ../nbs/10_policy.ipynb #b8d27e80
 import copy
@@ -16,13 +17,16 @@ import hashlib
 import math
 import warnings
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache, wraps
 from pathlib import Path
+from unittest.mock import patch
 
+import diffusers
 import diffusers.utils.logging as diffusers_logging
 import torch
 import transformers.utils.logging as transformers_logging
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from huggingface_hub import get_session
+from huggingface_hub import get_session, hf_hub_url
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
@@ -34,6 +38,7 @@ from tqdm.auto import tqdm
 import egrpo
 from .diffusion import angle_timestep, chord, chord_velocity, ddpm_angles
 from .files import load_whole, save_whole, settle
+from .sigmas import flow_sigmas
 
 # %% ../nbs/10_policy.ipynb #fab6d476
 def best_device(
@@ -430,6 +435,41 @@ class _Announced(torch.autograd.Function):
         ctx.policy._pending = False
         return grad, None
 
+# %% ../nbs/10_policy.ipynb #5c1ed012
+class _Scheduled(Exception): "The pipeline's scheduler is set: the call may end."
+
+def _whole_levels(
+    sigmas:Tensor, # Noise levels of a scheduler
+    num_steps:int, # T, that it was asked for
+)->Tensor: # (T+1,) from exactly 1 to exactly 0, fp32, on the CPU
+    "Refuse levels that a rollout cannot walk."
+    sigmas = sigmas.detach().cpu().float().clone()
+    ends = len(sigmas) == num_steps + 1 and abs(sigmas[0] - 1) < 1e-3 and sigmas[-1] == 0
+    if not (ends and (sigmas.diff() < 0).all()):
+        got = [round(s, 3) for s in sigmas.tolist()]
+        raise ValueError(f"shift must be named: the model's own levels {got} do not fall from 1 to 0 in {num_steps} steps, shift 3 does")
+    sigmas[0] = 1.
+    return sigmas
+
+def pipeline_sigmas(
+    pipeline, # A pipeline of FLUX or Stable Diffusion 3; its networks need no numbers, its text encoders may be missing
+    num_steps:int, # T, denoising steps, >= 1
+    resolution:int, # Side of the images in pixels
+)->Tensor: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU
+    "Noise levels that the pipeline's own call would use."
+    flow_sigmas(num_steps) # refuses what is no count
+    network, set_timesteps = pipeline.transformer.config, pipeline.scheduler.set_timesteps
+    @wraps(set_timesteps) # pipelines look at its signature
+    def set_and_leave(*args, **kwargs):
+        set_timesteps(*args, **kwargs | dict(device='cpu')) # wherever the networks are
+        raise _Scheduled
+    prompt = torch.zeros(1, 1, network.joint_attention_dim)
+    pooled = torch.zeros(1, network.pooled_projection_dim)
+    with patch.object(pipeline.scheduler, 'set_timesteps', set_and_leave):
+        try: pipeline(prompt_embeds=prompt, pooled_prompt_embeds=pooled, num_inference_steps=num_steps, guidance_scale=1.,
+                      height=resolution, width=resolution, generator=torch.Generator())
+        except _Scheduled: return _whole_levels(pipeline.scheduler.sigmas, num_steps)
+
 # %% ../nbs/10_policy.ipynb #358cd262
 MICRO_BATCH_ELEMENTS = 2**18
 
@@ -457,6 +497,7 @@ def check_settings(
 class Policy:
     "A diffusers pipeline as a policy: fp32 latents outside, the network in its own dtype inside, every evaluation counted."
     patch, classifier_free = 1, False # latents per token along a side; does guidance take a second evaluation?
+    _own_sigmas = staticmethod(pipeline_sigmas)
 
     def __init__(self,
         pipeline, # The pipeline; it is moved to `device` and changed in place
@@ -511,6 +552,14 @@ class Policy:
     def text_length(self)->int|None: # Tokens; None = the tokenizer's own
         "Length of a prompt's token embeddings, where the pipeline is told."
         return None
+
+    def sigmas(self,
+        num_steps:int=16, # T, denoising steps, >= 1
+        shift:float|Tensor|None=None, # A shift, or (T+1,) noise levels, instead (`flow_sigmas`); None = the pipeline's own schedule
+    )->Tensor: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU
+        "The schedule of this model at this resolution."
+        if shift is not None: return flow_sigmas(num_steps, shift)
+        return self._own_sigmas(self.pipeline, num_steps, self.resolution)
 
     def parameters(self)->dict: # Name -> parameter
         "The parameters that are trained, fp32, by name."
@@ -896,10 +945,14 @@ class SD3Policy(Policy):
         "One forward pass."
         return self._run(hidden_states=latents, timestep=1000 * sigma, encoder_hidden_states=cond.embeds, pooled_projections=cond.pooled)
 
+# %% ../nbs/10_policy.ipynb #5c1ed010
+def _diffusion_sigmas(pipeline, num_steps, resolution): return flow_sigmas(num_steps)
+
 # %% ../nbs/10_policy.ipynb #9533cc4a
 class UNetPolicy(Policy):
     "Stable Diffusion 1.5, 2 and XL."
     classifier_free = True
+    _own_sigmas = staticmethod(_diffusion_sigmas)
 
     def __init__(self,
         pipeline, # A StableDiffusionPipeline or StableDiffusionXLPipeline
@@ -939,6 +992,15 @@ class UNetPolicy(Policy):
 POLICIES = {FluxPipeline: FluxPolicy, StableDiffusion3Pipeline: SD3Policy, StableDiffusionPipeline: UNetPolicy,
             StableDiffusionXLPipeline: UNetPolicy}
 
+def _policy_class(
+    model, # Its folder or hub id
+    pipeline:type, # Class of its pipeline
+)->type: # Class of its policy
+    "Find a pipeline's policy."
+    if pipeline in POLICIES: return POLICIES[pipeline]
+    known = ', '.join(c.__name__ for c in POLICIES)
+    raise ValueError(f"model {str(model)!r} is a {pipeline.__name__}: name a model of one of these pipelines: {known}")
+
 def load_policy(
     model:str='miniature', # 'miniature', a folder, or a hub id
     device=None, # A device or its name; None = the best there is
@@ -950,7 +1012,47 @@ def load_policy(
     device = best_device(device)
     whole = lora_rank == 0 and not kwargs.get('lora_from')
     pipeline = load_pipeline(model, _check_dtype(dtype, device), torch.float32 if whole else None)
-    if type(pipeline) not in POLICIES:
-        known = ', '.join(c.__name__ for c in POLICIES)
-        raise ValueError(f"model {str(model)!r} is a {type(pipeline).__name__}: name a model of one of these pipelines: {known}")
-    return POLICIES[type(pipeline)](pipeline, lora_rank, device=device, dtype=dtype, **kwargs)
+    return _policy_class(model, type(pipeline))(pipeline, lora_rank, device=device, dtype=dtype, **kwargs)
+
+# %% ../nbs/10_policy.ipynb #5c1ed016
+def _from_files(
+    source:str, # A pipeline's folder or hub id
+    local:bool, # Look here alone, in the folder or the hub's cache?
+): # The pipeline: networks on the meta device, no text encoders
+    "Build a pipeline from its configuration files."
+    warnings.filterwarnings('ignore', '.*local_dir_use_symlinks') # diffusers asks the hub's client in an old way
+    index = DiffusionPipeline.load_config(source, local_files_only=local)
+    parts = {k: None if isinstance(v, list) else v for k, v in index.items() if k[0] != '_'}
+    for name in {'scheduler', 'vae', 'transformer', 'unet'} & index.keys():
+        kind = getattr(diffusers, index[name][1])
+        config = kind.load_config(source, subfolder=name, local_files_only=local)
+        with torch.device('meta'): parts[name] = kind.from_config(config)
+    return getattr(diffusers, index['_class_name'])(**parts)
+
+def _hub_answers(
+    model:str, # A hub id
+)->bool: # Within five seconds
+    "Is the hub there? Its client would try for half a minute."
+    try: return bool(get_session().head(hf_hub_url(model, 'model_index.json'), timeout=5))
+    except Exception: return False # the client has errors of its own, and offline mode another
+
+def bare_pipeline(
+    model:str='miniature', # 'miniature', a folder, or a hub id
+): # The pipeline: networks on the meta device, no text encoders
+    "Build a pipeline from its configuration files: no weights are read."
+    source = str(assets_path(model) if model == 'miniature' else model)
+    local = Path(source).exists() or not _hub_answers(source)
+    try: return _from_files(source, local)
+    except Exception as e: raise _load_error(model, e) from e # of as many kinds as in `load_pipeline`
+
+@lru_cache(maxsize=64)
+def model_sigmas(
+    model:str='miniature', # 'miniature', a folder, or a hub id
+    num_steps:int=16, # T, denoising steps, >= 1
+    resolution:int|None=None, # Side of the images in pixels; None = what the VAE was made for
+)->Tensor|None: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU; None = the files cannot be read here
+    "A model's own schedule, from its configuration files."
+    try: pipeline = bare_pipeline(model)
+    except ValueError: return None
+    policy = _policy_class(model, type(pipeline))
+    return policy._own_sigmas(pipeline, num_steps, resolution or pipeline.vae.config.sample_size)

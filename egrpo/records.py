@@ -33,12 +33,13 @@ class Scale:
 
 # %% ../nbs/30_records.ipynb #ef2b4369
 SCALES = {o.name: o for o in (
-    Scale('smoke', (0,), dict(iterations=2, prompts_per_iteration=1, num_generations=2, eval_size=8), dict(eval_size=12)),
-    Scale('mini', (0, 1, 2, 3, 4), dict(iterations=100, num_generations=8, stride=2, eval_every=25, dtype='fp32'), dict(iterations=240)),
-    Scale('gpu', tuple(range(10)), dict(iterations=300, prompts_per_iteration=16, eval_size=512), dict()),
+    Scale('smoke', (0,), dict(shift=3., iterations=2, prompts_per_iteration=1, num_generations=2, eval_size=8), dict(eval_size=12)),
+    Scale('mini', (0, 1, 2, 3, 4), dict(shift=3., iterations=100, num_generations=8, stride=2, eval_every=25, dtype='fp32'),
+          dict(iterations=240)),
+    Scale('gpu', tuple(range(10)), dict(shift=3., iterations=300, prompts_per_iteration=16, eval_size=512), dict()),
     Scale('flux', (0,), dict(model='black-forest-labs/FLUX.1-dev', prompts='hpd', reward='hpsv2.1',
                              eval_rewards='hpsv2.1 + clip_score + pickscore + imagereward', eval_size=400, resolution=720, guidance=3.5,
-                             iterations=300, checkpoint_every=10, prompts_per_iteration=8, lr=2e-6, ema_decay=0., micro_batch=4,
+                             shift=3., iterations=300, checkpoint_every=10, prompts_per_iteration=8, lr=2e-6, ema_decay=0., micro_batch=4,
                              gradient_checkpointing=True, text_encoders='offload'), dict()),
 )}
 

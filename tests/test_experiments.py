@@ -15,6 +15,7 @@ import torch
 
 from egrpo import experiments as ex
 from egrpo.records import get_scale, load_record, verdict
+from egrpo.small_pipelines import small_pipeline
 from egrpo.trainer import TrainConfig, check_config, check_method
 
 FIGURES = Path(__file__).parent.parent/'figures'
@@ -49,12 +50,28 @@ def test_no_two_committed_cells_are_one_run():
     assert [keys for keys in rewards.values() if len(keys) > 1] == []
 
 
+@pytest.mark.parametrize('name', ['tau', 'kernels', 'methods', 'explored'])
+def test_committed_cells_are_found_by_their_grid(name):
+    "A default that changes must not change what a grid asks for: each of its runs is in the store."
+    wanted = {ex.cell_key(c) for cells in ex.EXPERIMENTS[name].cells(get_scale('mini')).values() for c in cells}
+    assert len(wanted) >= 20 and wanted <= {p.stem for p in CELLS}
+
+
+def test_a_schedule_has_one_name(tmp_path):
+    "Without a shift the miniature's run is that of its shift; a model whose levels no shift gives, and one not at hand, are others."
+    def key(**fields): return ex.cell_key(TrainConfig(device='cpu', **fields))
+    assert key() == key(shift=3.) != key(shift=2.)
+    small_pipeline('sd3').save_pretrained(tmp_path)
+    assert key(model=str(tmp_path)) != key(model=str(tmp_path), shift=3.)
+    assert 'shift' not in ex._what(TrainConfig(model=str(tmp_path)))
+
+
 @pytest.mark.parametrize('method', list(ex.METHODS))
 def test_every_method_keeps_what_belongs_to_the_run(method):
-    settings = asdict(TrainConfig(method=method, seed=7))
+    settings = asdict(TrainConfig(method=method, seed=7, shift=2.))
     base = 'dance_grpo' if method == 'aegpo' else None
     kept = ex.taken(settings, method, base)
-    assert kept['seed'] == 7
+    assert kept['seed'] == 7 and kept['shift'] == 2.
     assert {k for k in settings if k not in kept and settings[k] is not None} <= {'tau'} # the one setting with a default of its own
 
 

@@ -3,13 +3,21 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config as inductor
-from diffusers import DDIMScheduler, DiffusionPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from peft import LoraConfig, get_peft_model_state_dict
@@ -18,14 +26,17 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from egrpo.diffusion import chord_sigma
-from egrpo.plan import rollout_nfe
-from egrpo.policy import _add_lora, is_out_of_memory, limit_hub_waiting, load_pipeline, load_policy
+from egrpo.entropy import merge_lengths
+from egrpo.methods import METHODS
+from egrpo.plan import Branch, Plan, SDEStep, describe, rollout_nfe
+from egrpo.policy import _add_lora, is_out_of_memory, limit_hub_waiting, load_pipeline, load_policy, model_sigmas
 from egrpo.recorder import record_attention_entropy
+from egrpo.reward import get_reward
 from egrpo.rollout import rollout
 from egrpo.sde import ode_step
 from egrpo.sigmas import flow_sigmas
 from egrpo.small_pipelines import SMALL, small_pipeline
-from egrpo.trainer import TrainConfig, Trainer, training_nfe
+from egrpo.trainer import TrainConfig, Trainer, describe_run, sample_images, training_nfe
 
 PROMPTS = ['a red circle', 'two blue squares']
 every = pytest.mark.parametrize('name', SMALL)
@@ -504,6 +515,141 @@ def test_gradients_survive_fp16(load, name, monkeypatch):
     monkeypatch.setattr('egrpo.policy._ScaledUp.backward', staticmethod(lambda ctx, g: (ctx.scale.update(factor=1.) or g, None)))
     lost = gradient('fp16')
     assert abs(lost.norm() / exact.norm() - 1) > .1
+
+
+# ---- the model's own schedule
+
+DYNAMIC = dict(use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64)
+SCHEDULERS = {'shift 3': dict(shift=3.), 'shift 1': dict(), 'dynamic': DYNAMIC, 'linear': DYNAMIC | dict(time_shift_type='linear'),
+              'terminal': dict(shift=3., shift_terminal=.02), 'karras': dict(shift=3., use_karras_sigmas=True)}
+
+
+@pytest.fixture(scope='module')
+def pairs(folders):
+    "A policy and the plain pipeline, of every flow family."
+    names = 'flux-dev', 'flux-schnell', 'sd3'
+    return {n: (load_policy(str(folders/n), 'cpu', lora_rank=None, guidance=2.), load_pipeline(str(folders/n))) for n in names}
+
+
+def parity_oracle(policy, plain, steps, sigmas_of):
+    "The ODE on a policy's schedule ends where a plain call of the pipeline does, which is told the number of steps and nothing else."
+    x = noise_of(policy, 1)
+    ode = Plan(sigmas_of(policy, steps), (Branch(),))
+    with torch.no_grad(): found = walk(policy, x, ode.sigmas)
+    flux, side = 'Flux' in type(plain).__name__, policy.resolution
+    start = plain._pack_latents(x, *x.shape) if flux else x
+    wanted = plain('a red circle', num_inference_steps=steps, height=side, width=side, latents=start, output_type='latent',
+                   guidance_scale=policy.guidance, max_sequence_length=policy.text_length).images
+    if flux: wanted = plain._unpack_latents(wanted, side, side, plain.vae_scale_factor)
+    assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert_close(ode.sigmas, plain.scheduler.sigmas, atol=0, rtol=0)
+
+
+def walk(policy, x, sigmas):
+    "The ODE of one prompt."
+    cond = policy.encode(['a red circle'])
+    for s, s_next in zip(sigmas, sigmas[1:]): x = ode_step(policy.velocity(x, s[None], cond), x, s, s_next)
+    return x
+
+
+def own(policy, steps): return policy.sigmas(steps)
+
+
+@pytest.mark.parametrize('scheduler', SCHEDULERS.values(), ids=SCHEDULERS)
+@pytest.mark.parametrize('name', ['flux-dev', 'flux-schnell', 'sd3'])
+def test_schedule_is_the_pipelines_own(pairs, name, scheduler):
+    policy, plain = pairs[name]
+    for side, steps in ((16, 2), (16, 4), (24, 10)):
+        policy.resolution = side
+        for p in (policy.pipeline, plain): p.scheduler = FlowMatchEulerDiscreteScheduler(**scheduler)
+        drawn = torch.random.get_rng_state()
+        sigmas = policy.sigmas(steps)
+        assert torch.equal(torch.random.get_rng_state(), drawn)
+        assert sigmas[[0, -1]].tolist() == [1, 0] and sigmas.dtype == torch.float32
+        parity_oracle(policy, plain, steps, own)
+
+
+def test_parity_notices_another_schedule(pairs):
+    policy, plain = pairs['sd3']
+    policy.resolution = 16
+    for p in (policy.pipeline, plain): p.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.)
+    parity_oracle(policy, plain, 10, own)
+    wrong = [lambda policy, n: flow_sigmas(n), # the lower end shifted once
+             lambda policy, n: policy.sigmas(n + 1)[[*range(n), n + 1]], # one step too many, the last but one left out
+             lambda policy, n: policy.sigmas(n - 1), lambda policy, n: policy.sigmas(n, 1.)]
+    for sigmas_of in wrong:
+        with pytest.raises(AssertionError): parity_oracle(policy, plain, 10, sigmas_of)
+
+
+@every
+def test_schedule_is_known_before_the_model_is_loaded(load, folders, name):
+    policy = load(name, None)
+    for steps in (1, 7): assert torch.equal(model_sigmas(str(folders/name), steps), policy.sigmas(steps))
+    if name in UNETS: assert torch.equal(policy.sigmas(7), flow_sigmas(7))
+    policy.pipeline.register_modules(**{k: None for k in policy.pipeline.components if k.startswith('text_encoder')}) # as once dropped
+    assert torch.equal(model_sigmas(str(folders/name), 7), policy.sigmas(7))
+    assert torch.equal(policy.sigmas(4, 2.), flow_sigmas(4, 2.)) and policy.sigmas(4, flow_sigmas(4, 2.)).equal(flow_sigmas(4, 2.))
+
+
+@pytest.mark.parametrize('config, first', [(dict(invert_sigmas=True), .0), (dict(num_train_timesteps=1000), .9), (dict(), .9995)])
+def test_a_schedule_that_does_not_start_from_noise(load, config, first):
+    policy = load('sd3', None)
+    policy.pipeline.scheduler = scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    if not config.get('invert_sigmas'): scheduler.sigma_max = first
+    if first > .999: return assert_close(policy.sigmas(4)[0], torch.tensor(1.), atol=0, rtol=0)
+    with pytest.raises(ValueError, match=r'shift must be named: .* do not fall from 1 to 0 in 4 steps'): policy.sigmas(4)
+    assert policy.sigmas(4, 3.).equal(flow_sigmas(4))
+
+
+SHORT = dict(num_steps=10, active_steps=4, num_generations=2, prompts_per_iteration=1, iterations=2, eval_size=1, eval_every=0,
+             device='cpu', guidance=1., lora_rank=2)
+
+
+def test_a_run_is_on_its_models_schedule(folders, tmp_path, prompts_file, monkeypatch):
+    "Plans, merge lengths, evaluations, a method of one's own; without a shift, and with one in its place."
+    def one_step(iteration, num_steps, shift, num_generations=3):
+        return Plan(flow_sigmas(num_steps, shift), (Branch((SDEStep(iteration, 1, num_generations),)),))
+
+    config = TrainConfig(model=str(folders/'sd3'), prompts=prompts_file, out=str(tmp_path/'run'), **SHORT)
+    trainer = Trainer(config, reward=darkness)
+    levels = trainer.policy.sigmas(10)
+    assert levels[-2] < .01 < flow_sigmas(10)[-2]
+    [plan], _ = trainer.plan(0)
+    assert torch.equal(plan.sigmas, levels)
+    lengths = [s.length for b in plan.branches for s in b.steps]
+    assert lengths == merge_lengths(levels, 2.2)[:4].tolist() != merge_lengths(flow_sigmas(10), 2.2)[:4].tolist()
+    assert describe(plan) in describe_run(config)
+    images = []
+    trainer.eval_reward = get_reward(lambda x, prompts: images.append(x) or x.mean((1, 2, 3)))
+    trainer.evaluate()
+    assert_close(images[0], sample_images(trainer.policy, trainer.eval_prompts, 10), atol=0, rtol=0)
+    assert (images[0] - sample_images(trainer.policy, trainer.eval_prompts, 10, 3.)).abs().max() > 1e-4
+    for method in (one_step, 'one_step'):
+        monkeypatch.setitem(METHODS, 'one_step', one_step)
+        settings = replace(config, active_steps=None, method='one_step')
+        mine = Trainer(settings, reward=darkness, policy=trainer.policy, method=method)
+        [plan], _ = mine.plan(0)
+        assert torch.equal(plan.sigmas, levels)
+    named = Trainer(replace(config, shift=3.), reward=darkness, policy=trainer.policy)
+    assert torch.equal(named.plan(0)[0][0].sigmas, flow_sigmas(10))
+
+
+def test_a_run_goes_on_on_its_schedule(folders, tmp_path, prompts_file):
+    "Noise levels are compared, not what names them; a checkpoint from before they were noted has its shift."
+    def go_on(name, shift, iterations=2):
+        config = TrainConfig(model=str(folders/name), prompts=prompts_file, out=str(tmp_path/name), shift=shift, resume=True, **SHORT)
+        Trainer(replace(config, iterations=iterations, resume=iterations > 1), reward=darkness).fit()
+
+    go_on('sd3', None, 1)
+    with pytest.raises(ValueError, match='shift was None, is 3.0'): go_on('sd3', 3.)
+    go_on('sd3', None)
+    go_on('flux-dev', 3., 1)
+    state = tmp_path/'flux-dev/checkpoint/state.json'
+    info = json.loads(state.read_text())
+    assert torch.tensor(info['model'].pop('sigmas')).equal(flow_sigmas(10))
+    state.write_text(json.dumps(info))
+    with pytest.raises(ValueError, match='shift was 3.0, is 2.0'): go_on('flux-dev', 2.)
+    go_on('flux-dev', None)
 
 
 # ---- training
