@@ -484,6 +484,18 @@ def _network_config(
     return {k.partition('.')[2]: v for k, v in said.items() if k.startswith(('transformer.', 'unet.'))}
 
 # %% ../nbs/10_policy.ipynb #b8136f4c
+@contextmanager
+def _quietly():
+    "Inside: the libraries do not warn, as they do of every part that a LoRA does not touch."
+    levels = {o: o.get_verbosity() for o in (diffusers_logging, transformers_logging)}
+    for o in levels: o.set_verbosity_error()
+    try:
+        with _without_bars(True), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        for o, level in levels.items(): o.set_verbosity(level)
+
 def load_lora(
     pipeline, # A pipeline; changed in place
     source, # A LoRA's folder, its .safetensors file or a hub id
@@ -495,13 +507,11 @@ def load_lora(
     _check_kind(tensors, what)
     layers = _read_layers(tensors, _network_of(pipeline))
     config = _given_config(path, tensors, metadata, what) if layers else {}
-    shown = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error() # it warns of every part that a LoRA does not touch
-    try: held = _load_layers(_network_of(pipeline), layers, config) if layers else _load_converted(pipeline, path)
+    try:
+        with _quietly(): held = _load_layers(_network_of(pipeline), layers, config) if layers else _load_converted(pipeline, path)
     except Exception as e: # diffusers, peft and safetensors raise what they like
         why = ' '.join(str(e).split())[:200]
         raise ValueError(f"{what} does not fit this model ({why}): name the model it was trained on") from e
-    finally: diffusers_logging.set_verbosity(shown)
     norms = _loaded_norms(_network_of(pipeline))
     _check_places(pipeline, tensors, held - len(norms), what)
     if trained: _check_trainable(pipeline, what)

@@ -142,7 +142,7 @@ def test_bad_setting(words, says, here, capsys):
     ('sample --prompt a --prompts blank.txt', 'prompt and prompts were both given'),
     ('sample --prompts empty.txt', 'is empty'),
     ('sample --lora nothing', "lora: 'nothing' does not exist"),
-    ('sample --lora folder', "lora_from: 'folder' does not fit this model"),
+    ('sample --lora folder', "lora: 'folder' has no .safetensors file"),
     ('sample --num-steps 0', 'num_steps'),
     ('sample --out /proc/grid.png', "--out: '/proc/grid.png' cannot be written"),
     ('sample --out folder', "'folder' is a folder"),
