@@ -3,9 +3,11 @@
 Names are those of diffusers' converters (diffusers/loaders/lora_conversion_utils.py, 0.42) and of public files, named beside each kind."""
 import json
 import os
+import shutil
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_policy import theirs
 from torch.testing import assert_close
 
-from egrpo.policy import POLICIES, lora_file
+from egrpo.policy import POLICIES, load_pipeline, load_policy, lora_file
 from egrpo.small_pipelines import small_pipeline
 
 FLUX_LAYERS = ['transformer_blocks.0.attn.to_q', 'transformer_blocks.0.attn.add_k_proj', 'transformer_blocks.0.ff.net.2',
@@ -149,7 +151,7 @@ def policy_of(model, **settings):
 
 def images(policy, pipeline=None):
     "Images of a plain call of a pipeline, the policy's own or another's."
-    return theirs(pipeline or policy.pipeline, policy, steps=5 if hasattr(policy, 'angles') else 2)
+    return theirs(pipeline or policy.pipeline, policy, steps=2)
 
 
 def train(policy, steps=2):
@@ -371,3 +373,101 @@ def test_equal_loras_are_equal_files(tmp_path):
         with pytest.raises(ValueError, match="lora_from: .* is damaged"): policy_of('flux-dev', lora_from=files[0])
     files[0].write_bytes(data[:-8])
     with pytest.raises(ValueError, match='lora_from: .* cannot be read'): policy_of('flux-dev', lora_from=files[0])
+
+
+# ---- models
+
+def change(part, **settings):
+    "Write other settings into a part's configuration."
+    def apply(folder):
+        path = folder/part/'config.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return apply
+
+
+def flow_scheduler(folder):
+    "A UNet with the schedule of a flow."
+    shutil.rmtree(folder/'scheduler')
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder/'scheduler')
+    index = json.loads((folder/'model_index.json').read_text())
+    (folder/'model_index.json').write_text(json.dumps(index | dict(scheduler=['diffusers', 'FlowMatchEulerDiscreteScheduler'])))
+
+
+def pickled(folder):
+    "Weights of a part as a pickle."
+    file = folder/'unet/diffusion_pytorch_model.safetensors'
+    file.rename(file.with_suffix('.bin'))
+
+
+def only_fp16(folder):
+    "Files of one precision."
+    for file in [*folder.rglob('*.safetensors')]: file.rename(file.with_name(f'{file.stem}.fp16.safetensors'))
+
+
+def without_t5(folder):
+    "What those leave away who lack the memory."
+    for name in ('text_encoder_3', 'tokenizer_3'): shutil.rmtree(folder/name)
+
+
+def model_folder(model, spoil, folder):
+    "A small pipeline's folder, changed."
+    small_pipeline(model).save_pretrained(folder)
+    spoil(folder)
+    return folder
+
+
+MISFITS = [
+    ('flux-dev', change('transformer', num_layers=0), 'weights of its transformer do not fit its config.json .32 have no place'),
+    ('flux-dev', change('transformer', num_single_layers=2), 'weights of its transformer do not fit its config.json .* are missing'),
+    ('sd1.5', change('vae', layers_per_block=2), 'weights of its vae do not fit'),
+    ('sd3', change('text_encoder', num_hidden_layers=1), 'weights of its text_encoder do not fit its config.json .* have no place'),
+    ('sd3', change('text_encoder_3', num_layers=3), 'weights of its text_encoder_3 do not fit its config.json .* are missing'),
+    ('sd1.5', flow_scheduler, 'has a UNet and a FlowMatchEulerDiscreteScheduler: give it the one'),
+    ('sd1.5', pickled, 'has pickles .unet/diffusion_pytorch_model.bin')]
+
+
+@pytest.mark.parametrize('model, spoil, says', MISFITS, ids=[o[2][:40] for o in MISFITS])
+def test_model_that_is_refused(tmp_path, capfd, model, spoil, says):
+    "Weights and configuration that do not belong together are not drawn with, nor pickles opened; nothing else is said."
+    model = model_folder(model, spoil, tmp_path/'model')
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=says) as error: load_pipeline(str(model))
+    assert str(error.value).startswith(f"model '{tmp_path}") and '\n' not in str(error.value)
+    assert not [line for line in capfd.readouterr().err.splitlines() if line.strip() and '%|' not in line]
+
+
+@pytest.mark.parametrize('name, says', [
+    ('old.ckpt', 'is a pickle, .*from_single_file'), ('net.gguf', 'a quantized network alone'), ('a.txt', 'is no model'),
+    ('lora.safetensors', 'is a LoRA'), ('whole.safetensors', 'could not be loaded as a single file')])
+def test_file_that_is_refused(tmp_path, monkeypatch, name, says):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'cache'))
+    if 'safetensors' in name: save_file({'transformer.x.lora_A.weight' if 'lora' in name else 'x': torch.ones(1)}, tmp_path/name)
+    else: (tmp_path/name).touch()
+    with pytest.raises(ValueError, match=says) as error: load_pipeline(str(tmp_path/name))
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('model', ['sd3', 'sdxl'])
+def test_files_of_one_precision(tmp_path, model):
+    "A folder with the variant fp16 alone is the same model, also where its text encoders are read again to save it."
+    folder = model_folder(model, only_fp16, tmp_path/'model')
+    policy = load_policy(str(folder), 'cpu', text_encoders='drop', embeddings=tmp_path/'kept')
+    policy.drop_text_encoders(['a red circle'])
+    policy.save(tmp_path/'saved')
+    plain, again = small_pipeline(model), load_pipeline(str(tmp_path/'saved'))
+    for name, part in plain.components.items():
+        if not isinstance(part, torch.nn.Module): continue
+        assert_close(dict(getattr(again, name).state_dict()), dict(part.state_dict()), rtol=0, atol=0)
+
+
+def test_without_t5(tmp_path):
+    "SD3 whose folder names a T5 that is not there, as plain diffusers loads it without."
+    folder = model_folder('sd3', without_t5, tmp_path/'model')
+    with pytest.warns(UserWarning, match='has no T5'): policy = load_policy(str(folder), 'cpu', guidance=3.)
+    plain = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    plain.set_progress_bar_config(disable=True)
+    assert_close(images(policy), images(policy, plain), atol=1e-5, rtol=0)
+    assert (images(policy) - images(policy, small_pipeline('sd3'))).abs().max() > 1e-4
+    policy.save(tmp_path/'saved')
+    assert load_pipeline(str(tmp_path/'saved')).text_encoder_3 is None
