@@ -109,10 +109,10 @@ def sgm():
     return {n.replace('mid_block_attentions_0', 'middle_block_1'): x for n, x in tensors.items()}
 
 
-def with_norms():
+def with_norms(alpha=None):
     "A LoRA with whole weights of norms, as diffusers' `_load_norm_into_transformer` reads them."
     norms = {f'transformer.transformer_blocks.0.attn.norm_{n}.weight': 1 + draw(16, seed=i) for i, n in enumerate(('q', 'added_k'))}
-    return lora('flux-dev', dotted('transformer.')) | norms
+    return lora('flux-dev', dotted('transformer.'), alpha=alpha) | norms
 
 
 def dora(model, prefix):
@@ -130,7 +130,7 @@ SAME = { # kinds that plain diffusers loads, too: model, tensors
     'kohya, convolutions': [('sd1.5', lambda: kohya('sd1.5', UNET_CONV + UNET_LAYERS))],
     'convolutions': [('sd1.5', lambda: lora('sd1.5', dotted('unet.'), UNET_CONV + UNET_LAYERS))],
     'XLabs': [('flux-dev', xlabs)],
-    'norms': [('flux-dev', with_norms)],
+    'norms': [('flux-dev', with_norms)], 'norms and alphas': [('flux-dev', lambda: with_norms(3))],
     'DoRA': [('sd3', lambda: dora('sd3', 'transformer.')), ('sd1.5', lambda: dora('sd1.5', 'unet.'))],
 }
 RENAMED = { # kinds of which plain diffusers loads what has another name: model, tensors, its tensors
