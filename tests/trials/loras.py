@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from row import Row
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import test_loras as kinds
@@ -21,8 +21,6 @@ from huggingface_hub import constants
 
 from egrpo.policy import POLICIES, load_pipeline, load_policy, read_lora
 from egrpo.small_pipelines import SMALL, small_pipeline
-
-OFFLINE = dict(HF_HUB_OFFLINE='1')
 
 
 def layers_of(model):
@@ -109,7 +107,8 @@ def equal_bytes(n=4):
     "Equal LoRAs of processes whose sets have another order."
     script = "import sys; from egrpo.policy import load_policy; load_policy(device='cpu', lora_rank=2).save(sys.argv[1])"
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(n): subprocess.run([sys.executable, '-c', script, f'{folder}/{i}'], env=os.environ | dict(PYTHONHASHSEED=str(i)), check=True)
+        for i in range(n):
+            subprocess.run([sys.executable, '-c', script, f'{folder}/{i}'], env=os.environ | dict(PYTHONHASHSEED=str(i)), check=True)
         files = {(Path(folder)/str(i)/'pytorch_lora_weights.safetensors').read_bytes() for i in range(n)}
     return Row('equal LoRAs of several processes', n, len(files) - 1, f'{len(files)} different')
 
@@ -117,11 +116,12 @@ def equal_bytes(n=4):
 def silent_hub():
     "A hub that cannot be reached: one line each, soon."
     began, broken = time.monotonic(), 0
-    commands = (['sample', '--lora', 'someone/lora'], ['sample', '--model', 'someone/model'], ['train', '--lora-from', 'someone/lora/a.safetensors'])
+    commands = ['sample --lora someone/lora', 'sample --model someone/model', 'train --lora-from someone/lora/a.safetensors']
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | dict(HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=folder, HF_HUB_OFFLINE='0')
         for words in commands:
-            done = subprocess.run([sys.executable, '-m', 'egrpo', *words, '--out', f'{folder}/out'], env=env, capture_output=True, text=True, cwd=folder)
+            command = [sys.executable, '-m', 'egrpo', *words.split(), '--out', f'{folder}/out']
+            done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=folder)
             lines = [line for line in done.stderr.splitlines() if 'error: ' in line]
             broken += done.returncode != 2 or len(lines) != 1
     return Row('a hub that does not answer', len(commands), broken, f'{(time.monotonic() - began) / len(commands):.0f} s each')
@@ -138,7 +138,8 @@ UNET = {'conv_in': 'input_blocks.0.0', 'time_embedding.linear_1': 'time_embed.0'
 RESNET = {'norm1': 'in_layers.0', 'conv1': 'in_layers.2', 'norm2': 'out_layers.0', 'conv2': 'out_layers.3', 'time_emb_proj': 'emb_layers.1',
           'conv_shortcut': 'skip_connection'}
 VAE = {'mid_block.resnets.0': 'mid.block_1', 'mid_block.resnets.1': 'mid.block_2', 'mid_block.attentions.0': 'mid.attn_1',
-       'conv_norm_out': 'norm_out', 'conv_shortcut': 'nin_shortcut', 'group_norm': 'norm', 'to_q': 'q', 'to_k': 'k', 'to_v': 'v', 'to_out.0': 'proj_out'}
+       'conv_norm_out': 'norm_out', 'conv_shortcut': 'nin_shortcut', 'group_norm': 'norm', 'to_q': 'q', 'to_k': 'k', 'to_v': 'v',
+       'to_out.0': 'proj_out'}
 
 
 def first_names(pipeline):
