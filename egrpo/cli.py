@@ -726,9 +726,9 @@ def load_sampler(
     lora=None, # Folder of a LoRA to put in
 ):
     "A policy to sample from."
-    from egrpo.policy import check_lora_file, load_policy
+    from egrpo.policy import load_policy, lora_file
     check_device(config.device)
-    if lora: check_lora_file(lora, 'lora') # before a model is loaded
+    if lora: lora_file(lora, 'lora') # before a model is loaded
     same = 'resolution guidance micro_batch vae_tiling text_encoders embeddings'.split()
     return load_policy(config.model, config.device, config.dtype, None, lora_from=lora, **{name: getattr(config, name) for name in same})
 

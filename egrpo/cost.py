@@ -26,7 +26,7 @@ from .allocation import signal_needed
 from .benchmark import flux_inputs, highest_rise
 from .methods import make_plan
 from .plan import count_leaves, gradient_nfe
-from .policy import DTYPES, MICRO_BATCH_ELEMENTS, assets_path, is_out_of_memory, load_policy, lora_layers
+from .policy import DTYPES, MICRO_BATCH_ELEMENTS, assets_path, is_out_of_memory, load_policy, lora_file, lora_layers
 from .trainer import TrainConfig, chooses_steps, iteration_nfe, plan_settings
 
 # %% ../nbs/29_cost.ipynb #9817ccd3
@@ -251,8 +251,7 @@ def _file_parameters(
     lora, # Folder or file of a LoRA
 )->int: # Parameters
     "How many parameters a LoRA's file holds."
-    place = Path(lora)
-    with safe_open(place/'pytorch_lora_weights.safetensors' if place.is_dir() else place, 'pt') as f:
+    with safe_open(lora_file(lora), 'pt') as f:
         return sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys() if not k.endswith('alpha'))
 
 def _weights_memory(

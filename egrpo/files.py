@@ -128,14 +128,15 @@ def file_digest(
     return h.hexdigest()
 
 def tensors_digest(
-    tensors:dict, # Name -> tensor, on the CPU
+    tensors:dict, # Name -> tensor
+    more:str='', # A text that belongs to them
 )->str: # 32 hexadecimal digits
     "Hash tensors: names, dtypes, shapes and every bit."
-    h = hashlib.blake2b(digest_size=16)
+    h = hashlib.blake2b(more.encode(), digest_size=16)
     for name in sorted(tensors):
-        x = tensors[name]
+        x = tensors[name].detach().cpu().contiguous()
         h.update(f'{name}|{x.dtype}|{tuple(x.shape)}|'.encode())
-        h.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        h.update(x.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 # %% ../nbs/09_files.ipynb #f1a00017

@@ -165,7 +165,7 @@ def test_bad_setting(words, says, here, capsys):
     ('sample --prompt a --prompts blank.txt', 'prompt and prompts were both given'),
     ('sample --prompts empty.txt', 'is empty'),
     ('sample --lora nothing', "lora: 'nothing' does not exist"),
-    ('sample --lora folder', "lora_from: 'folder' does not fit this model"),
+    ('sample --lora folder', "lora: 'folder' has no .safetensors file"),
     ('sample --num-steps 0', 'num_steps'),
     ('sample --device cpu --prompt a --embeddings /dev/null', "embeddings: '/dev/null' cannot be written"),
     ('sample --images 99999999999999999999', 'argument --images: must be a whole number of at most 10,000'),
