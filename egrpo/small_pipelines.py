@@ -126,7 +126,7 @@ def small_pipeline(
     "A small pipeline of a family, with random weights."
     if name not in SMALL: raise ValueError(f"name must be one of {', '.join(SMALL)}, got {name!r}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed) # the CPU's; those of GPUs stay as they are
         pipeline = SMALL[name]()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
