@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import types
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR') # it warns of kernels that are replaced
@@ -38,6 +39,7 @@ def library(
     return target
 
 
+@cache
 def start(
     kind:str='cuda', # cuda or mps
 )->ctypes.CDLL: # fake_used(i), fake_peak(i), fake_limit(i, bytes): memory of device i
@@ -104,8 +106,8 @@ def mps(
     generator = torch.ops.fake_device.generator(0)
     def yes(): return True
     def nothing(): pass
-    def used(): return fake.fake_used(0)
-    have = dict(is_available=yes, synchronize=nothing, empty_cache=nothing, current_allocated_memory=used, driver_allocated_memory=used,
+    have = dict(is_available=yes, synchronize=nothing, empty_cache=lambda: fake.fake_reset_peak(0), # its driver keeps what was freed
+                current_allocated_memory=lambda: fake.fake_used(0), driver_allocated_memory=lambda: fake.fake_peak(0),
                 recommended_max_memory=lambda: 2**36, _get_default_mps_generator=lambda: generator,
                 manual_seed=lambda seed: generator.manual_seed(int(seed)))
     inside = dict(_mps_is_available=yes, _has_mps=True, _mps_is_in_bad_fork=lambda: False)
@@ -113,7 +115,8 @@ def mps(
 
 
 if __name__ == '__main__': # python tests/fake_device.py cuda -m module word …, or the path of a script
-    start(sys.argv[1])
+    import fake_device # noqa: I001 as those who import it will find it
+    fake_device.start(sys.argv[1])
     module = sys.argv[2] == '-m'
     sys.argv = sys.argv[3 if module else 2:]
     if module: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
