@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FULL', 'DTYPES', 'MEMORY_BYTES', 'LORA_TARGETS', 'PASSES', 'MICRO_BATCH_ELEMENTS', 'TEXT_ENCODERS', 'POLICIES',
-           'best_device', 'synchronize', 'is_out_of_memory', 'default_dtype', 'assets_path', 'limit_hub_waiting',
-           'load_pipeline', 'Conditions', 'Embeddings', 'network_fingerprint', 'text_fingerprint', 'lora_layers',
-           'check_lora_file', 'load_lora', 'compile_blocks', 'shard_network', 'whole_tensor', 'whole_tensors',
-           'own_part', 'swapped', 'check_torch', 'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy',
-           'load_policy']
+           'best_device', 'synchronize', 'is_out_of_memory', 'seeded', 'default_dtype', 'assets_path',
+           'limit_hub_waiting', 'load_pipeline', 'Conditions', 'Embeddings', 'network_fingerprint', 'text_fingerprint',
+           'lora_layers', 'check_lora_file', 'load_lora', 'compile_blocks', 'shard_network', 'whole_tensor',
+           'whole_tensors', 'own_part', 'swapped', 'check_torch', 'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy',
+           'UNetPolicy', 'load_policy']
 
 # %% ../nbs/10_policy.ipynb #b8d27e80
 import copy
@@ -64,6 +64,16 @@ def is_out_of_memory(
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     said = str(error).lower()
     return isinstance(error, RuntimeError) and any(o in said for o in FULL)
+
+# %% ../nbs/10_policy.ipynb #5eedc0de
+@contextmanager
+def seeded(
+    seed:int, # Any that torch takes
+):
+    "Inside: the CPU's generator starts from a seed. Afterwards it is where it was; those of GPUs stay as they are throughout."
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 # %% ../nbs/10_policy.ipynb #a0051e15
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}

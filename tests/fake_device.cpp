@@ -121,6 +121,10 @@ static void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::
   bool across = ACROSS.count(name);
 
   int device = -1;
+  bool shapes = false; // tensors that are only shapes, which torch makes to see what an operation would give
+  for (size_t i = 0; i < arguments.size(); ++i) changed(given[i], [&](const Tensor& t) { shapes |= t.is_meta(); return t; });
+  if (shapes) return op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), stack);
+
   auto clash = [&](const Tensor& t) {
     TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, ", Device(TYPE, device), " and ",
                 t.device(), "! (", name, ")");

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import types
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -55,12 +56,22 @@ def start(
     return fake
 
 
+def nothing(*args, **kwargs): pass
+
+
 class Event:
     "A CUDA event: the CPU's work is done when it is recorded."
     def __init__(self, **kwargs): self.at = None
     def record(self, stream=None): self.at = time.perf_counter()
-    def synchronize(self): pass
     def elapsed_time(self, end): return 1000 * (end.at - self.at)
+    synchronize = wait = nothing
+
+
+class Stream:
+    "The one stream, in which everything comes after what was asked for before."
+    def __init__(self, *args, **kwargs): pass
+    def record_event(self, event=None): return event or Event()
+    wait_stream = wait_event = synchronize = nothing
 
 
 def cuda(
@@ -79,24 +90,25 @@ def cuda(
         def __init__(self, device): self.index = at(device)
         def __enter__(self): self.before = fake.fake_exchange(self.index)
         def __exit__(self, *args): fake.fake_exchange(self.before)
-    def nothing(*args, **kwargs): pass
     def count(): return fake.fake_count() # torch.compile wants Python's own functions
     def current(): return fake.fake_current()
     def used(device=None): return fake.fake_used(at(device))
     properties = types.SimpleNamespace(name='Fake', major=9, minor=0, total_memory=2**36, multi_processor_count=1)
     generators = tuple(torch.ops.fake_device.generator(i) for i in range(count()))
-    have = dict(
-        is_available=lambda: True, is_initialized=lambda: True, device_count=count, current_device=current,
-        set_device=set_device, device=device, default_generators=generators, Event=Event, synchronize=nothing, empty_cache=nothing,
-        ipc_collect=nothing, _lazy_init=nothing, _lazy_call=lambda f, **kwargs: f(), _is_in_bad_fork=lambda: False,
-        is_bf16_supported=lambda including_emulation=True: True, is_current_stream_capturing=lambda: False,
+    have = dict.fromkeys(['synchronize', 'empty_cache', 'ipc_collect', '_lazy_init'], nothing)
+    have |= dict(
+        is_available=lambda: True, is_initialized=lambda: True, _is_in_bad_fork=lambda: False, _lazy_call=lambda f, **kwargs: f(),
+        device_count=count, current_device=current, set_device=set_device, device=device, default_generators=generators,
+        Event=Event, Stream=Stream, stream=lambda stream: nullcontext(), current_stream=lambda device=None: Stream(),
+        is_current_stream_capturing=lambda: False, is_bf16_supported=lambda including_emulation=True: True,
         get_device_properties=lambda device=None: properties, get_device_name=lambda device=None: 'Fake',
-        get_device_capability=lambda device=None: (9, 0), memory_allocated=used,
-        max_memory_allocated=lambda device=None: fake.fake_peak(at(device)),
-        reset_peak_memory_stats=lambda device=None: fake.fake_reset_peak(at(device)),
-        mem_get_info=lambda device=None: (2**36 - used(device), 2**36))
+        get_device_capability=lambda device=None: (9, 0), mem_get_info=lambda device=None: (2**36 - used(device), 2**36),
+        memory_allocated=used, max_memory_allocated=lambda device=None: fake.fake_peak(at(device)),
+        reset_peak_memory_stats=lambda device=None: fake.fake_reset_peak(at(device)))
     inside = {name: value for name, value in have.items() if hasattr(torch.cuda.random, name)}
-    return {torch.cuda: have, torch.cuda.random: inside}
+    group = torch.distributed.init_process_group
+    def init_process_group(backend=None, device_id=None, **kwargs): return group('gloo', **kwargs) # it serves as NCCL does
+    return {torch.cuda: have, torch.cuda.random: inside, torch.distributed: dict(init_process_group=init_process_group)}
 
 
 def mps(
@@ -105,7 +117,6 @@ def mps(
     "What `torch.mps` asks of Apple's build."
     generator = torch.ops.fake_device.generator(0)
     def yes(): return True
-    def nothing(): pass
     have = dict(is_available=yes, synchronize=nothing, empty_cache=lambda: fake.fake_reset_peak(0), # its driver keeps what was freed
                 current_allocated_memory=lambda: fake.fake_used(0), driver_allocated_memory=lambda: fake.fake_peak(0),
                 recommended_max_memory=lambda: 2**36, _get_default_mps_generator=lambda: generator,
