@@ -75,7 +75,7 @@ def policy_gradient(
     rows, total = torch.unique(out.row[out.weight > 0]), 0.
     for p in parameters: p.grad = None
     for chunk in rows.split(policy.micro_batch):
-        loss, _, index, _ = rows_loss(policy, cond, out, chunk, advantages, config)
+        with torch.enable_grad(): loss, _, index, _ = rows_loss(policy, cond, out, chunk, advantages, config)
         loss.backward()
         total += float(loss_weights(out, config)[index].sum())
     gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]) / (total or 1)

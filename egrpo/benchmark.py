@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention_entropy, attention_path, query_subset
+from .policy import synchronize
 
 # %% ../nbs/16_benchmark.ipynb #c2246ad1
 @contextmanager
@@ -34,27 +35,27 @@ def one_thread():
 
 def _seconds(
     run:Callable, # () -> anything
-    cuda:bool # Wait for the GPU, and use the wall clock?
+    device:torch.device # Where it runs: on a GPU the clock on the wall counts, on a CPU that of the process
 )->float: # Seconds
     "Time one call."
-    clock = time.perf_counter if cuda else time.process_time
-    if cuda: torch.cuda.synchronize()
+    clock = time.process_time if device.type == 'cpu' else time.perf_counter
+    synchronize(device)
     began = clock()
     run()
-    if cuda: torch.cuda.synchronize()
+    synchronize(device)
     return clock() - began
 
 @torch.no_grad()
 def time_in_turns(
     contenders:dict, # Name -> function of no arguments
     rounds:int, # Times each is run, >= 1, after one run that is not counted
-    cuda:bool=False # Do they run on a GPU?
+    device='cpu' # Where they run: a torch device or its name
 )->dict: # Name -> list of seconds, one per round
     "Time contenders turn by turn."
     if rounds < 1: raise ValueError(f"rounds must be >= 1, got {rounds}: 5 give a median worth having")
     with one_thread():
         for run in contenders.values(): run()
-        turns = [{name: _seconds(run, cuda) for name, run in contenders.items()} for _ in range(rounds)]
+        turns = [{name: _seconds(run, torch.device(device)) for name, run in contenders.items()} for _ in range(rounds)]
     return {name: [turn[name] for turn in turns] for name in contenders}
 
 # %% ../nbs/16_benchmark.ipynb #e31187df
@@ -113,15 +114,27 @@ def _forget_most_held():
     "Where the system can, start `_most_held` from what is held now."
     if Path('/proc/self/clear_refs').exists(): Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
 
+def _mps_rise(
+    run, # () -> anything
+)->tuple: # (what `run` gave, bytes)
+    "The same on Apple's GPUs, whose driver keeps what was freed: all it has then is the most that was held."
+    torch.mps.empty_cache()
+    before = torch.mps.driver_allocated_memory()
+    found = run()
+    torch.mps.synchronize()
+    return found, torch.mps.driver_allocated_memory() - before
+
 def highest_rise(
     run, # () -> anything
-    device:str, # cpu or cuda
+    device, # Where it runs: a torch device or its name
 )->tuple: # (what `run` gave, bytes)
     "Run, and see how far the memory held rises at most."
-    if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return run(), torch.cuda.max_memory_allocated() - before
+    device = torch.device(device)
+    if device.type == 'mps': return _mps_rise(run)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        return run(), torch.cuda.max_memory_allocated(device) - before
     _forget_most_held()
     before = _most_held()
     return run(), _most_held() - before
@@ -227,7 +240,7 @@ def _attention_part(
     q, k, v = _inputs(shape, device, dtype)
     some = attention_entropy(q[:, :, :64].double().cpu(), k.double().cpu(), path='chunked')
     error = (attention_entropy(q, k).cpu()[:, :, :64] - some).abs().max().item()
-    seconds = time_in_turns(attention_contenders(q, k, v), rounds, device == 'cuda')
+    seconds = time_in_turns(attention_contenders(q, k, v), rounds, device)
     return dict(shape=list(shape), dtype=str(dtype).removeprefix('torch.'), path=attention_path(q, k)[0], error=error, seconds=seconds)
 
 def _memory_part(
@@ -267,7 +280,7 @@ def _gpu_part(
     "The same on a GPU, in FLUX.1-dev's shapes."
     attention = _attention_part((1, 24, 4608, 128), rounds, 'cuda', torch.bfloat16)
     memory = _memory_part((1024, 2048, 4096, 8192), 24, 'cuda', 'bfloat16')
-    seconds = time_in_turns(forward_contenders(_flux('cuda'), 1, 4096, 512), rounds, True)
+    seconds = time_in_turns(forward_contenders(_flux('cuda'), 1, 4096, 512), rounds, 'cuda')
     forward = dict(model='FLUX.1-dev, random weights', batch=1, image=4096, text=512, seconds=seconds)
     return dict(attention=attention, memory=memory, forward=forward)
 

@@ -191,7 +191,7 @@ def explain(
 )->str|None: # One line; None where it is no mistake of the user
     "An error in a line."
     said = one_line(str(error))
-    if isinstance(error, RuntimeError) and _memory_is_full(error): # torch's own, or the trainer's, which names the micro-batch to try
+    if isinstance(error, (RuntimeError, MemoryError)) and _memory_is_full(error): # the trainer's names a micro-batch to try
         return said if 'micro_batch' in said else 'the device has not enough memory: lower --micro-batch or --resolution'
     return said if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
@@ -727,6 +727,8 @@ def load_sampler(
 ):
     "A policy to sample from."
     from egrpo.policy import load_policy, lora_file
+    from egrpo.rollout import check_seed
+    check_seed(config.seed)
     check_device(config.device)
     if lora: lora_file(lora, 'lora') # before a model is loaded
     same = 'resolution guidance micro_batch vae_tiling text_encoders embeddings'.split()

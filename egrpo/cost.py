@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COUNTED', 'ARCHITECTURES', 'Architecture', 'architecture', 'build_part', 'count_parameters', 'network_inputs',
-           'kept_bytes', 'activation_bytes', 'evaluations_per_velocity', 'default_micro_batch', 'network_dtype',
-           'block_parameters', 'run_memory', 'shared_traffic', 'Seconds', 'probe', 'iteration_seconds', 'policy_of',
-           'free_bytes', 'tune', 'best_micro_batch']
+           'kept_bytes', 'activation_bytes', 'evaluations_per_velocity', 'default_micro_batch', 'planned_device',
+           'network_dtype', 'block_parameters', 'run_memory', 'shared_traffic', 'Seconds', 'probe', 'iteration_seconds',
+           'policy_of', 'free_bytes', 'tune', 'best_micro_batch']
 
 # %% ../nbs/29_cost.ipynb #7a540d95
 import json
@@ -26,7 +26,18 @@ from .allocation import signal_needed
 from .benchmark import flux_inputs, highest_rise
 from .methods import make_plan
 from .plan import count_leaves, gradient_nfe
-from .policy import DTYPES, MICRO_BATCH_ELEMENTS, assets_path, is_out_of_memory, load_policy, lora_file, lora_layers
+from egrpo.policy import (
+    DTYPES,
+    MICRO_BATCH_ELEMENTS,
+    assets_path,
+    best_device,
+    default_dtype,
+    is_out_of_memory,
+    load_policy,
+    lora_file,
+    lora_layers,
+    synchronize,
+)
 from .trainer import TrainConfig, chooses_steps, iteration_nfe, plan_settings
 
 # %% ../nbs/29_cost.ipynb #9817ccd3
@@ -232,11 +243,18 @@ def default_micro_batch(
     size = a.vae[1].get('latent_channels', 4) * _side(config, a) ** 2 * evaluations_per_velocity(config)
     return config.micro_batch or max(1, MICRO_BATCH_ELEMENTS // size)
 
+def planned_device(
+    config:TrainConfig, # The configuration
+)->torch.device: # The device
+    "Where a run is planned for: the device that is named, the GPU that is there, or a CUDA GPU elsewhere."
+    here = best_device(config.device)
+    return torch.device('cuda') if config.device is None and here.type == 'cpu' else here
+
 def network_dtype(
     config:TrainConfig, # The configuration
 )->str: # fp32, bf16 or fp16
-    "What the network computes in: as configured, or as `egrpo.policy` chooses on a GPU; fp32 where the CPU is named."
-    return config.dtype or ('fp32' if config.device == 'cpu' else 'bf16')
+    "What the network computes in: as configured, or as `egrpo.policy` chooses for the device."
+    return config.dtype or default_dtype(planned_device(config))
 
 @lru_cache(maxsize=8)
 def block_parameters(
@@ -282,7 +300,7 @@ def _without_activations(
     "What an evaluation, or AdamW's step, takes more than an update."
     trained, copied = parts['trained weights'], parts['copy for autocast']
     evaluation = (trained if config.ema_decay else 0) + (copied if share == 1 else 0)
-    step = 0 if config.device in ('cpu', 'mps') else trained # one parameter at a time there
+    step = trained if planned_device(config).type == 'cuda' else 0 # elsewhere one parameter at a time
     return max(0, evaluation - copied - parts['activations'], step - copied - parts['activations'] - parts['gathered blocks'])
 
 def run_memory(
@@ -337,7 +355,7 @@ def _timed(
     def once():
         began = clock()
         run()
-        if policy.device.type == 'cuda': torch.cuda.synchronize()
+        synchronize(policy.device)
         return clock() - began
     once()
     return min(once() for _ in range(repeats))
@@ -392,6 +410,7 @@ def free_bytes(
 )->int: # Bytes
     "Memory that is free: the GPU's, half of the machine's elsewhere."
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    if device.type == 'mps': return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     try: return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
     except (AttributeError, ValueError): return 4 * 2**30 # a system that does not say
 
@@ -416,7 +435,7 @@ def tune(
         later = _later(policy)
         left = limit - sum(o.nbytes for o in later)
         while n <= most and max(2 * rise - gradients, 2 * gradients) <= left: # an evaluation or a step takes twice the gradients
-            seconds, now = highest_rise(lambda n=n: probe(policy, n, clock), policy.device.type)
+            seconds, now = highest_rise(lambda n=n: probe(policy, n, clock), policy.device)
             rise = max(rise, now)
             if rise > left: break
             found.append((n, seconds, rise))

@@ -6,7 +6,7 @@
 __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERGE_LENGTH', 'ACTIVE_STEPS', 'KERNELS', 'TABLE_1',
            'LEARNING_RATES', 'AEGPO', 'ALLOCATION', 'EXPLORED', 'ON_EGRPO', 'PAPER_COLUMNS', 'EXPERIMENTS', 'cell_key',
            'fixed_places', 'hacked_places', 'images_at', 'run_cell', 'store_dir', 'cell_path', 'save_strip',
-           'load_strip', 'load_cell', 'save_cell', 'run_cells', 'iterations_for', 'with_budget', 'summarize',
+           'load_strip', 'load_cell', 'save_cell', 'own_gpu', 'run_cells', 'iterations_for', 'with_budget', 'summarize',
            'paired_seeds', 'contrast', 'held_out_curve', 'training_curve', 'training_rise', 'run_cost',
            'shared_iteration', 'grid_data', 'Experiment', 'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking',
            'contrast_hacking', 'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said',
@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from .entropy import merge_lengths, step_entropy
 from .files import digest, read_object, write_text, write_whole
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings, taken
-from .policy import best_device
+from .policy import best_device, default_dtype
 from egrpo.records import (
     SCALES,
     bootstrap_interval,
@@ -70,7 +70,7 @@ def _what(
     config:TrainConfig, # A run
 )->dict: # Field -> value
     "The fields a result depends on; a dtype that is not named is that of the device, and fp32 is not noted."
-    dtype = config.dtype or ('bf16' if best_device(config.device).type == 'cuda' else 'fp32')
+    dtype = config.dtype or default_dtype(best_device(config.device))
     settings = asdict(config) | dict(dtype=None if dtype == 'fp32' else dtype)
     shift = plan_settings(config)['shift']
     if not isinstance(shift, Tensor): settings['shift'] = shift # 3 and None are one run where 3 is the model's own
@@ -315,6 +315,15 @@ def _last_line(
     lines = log.read_text(encoding='utf-8').split('\n') if log.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), '')
 
+def own_gpu(
+    config:TrainConfig, # A cell
+    worker:int, # Number of the worker that runs it, >= 0
+)->TrainConfig: # The same cell; its device is no part of its key
+    "Give each worker a GPU in turn, where there are several and the configuration names none of them."
+    device = best_device(config.device)
+    gpus = torch.cuda.device_count() if device.type == 'cuda' and device.index is None else 0
+    return replace(config, device=f'cuda:{worker % gpus}') if gpus > 1 else config
+
 def _parallel(
     configs:list, # Cells to run
     paths:list, # Their files
@@ -326,17 +335,20 @@ def _parallel(
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
-                    log = Path(logs)/f'{waiting[0][1].stem}.log'
-                    job = multiprocessing.get_context('spawn').Process(target=_work, args=(*waiting.pop(0), log), daemon=True)
+                    config, path = waiting.pop(0)
+                    worker = min({*range(workers)} - {o[2] for o in running.values()})
+                    log = Path(logs)/f'{path.stem}.log'
+                    words = own_gpu(config, worker), path, log
+                    job = multiprocessing.get_context('spawn').Process(target=_work, args=words, daemon=True)
                     job.start()
-                    running[job.sentinel] = job, log
+                    running[job.sentinel] = job, log, worker
                 for done in wait(list(running)):
-                    job, log = running.pop(done)
+                    job, log, _ = running.pop(done)
                     job.join()
                     if job.exitcode: failed.append(_last_line(log) or f'exit code {job.exitcode}')
                     yield job
         finally:
-            for job, _ in running.values(): job.kill()
+            for job, *_ in running.values(): job.kill()
     if failed: raise ValueError(f"{len(failed)} cells failed, the last with {failed[-1]!r}: the others are kept; run again with workers 0")
 
 # %% ../nbs/32_experiments.ipynb #8dbc45a4

@@ -433,7 +433,7 @@ def suffix_data(
     with one_thread():
         parts = {n: _suffix_part(policy, prompts, plan, size['rounds']) for n, plan in plans.items()}
         cache = _cache_part(policy, prompts, plans[size['steps'][0]], size['thresholds'])
-    clock = 'wall clock' if policy.device.type == 'cuda' else 'processor time'
+    clock = 'processor time' if policy.device.type == 'cpu' else 'wall clock'
     return dict(size, seed=0, threads=1, clock=clock, nfe=policy.nfe, schedules=parts, cache=cache,
                 plans={n: describe(p) for n, p in plans.items()})
 

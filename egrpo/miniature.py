@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .policy import assets_path
+from .policy import assets_path, seeded
 from egrpo.shapes import (
     CATEGORIES,
     COLORS,
@@ -64,10 +64,10 @@ def make_codec(
 ): # AutoencoderKL: (B,3,64,64) in -1..1 to latents (B,16,8,8) and back
     "A narrow AutoencoderKL with FLUX's 16 channels at an eighth of the resolution"
     from diffusers import AutoencoderKL
-    torch.manual_seed(seed)
-    return AutoencoderKL(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, norm_num_groups=4,
-        block_out_channels=(8, 16, 32, 64), layers_per_block=1, latent_channels=16, sample_size=64, use_quant_conv=False,
-        use_post_quant_conv=False, scaling_factor=1., shift_factor=0.).to(memory_format=torch.channels_last)
+    with seeded(seed):
+        return AutoencoderKL(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, norm_num_groups=4,
+            block_out_channels=(8, 16, 32, 64), layers_per_block=1, latent_channels=16, sample_size=64, use_quant_conv=False,
+            use_post_quant_conv=False, scaling_factor=1., shift_factor=0.).to(memory_format=torch.channels_last)
 
 # %% ../nbs/13_miniature.ipynb #1ae27d87
 def codec_loss(
@@ -226,11 +226,12 @@ def make_pipeline(
 ): # FluxPipeline
     "Put a FluxPipeline together from a codec and fresh text encoders and transformer"
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-    torch.manual_seed(seed)
-    clip, t5 = make_text_encoders()
+    with seeded(seed):
+        clip, t5 = make_text_encoders()
+        transformer = make_transformer(width, blocks)
     pipe = FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=False), vae=codec,
         text_encoder=clip, tokenizer=make_tokenizer(True, TEXT_LENGTH + 1), text_encoder_2=t5, tokenizer_2=make_tokenizer(),
-        transformer=make_transformer(width, blocks))
+        transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -437,13 +438,13 @@ def make_clip(
 )->Scorer: # A fresh CLIP
     "A CLIPModel of two layers a tower, 64 px in patches of 8"
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
-    torch.manual_seed(seed)
     size = dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=4, projection_dim=width)
     text = CLIPTextConfig(vocab_size=len(vocabulary()), max_position_embeddings=TEXT_LENGTH + 1, pad_token_id=0, bos_token_id=2,
                           eos_token_id=3, **size)
     config = CLIPConfig(text_config=text.to_dict(), vision_config=CLIPVisionConfig(image_size=64, patch_size=8, **size).to_dict(),
                         projection_dim=width)
-    return Scorer(CLIPModel(config), make_tokenizer(True, TEXT_LENGTH + 1))
+    with seeded(seed): model = CLIPModel(config)
+    return Scorer(model, make_tokenizer(True, TEXT_LENGTH + 1))
 
 def load_scorer(
     folder:Path # Written by `Scorer.save`

@@ -6,11 +6,12 @@
 __all__ = ['FULL', 'DTYPES', 'PICKLES', 'LAYER_NUMBER', 'WEIGHTS_NAME', 'MEMORY_BYTES', 'LORA_TARGETS', 'LORA_FILES', 'HUB_LORA',
            'LORA_CONFIG', 'PREFIXES', 'LORA_PREFIX', 'PARTS', 'LORA_PART', 'OTHER_NAMES', 'LORA_SETTINGS',
            'KEPT_WEIGHTS', 'OTHER_KINDS', 'LORA_DOWN', 'PASSES', 'MICRO_BATCH_ELEMENTS', 'TEXT_ENCODERS', 'POLICIES',
-           'best_device', 'is_out_of_memory', 'assets_path', 'limit_hub_waiting', 'check_model', 'load_pipeline',
-           'Conditions', 'Embeddings', 'network_fingerprint', 'text_fingerprint', 'lora_layers', 'lora_file',
-           'write_lora', 'read_lora', 'load_lora', 'compile_blocks', 'shard_network', 'whole_tensor', 'whole_tensors',
-           'own_part', 'swapped', 'pipeline_sigmas', 'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy',
-           'UNetPolicy', 'load_policy', 'bare_pipeline', 'model_sigmas']
+           'best_device', 'synchronize', 'is_out_of_memory', 'seeded', 'default_dtype', 'assets_path',
+           'limit_hub_waiting', 'check_model', 'load_pipeline', 'Conditions', 'Embeddings', 'network_fingerprint',
+           'text_fingerprint', 'lora_layers', 'lora_file', 'write_lora', 'read_lora', 'load_lora', 'compile_blocks',
+           'shard_network', 'whole_tensor', 'whole_tensors', 'own_part', 'swapped', 'pipeline_sigmas', 'check_torch',
+           'check_settings', 'Policy', 'FluxPolicy', 'SD3Policy', 'UNetPolicy', 'load_policy', 'bare_pipeline',
+           'model_sigmas']
 
 # %% ../nbs/10_policy.ipynb #b8d27e80
 import copy
@@ -59,25 +60,54 @@ def best_device(
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
+def synchronize(
+    device:torch.device, # Where something was computed
+):
+    "Wait until a device has done what it was asked for; a CPU has."
+    if device.type == 'cuda': torch.cuda.synchronize(device)
+    if device.type == 'mps': torch.mps.synchronize()
+
 # %% ../nbs/10_policy.ipynb #331accfb
-FULL = 'out of memory', "can't allocate memory", 'not enough memory', 'invalid buffer size'
+FULL = 'out of memory', "can't allocate memory", 'not enough memory', 'invalid buffer size', 'alloc_failed', 'allocation_failed'
 
 def is_out_of_memory(
     error:BaseException, # What was raised
 )->bool: # Is there too little memory? Then a smaller micro-batch may fit
     "Does an error say that a device's memory is used up?"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(o in said for o in FULL)
+    return isinstance(error, RuntimeError) and any(o in said for o in FULL)
+
+# %% ../nbs/10_policy.ipynb #5eedc0de
+@contextmanager
+def seeded(
+    seed:int, # Any that torch takes
+):
+    "Inside: the CPU's generator starts from a seed. Afterwards it is where it was; those of GPUs stay as they are throughout."
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 # %% ../nbs/10_policy.ipynb #a0051e15
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
+def default_dtype(
+    device:torch.device, # Where the network runs
+)->str: # bf16 or fp32
+    "The dtype that suits a device: bf16 on a CUDA GPU, unless one that is there only emulates it; fp32 elsewhere."
+    if device.type != 'cuda': return 'fp32'
+    if not torch.cuda.is_available(): return 'bf16' # of a GPU elsewhere nothing else is known
+    with torch.cuda.device(device): native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return 'bf16' if native else 'fp32'
+
 def _check_dtype(
-    dtype:str|None, # 'fp32', 'bf16' or 'fp16'; None = bf16 on cuda, else fp32
+    dtype:str|None, # 'fp32', 'bf16' or 'fp16'; None = `default_dtype`
     device:torch.device, # Where the network runs
 )->torch.dtype: # The network's dtype
     "The dtype by its name."
-    if dtype is None: dtype = 'bf16' if device.type == 'cuda' else 'fp32'
+    named, dtype = dtype, dtype or default_dtype(device)
+    if not named and dtype == 'fp32' and device.type == 'cuda':
+        warnings.warn("this GPU only emulates bf16, so the network computes in fp32: dtype fp16 takes half the memory", stacklevel=2)
     if dtype not in DTYPES: raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
 
@@ -915,6 +945,14 @@ MICRO_BATCH_ELEMENTS = 2**18
 # %% ../nbs/10_policy.ipynb #feb90922
 TEXT_ENCODERS = ('keep', 'offload', 'drop', None)
 
+def check_torch():
+    "Refuse defaults of torch with which new tensors are not fp32 on the CPU, as is assumed here everywhere."
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype != torch.float32:
+        raise ValueError(f"torch's default dtype is {dtype}: call torch.set_default_dtype(torch.float32), dtype sets the network's")
+    if device.type != 'cpu':
+        raise ValueError(f"torch's default device is {device}: call torch.set_default_device('cpu'), device says where to run")
+
 def check_settings(
     lora_rank:int|None=0, # As in `Policy`, and so are the others
     micro_batch:int|None=None,
@@ -924,6 +962,7 @@ def check_settings(
     embeddings=None,
 ):
     "Refuse settings that no policy can have."
+    check_torch()
     if (lora_rank or 0) < 0: raise ValueError(f"lora_rank must be >= 0, got {lora_rank}: 0 trains the whole transformer")
     if micro_batch is not None and micro_batch < 1: raise ValueError(f"micro_batch must be >= 1, got {micro_batch}: None suits the model")
     if not 0 <= guidance < math.inf: raise ValueError(f"guidance must be >= 0, got {guidance}: 1 is unguided, 3.5 the default")
@@ -944,7 +983,7 @@ class Policy:
         resolution:int|None=None, # Side of the images in pixels, a multiple of 16 (of 8 for UNets); None = what the VAE was made for
         guidance:float=3.5, # Guidance, >= 0: an input of FLUX.1-dev, a scale of Stable Diffusion's two answers (1 = one answer, unguided)
         device=None, # A device or its name; None = the best there is
-        dtype:str|None=None, # 'fp32', 'bf16' or 'fp16' of the network; None = bf16 on cuda, else fp32
+        dtype:str|None=None, # 'fp32', 'bf16' or 'fp16' of the network; None = `default_dtype`
         micro_batch:int|None=None, # Most latents in one forward pass, >= 1: bounds memory, changes nothing else; None = by their size
         seed:int=0, # Seed of a LoRA's initial weights
         lora_from=None, # A LoRA to start from, a folder, a .safetensors file or a hub id; its rank is kept
@@ -959,6 +998,7 @@ class Policy:
         self.device, self.guidance = best_device(device), guidance
         if self.device.type == 'cuda' and self.device.index is not None: torch.cuda.set_device(self.device) # what else says `cuda` means it
         self.dtype = _check_dtype(dtype, self.device)
+        if self.dtype == torch.float32: torch.backends.cudnn.allow_tf32 = False # convolutions in fp32, too
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
         self.nfe, self.compiled, self._frozen, self._start, self._empty, self._scale = 0, compiled, None, {}, None, {'factor': 1.}
@@ -1093,7 +1133,7 @@ class Policy:
                 yield p, self.embeddings.put(p, cond)
         finally:
             for name in names if self.text_encoders != 'keep' else (): getattr(self.pipeline, name).to('cpu')
-            if self.text_encoders != 'keep' and self.device.type == 'cuda': torch.cuda.empty_cache()
+            if self.text_encoders != 'keep' and self.device.type != 'cpu': torch.get_device_module(self.device).empty_cache()
 
     def embed(self,
         prompts:list, # Prompts
@@ -1446,11 +1486,12 @@ def _policy_class(
 def load_policy(
     model:str='miniature', # 'miniature', a folder, or a hub id
     device=None, # A device or its name; None = the best there is
-    dtype:str|None=None, # 'fp32', 'bf16' or 'fp16'; None = bf16 on cuda, else fp32
+    dtype:str|None=None, # 'fp32', 'bf16' or 'fp16'; None = `default_dtype`
     lora_rank:int|None=0, # Rank of the LoRA that is trained; 0 = the whole network, None = nothing, to sample only
     **kwargs, # `resolution`, `guidance`, `micro_batch`, `seed`, `lora_from` and the other settings of `Policy`
 )->Policy: # The policy
     "Load a pipeline as a policy. A network trained whole is kept in fp32 and autocast to `dtype`; all else is stored in `dtype`."
+    check_torch()
     device = best_device(device)
     whole = lora_rank == 0 and not kwargs.get('lora_from')
     pipeline = load_pipeline(model, _check_dtype(dtype, device), torch.float32 if whole else None)

@@ -138,7 +138,7 @@ def _order(
     seed:int, # Seed of the run
 )->Tensor: # (n,) a permutation
     "The order of the prompts in one pass."
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64))
 
 def prompt_batch(
     prompts:list, # All training prompts

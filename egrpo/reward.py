@@ -77,10 +77,10 @@ def _failure(
     prompts:list, # B prompts
 )->str: # Goes on after the reward's name
     "What is said of a reward that raised."
+    from egrpo.policy import is_out_of_memory
     said = ' '.join(str(error).split()) or 'no message'
-    full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search('out of memory|allocate memory', said, re.I)
-    if full: return (f"ran out of memory on {len(prompts)} images: take a smaller num_generations, or run it on another device "
-                     "(`egrpo serve` there, server(http://…) here)")
+    remedy = "take a smaller num_generations, or run it on another device (`egrpo serve` there, server(http://…) here)"
+    if is_out_of_memory(error): return f"ran out of memory on {len(prompts)} images: {remedy}"
     return f"raised {_named(error)} on {len(prompts)} images, the first for prompt {prompts[0]!r}: {said}"
 
 # %% ../nbs/14_reward.ipynb #cf6a7351

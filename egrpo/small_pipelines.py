@@ -9,7 +9,6 @@ __all__ = ['DDPM', 'SMALL', 'small_clip_tokenizer', 'small_t5_tokenizer', 'small
 # %% ../nbs/11_small_pipelines.ipynb #0a7bd959
 import string
 
-import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -24,6 +23,8 @@ from diffusers import (
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from .policy import seeded
 
 # %% ../nbs/11_small_pipelines.ipynb #2be882fc
 def small_clip_tokenizer(
@@ -125,8 +126,6 @@ def small_pipeline(
 ): # The pipeline, in fp32 on the CPU
     "A small pipeline of a family, with random weights."
     if name not in SMALL: raise ValueError(f"name must be one of {', '.join(SMALL)}, got {name!r}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipeline = SMALL[name]()
+    with seeded(seed): pipeline = SMALL[name]()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from .policy import seeded
+
 # %% ../nbs/11_small_rewards.ipynb #b9550e88
 def random_tensors(
     shapes:dict, # Name -> shape
@@ -73,8 +75,7 @@ def small_clip_model(
     both = dict(num_attention_heads=16, num_hidden_layers=2, hidden_act=act)
     vision = dict(hidden_size=64, image_size=28, patch_size=14, intermediate_size=128, **both)
     text = dict(vocab_size=514, hidden_size=32, intermediate_size=64, max_position_embeddings=77, eos_token_id=513, **both)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)).eval()
         for p in model.parameters(): p.data += .1 * torch.randn_like(p) # biases and norms too
     return model

@@ -76,6 +76,7 @@ def sample_alone(
     return samples
 
 # %% ../nbs/27_speed.ipynb #88c2c827
+@torch.enable_grad()
 def update_alone(
     trainer:Trainer, # Gives policy, clip range and optimiser
     samples:list, # (cond, plan, parent, child, log-prob, step, advantage) of every sample

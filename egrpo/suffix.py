@@ -76,7 +76,7 @@ def suffix_costs(
     "What a rollout costs with each solver and stride."
     plans = {f'{solver} {n}': replace(plan, strides=(n,), solver=solver) for solver in ('euler', 'ab2') for n in strides}
     runs = {name: (lambda p=p: rollout(policy, policy.encode([prompt]), p, 'suffix', 0)) for name, p in plans.items()}
-    seconds = time_in_turns(runs, rounds, policy.device.type == 'cuda')
+    seconds = time_in_turns(runs, rounds, policy.device)
     return dict(seconds=seconds, nfe={name: rollout_nfe(p) for name, p in plans.items()})
 
 # %% ../nbs/28_suffix.ipynb #10fba22d
@@ -113,7 +113,7 @@ def _timed_suffixes(
         "All groups."
         for g in range(len(plan.branches)):
             clean.append(cached_suffix(policy, cond, out.children[out.group == g], int(out.end[g]), plan.sigmas, threshold))
-    seconds = _seconds(walk, policy.device.type == 'cuda')
+    seconds = _seconds(walk, policy.device)
     return torch.cat(clean), seconds
 
 def cache_scores(

@@ -59,17 +59,19 @@ from .plan import Branch, Plan, count_leaves, count_transitions, describe, gradi
 from egrpo.policy import (
     best_device,
     check_settings,
+    check_torch,
     is_out_of_memory,
     load_policy,
     model_sigmas,
     own_part,
     swapped,
+    synchronize,
     whole_tensor,
     whole_tensors,
 )
 from .prompts import load_prompts, prompt_batch
 from .reward import RewardError, get_reward
-from .rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
+from .rollout import Rollout, check_seed, prune, rollout, transition_log_prob, transition_mean
 from .sde import gaussian_kl
 from .sigmas import flow_sigmas
 
@@ -129,9 +131,9 @@ class TrainConfig:
     eval_size:int = 256 # Prompts of an evaluation
     eval_every:int = 50 # Iterations between evaluations; 0 = before and after only
     eval_rewards:str|None = None # What an evaluation measures; None = verifier + verifier_strict in the miniature's world, else the reward
-    seed:int = 0 # Addresses all noise and the order of the prompts
+    seed:int = 0 # Addresses all noise and the order of the prompts, 0 to 2**64 - 1
     device:str|None = None # cuda, mps or cpu; None = the best there is
-    dtype:str|None = None # Network dtype fp32, bf16 or fp16; None = bf16 on cuda, else fp32
+    dtype:str|None = None # Network dtype fp32, bf16 or fp16; None = bf16 on cuda where the GPU computes in it, else fp32
     micro_batch:int|None = None # Most latents in one forward pass: bounds memory, changes nothing else; None = suits the model
     gradient_checkpointing:bool|None = None # Compute activations twice to keep few: a fraction of the memory, a third more time
     vae_tiling:bool|None = None # Decode large images in tiles; changes them a little
@@ -244,6 +246,7 @@ def check_config(
     for name in ('adam_beta1', 'adam_beta2'):
         if not 0 <= getattr(config, name) < 1: raise ValueError(f"{name} must be >= 0 and < 1, got {getattr(config, name)}")
     if config.resolution is not None and config.resolution < 1: raise ValueError(f"resolution must be > 0 pixels, got {config.resolution}")
+    check_seed(config.seed)
     _check_choices(config)
     check_settings(config.lora_rank, config.micro_batch, config.guidance, config.lora_from, config.text_encoders, config.embeddings)
     if config.ema_decay >= 1: raise ValueError(f"ema_decay must be < 1, got {config.ema_decay}: 0.99 averages over about 100 iterations")
@@ -488,8 +491,9 @@ class Trainer:
         cast = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
         if cast != 'no': warnings.warn(f"the launcher's mixed_precision {cast} is not used: dtype sets the network's", stacklevel=2)
         with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'): # accelerate would do it on GPUs only
+            first = not is_initialized() # others share the first one's state, its mixed_precision too, which is not used here
             self.accelerator = Accelerator( # one process may write a checkpoint, or score, for long, while the others wait
-                mixed_precision='no', cpu=best_device(config.device).type == 'cpu' and not is_initialized(), # later ones share its state
+                mixed_precision='no' if first else None, cpu=first and best_device(config.device).type == 'cpu',
                 log_with=config.tracker, project_dir=config.out,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
         processes = self.accelerator.num_processes
@@ -499,6 +503,8 @@ class Trainer:
         self.policy = policy or self._load_policy(shared and processes > 1)
         self.settings = plan_settings(config, self.policy.sigmas(config.num_steps, config.shift))
         self.parameters = self.policy.parameters()
+        if torch.is_inference_mode_enabled() or any(p.is_inference() for p in self.parameters.values()):
+            raise ValueError("torch.inference_mode is on, or was when the policy was loaded: load and train it outside")
         betas = config.adam_beta1, config.adam_beta2
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema_decay else {}
@@ -571,7 +577,7 @@ class Trainer:
         prompts:list, # Their L prompts
     )->dict: # Name -> (L,) rewards
         "Score images, and note how long that takes."
-        if images.is_cuda: torch.cuda.synchronize(images.device) # what is still to come of the rollout is not the reward's
+        synchronize(images.device) # what is still to come of the rollout is not the reward's
         began = time.perf_counter()
         rewards = self._in_all(lambda: self.reward(images, prompts))
         self.seconds_reward = time.perf_counter() - began
@@ -657,7 +663,7 @@ class Trainer:
         total = self._total(loss_weights(out, self.config)[torch.isin(out.row, rows)].sum())
         self.optimizer.zero_grad()
         seen = []
-        with self.policy.together():
+        with self.policy.together(), torch.enable_grad():
             for chunk in rows.split(self.policy.micro_batch) if len(rows) else (): # another process may have all of an update's prompts
                 loss, *metrics = rows_loss(self.policy, cond, out, chunk, advantages, self.config)
                 (loss / total).backward()
@@ -819,6 +825,7 @@ class Trainer:
 
     def _open(self):
         "Resume or start, and prove before anything is computed that all can be saved."
+        check_torch()
         out, settings, a = Path(self.config.out), asdict(self.config), self.accelerator
         if self.config.resume: self.load()
         elif (out/'metrics.jsonl').exists():

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -9,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 from egrpo import trainer as trainer_module
 from egrpo.advantage import keep_extremes
 from egrpo.policy import load_policy
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.prompts import prompt_batch
+from egrpo.rollout import addressed_noise
+from egrpo.trainer import TrainConfig, Trainer, check_config, sample_images
 
 SMALL = dict(num_steps=6, num_generations=4, prompts_per_iteration=2, iterations=1, eval_size=2)
 BRANCH = dict(method='branch_grpo', num_steps=10, num_generations=8, keep=.5, pruned_steps=1)
@@ -77,3 +80,73 @@ def test_a_run_leaves_the_process_group_to_those_who_go_on(tmp_path, policy):
         assert dist.is_initialized()
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
+
+
+# ---- in a notebook that has changed torch or accelerate for itself
+
+def one_step(out, policy, **settings):
+    "What an iteration gives, reward and gradient; the policy stays as it is."
+    trainer = Trainer(TrainConfig(**SMALL | settings, active_steps=2, device='cpu', lr=1e-30, out=str(out)), policy)
+    metrics = trainer.step(0)
+    return metrics['reward_std'], metrics['grad_norm']
+
+
+def test_an_accelerator_of_the_users_changes_nothing(tmp_path, policy):
+    "Its mixed precision is another one, and accelerate has one state for all."
+    expected, state = one_step(tmp_path, policy), AcceleratorState._shared_state
+    before = dict(state)
+    try:
+        state.clear()
+        Accelerator(mixed_precision='bf16', cpu=True)
+        found = one_step(tmp_path, policy)
+    finally:
+        state.clear()
+        state.update(before)
+    assert found == expected and found[1] > 0
+
+
+def test_gradients_are_taken_where_they_were_switched_off(tmp_path, policy):
+    expected = one_step(tmp_path, policy)
+    with torch.no_grad(): found = one_step(tmp_path, policy)
+    assert found == expected and found[1] > 0
+
+
+@pytest.mark.parametrize('set_default, back, says', [
+    (lambda: torch.set_default_dtype(torch.float64), lambda: torch.set_default_dtype(torch.float32), 'default dtype is torch.float64'),
+    (lambda: torch.set_default_dtype(torch.bfloat16), lambda: torch.set_default_dtype(torch.float32), 'default dtype is torch.bfloat16'),
+    (lambda: torch.set_default_device('meta'), lambda: torch.set_default_device(None), 'default device is meta'),
+], ids=['float64', 'bfloat16', 'meta'])
+def test_other_defaults_of_torch_are_refused(tmp_path, policy, set_default, back, says):
+    "Before anything is loaded, and where they are set between loading and training."
+    config = TrainConfig(**SMALL, active_steps=2, device='cpu', out=str(tmp_path/'run'))
+    trainer = Trainer(config, policy)
+    set_default()
+    try:
+        for run in (lambda: load_policy('nowhere'), lambda: Trainer(config), trainer.fit):
+            with pytest.raises(ValueError, match=says): run()
+    finally: back()
+    assert not (tmp_path/'run').exists()
+
+
+def test_inference_mode_is_refused(tmp_path, policy):
+    "In it nothing can be trained; samples can be drawn."
+    config = TrainConfig(**SMALL, active_steps=2, device='cpu', out=str(tmp_path/'run'))
+    with torch.inference_mode(), pytest.raises(ValueError, match='inference_mode is on'): Trainer(config, policy)
+    with torch.inference_mode(): assert len(sample_images(policy, ['a red circle'], 2)) == 1
+
+
+# ---- seeds
+
+@pytest.mark.parametrize('seed', [2**64 - 1, 2**63, 2**32])
+def test_every_seed_of_64_bits_is_another_one(seed):
+    "torch takes so many for a generator; the order of the prompts has them multiplied."
+    prompts = [str(i) for i in range(9)]
+    assert not torch.equal(addressed_noise((4,), seed), addressed_noise((4,), seed - 1))
+    assert sorted(prompt_batch(prompts, 9, 3, seed)) == prompts
+    assert prompt_batch(prompts, 9, 3, seed) != prompt_batch(prompts, 9, 3, seed - 1)
+
+
+@pytest.mark.parametrize('seed', [-1, 2**64, 1.5, None], ids=str)
+def test_other_seeds_are_refused(seed):
+    with pytest.raises(ValueError, match=r'from 0 to 2\*\*64 - 1, got'): check_config(TrainConfig(seed=seed))
+    with pytest.raises(ValueError, match=r'address must be .* from 0 to 2\*\*64 - 1, got'): addressed_noise((4,), seed, 'root')

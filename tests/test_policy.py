@@ -139,6 +139,10 @@ def test_micro_batches_change_nothing(load, name, micro_batch):
     (RuntimeError('MPS backend out of memory (MPS allocated: 9.00 GB, max allowed: 9.07 GB).'), True),
     (RuntimeError('Invalid buffer size: 64.00 GiB'), True), (RuntimeError('CUDA error: out of memory'), True),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+    (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), True),
+    (RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), True),
+    (RuntimeError('cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED'), True), (MemoryError(), True),
+    (RuntimeError('CUDA error: CUBLAS_STATUS_NOT_INITIALIZED'), False),
     (RuntimeError('mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)'), False), (ValueError('out of memory'), False)], ids=str)
 def test_full_devices_are_told_from_other_errors(error, full):
     assert is_out_of_memory(error) == full

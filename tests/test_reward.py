@@ -46,6 +46,7 @@ def test_any_form_of_scores(form):
     (full(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')), "'mine' ran out of memory on 3 images: .*egrpo serve"),
     (full(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")), 'ran out of memory on 3 images: take a'),
     (full(RuntimeError('MPS backend out of memory')), 'ran out of memory'), (full(MemoryError()), 'ran out of memory'),
+    (full(RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling')), 'ran out of memory'),
 ])
 def test_bad_rewards(reward, message):
     with pytest.raises(RewardError, match=message) as e: score(reward, IMAGES, PROMPTS, name='mine')
