@@ -1344,7 +1344,7 @@ def add_serve(
             Option('reward', 'str', 'verifier', 'What to serve: a reward, or a weighted sum, which is one number'),
             Option('host', 'str', '127.0.0.1', 'Address to listen on; 0.0.0.0 lets other machines ask, who need the token', 'ADDRESS'),
             Option('port', 'int', 8000, 'Port to listen on; 0 takes a free one'),
-            Option('token', 'str', None, 'Word that requests must carry; better set EGRPO_TOKEN, since others see command lines', 'WORD'),
+            Option('token', 'str|None', None, 'Word that requests must carry; better set EGRPO_TOKEN: others see command lines', 'WORD'),
             Option('prompt', 'str', 'a red circle', 'Prompt to try the reward with before serving'))
 
 COMMANDS['serve'] = Command(run_serve, add_serve, 'Serve a reward over HTTP, for trainings that name it server(http://…).',

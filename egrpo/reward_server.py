@@ -165,7 +165,7 @@ def _decode(
     pixels = len(pictures) * height * width
     if pixels > PIXELS_PER_REQUEST:
         raise ValueError(f"they have {pixels} pixels: send at most {PIXELS_PER_REQUEST}, in several requests")
-    images = torch.empty(len(pictures), 3, height, width)
+    images = torch.empty(len(pictures), 3, height, width, dtype=torch.float32, device='cpu')
     for image, picture in zip(images, pictures):
         data = bare_png(base64.b64decode(picture, validate=True))
         image.copy_(_pixels(data, ['PNG']))
@@ -427,7 +427,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _read_body(self)->memoryview:
         "Read the body within the limits."
         size = self._length()
-        body = memoryview(torch.empty(size, dtype=torch.uint8).numpy()) # takes memory only as it is filled
+        body = memoryview(torch.empty(size, dtype=torch.uint8, device='cpu').numpy()) # paged in as it is filled
         at = min(size, len(self.begun))
         body[:at] = self.begun[:at]
         while at < size:
@@ -496,7 +496,7 @@ def make_server(
 # %% ../nbs/12_reward_server.ipynb #ce7bb77a
 MAX_ANSWER = 2**16 # bytes
 RETRIED = (408, 502, 503, 504) # HTTP: too slow, a gateway's trouble, busy, too late
-LONGEST = 10 # seconds of a Retry-After that are waited at most
+LONGEST = 10 # seconds of a Retry-After that are waited at most; at least one
 
 def public_address(
     text:str, # Addresses, also within a reward such as .5*server(http://…?key=…)
@@ -517,7 +517,7 @@ def _check_address(
         shown = _line(public_address(text))
         raise ValueError(f"reward server needs an address, got {shown!r}: write server(http://127.0.0.1:8000)")
     if '@' in parts.netloc:
-        raise ValueError("reward server takes no user:password@ in its address: set EGRPO_TOKEN, here and there")
+        raise ValueError("reward server takes no user:password@ in an address: set EGRPO_TOKEN, here and there")
 
 @contextmanager
 def _deadline(
@@ -549,7 +549,8 @@ class _Busy(Exception):
     "A server that should be asked again."
     def __init__(self, reply):
         super().__init__(f"is busy (HTTP {reply.status})")
-        self.seconds = min(int(reply.wait), LONGEST) if re.fullmatch('[0-9]{1,9}', reply.wait) else None
+        given = re.fullmatch('[0-9]{1,9}', reply.wait)
+        self.seconds = max(1, min(int(reply.wait), LONGEST)) if given else None
 
 # %% ../nbs/12_reward_server.ipynb #a05c6d37
 def _read(
@@ -664,8 +665,8 @@ class RewardClient:
             except TimeoutError: trouble = f"has not answered within {self.timeout:g} s"
             except (OSError, HTTPException) as e: trouble = f"is not there ({_line(e)})"
             if pause: time.sleep(pause)
-        times = f"asked {self.retries + 1} times"
-        raise RewardError(f"reward {self.spec} {trouble}, {times}: start it (egrpo serve), or check the address")
+        trouble += f", asked {self.retries + 1} times"
+        raise RewardError(f"reward {self.spec} {trouble}: start it (egrpo serve), or check the address")
 
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]

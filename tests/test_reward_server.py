@@ -530,10 +530,11 @@ def test_full_is_asked_again_for_as_long_as_an_answer_may_take(no_waiting):
     "A queue is no failure, however often one is told to come back."
     good = json.dumps(dict(scores=[1.] * 5)).encode()
     answers = [b'HTTP/1.0 503 Full\r\nRetry-After: 2\r\n\r\n'] * 7
+    answers.append(b'HTTP/1.0 503 Full\r\nRetry-After: 0\r\n\r\n')
     answers += [b'HTTP/1.0 503 Full\r\nRetry-After: 9999\r\n\r\n', b'HTTP/1.0 200 OK\r\n\r\n' + good]
     def full(connection): connection.sendall(answers.pop(0))
     with hostile(full) as url: assert RewardClient(url, retries=0)(IMAGES, PROMPTS).tolist() == [1.] * 5
-    assert no_waiting == [2] * 7 + [10]
+    assert no_waiting == [2] * 7 + [1, 10]
 
 
 def test_secrets_of_an_address_are_not_shown(no_waiting):
