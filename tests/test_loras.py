@@ -317,7 +317,8 @@ def test_lora_that_is_refused(tmp_path, kind):
 
 
 SETTINGS = {'kind LOKR': dict(peft_type='LOKR'), "changed the model's own weights": dict(init_lora_weights='pissa'), NO_FIT: dict(r=3),
-            'trained with use_qalora': dict(use_qalora=True), 'without its adapter_config.json': None}
+            'trained with use_qalora': dict(use_qalora=True), 'without its adapter_config.json': None,
+            'settings .rank, alpha. are damaged': 'damaged'}
 
 
 @pytest.mark.parametrize('says, changes', SETTINGS.items(), ids=list(SETTINGS))
@@ -325,7 +326,8 @@ def test_adapter_of_peft_that_is_refused(tmp_path, says, changes):
     network = get_peft_model(small_pipeline('sd3').transformer, LoraConfig(r=2, target_modules=['to_q']))
     network.save_pretrained(tmp_path)
     settings = tmp_path/'adapter_config.json'
-    if changes: settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
+    if changes == 'damaged': settings.write_bytes(b'\xff{')
+    elif changes: settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
     else: settings.unlink()
     with pytest.raises(ValueError, match=says): policy_of('sd3', lora_from=tmp_path)
 
