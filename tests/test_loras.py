@@ -506,6 +506,24 @@ def test_files_of_one_precision(tmp_path, model):
         assert_close(dict(getattr(again, name).state_dict()), dict(part.state_dict()), rtol=0, atol=0)
 
 
+def published_names(folder):
+    "As the published Stable Diffusion 1.5 has them: old names of the VAE's attention, and a list of positions."
+    file = folder/'vae/diffusion_pytorch_model.safetensors'
+    tensors = load_file(file)
+    for new, old in {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}.items():
+        tensors = {n.replace(f'.{new}.', f'.{old}.'): x for n, x in tensors.items()}
+    save_file(tensors, file, metadata=dict(format='pt'))
+    file = folder/'text_encoder/model.safetensors'
+    positions = {'text_model.embeddings.position_ids': torch.arange(16)[None]}
+    save_file(load_file(file) | positions, file, metadata=dict(format='pt'))
+
+
+def test_names_of_published_weights(tmp_path):
+    "Names that diffusers and transformers know to translate or to leave out are no mistake."
+    found = load_pipeline(str(model_folder('sd1.5', published_names, tmp_path/'model')))
+    assert_close(dict(found.vae.state_dict()), dict(small_pipeline('sd1.5').vae.state_dict()), rtol=0, atol=0)
+
+
 def test_without_t5(tmp_path):
     "SD3 whose folder names a T5 that is not there, as plain diffusers loads it without."
     folder = model_folder('sd3', without_t5, tmp_path/'model')
