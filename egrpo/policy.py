@@ -642,12 +642,22 @@ def _given_config(
     what:str, # Beginning of the error
 )->dict: # Settings of peft; empty = there are none
     "A LoRA's settings as its file says them, or peft's `adapter_config.json` beside it."
-    said = json.loads(metadata.get(LORA_CONFIG, '{}'))
+    said = _parse_settings(metadata.get(LORA_CONFIG, '{}'), what)
     if said: return _known_settings(_network_config(said), what)
     if not any(n.startswith('base_model.model.') for n in tensors): return {}
     beside = path.with_name('adapter_config.json')
-    if beside.exists(): return _known_settings(json.loads(beside.read_text(encoding='utf-8')), what)
+    if beside.exists(): return _known_settings(_parse_settings(beside.read_bytes(), what), what)
     raise ValueError(f"{what} is an adapter of peft without its adapter_config.json: put that beside it")
+
+def _parse_settings(
+    text, # JSON, text or bytes
+    what:str, # Beginning of the error
+)->dict: # Settings
+    "A LoRA's settings from JSON."
+    try: said = json.loads(text)
+    except ValueError: said = None # undecodable bytes, too
+    if isinstance(said, dict): return said
+    raise ValueError(f"{what}: the LoRA's settings (rank, alpha) are damaged: take another copy")
 
 def _known_settings(
     config:dict, # Settings of peft

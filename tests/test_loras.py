@@ -1,9 +1,11 @@
-"""LoRAs as other programs write them: they begin as plain diffusers has them, are trained, saved, and are the same in plain diffusers.
+"""LoRAs as other programs write them: begun as in plain diffusers, trained, saved, and the same there again.
 
-Names are those of diffusers' converters (diffusers/loaders/lora_conversion_utils.py, 0.42) and of public files, named beside each kind."""
+Names are those of diffusers' converters (diffusers/loaders/lora_conversion_utils.py, 0.42) and of public
+files, named beside each kind."""
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,16 +17,20 @@ from safetensors.torch import load_file, save_file
 from test_policy import theirs
 from torch.testing import assert_close
 
-from egrpo.policy import POLICIES, load_pipeline, load_policy, lora_file
+from egrpo.policy import POLICIES, load_lora, load_pipeline, load_policy, lora_file
 from egrpo.small_pipelines import small_pipeline
 
-FLUX_LAYERS = ['transformer_blocks.0.attn.to_q', 'transformer_blocks.0.attn.add_k_proj', 'transformer_blocks.0.ff.net.2',
-               'single_transformer_blocks.0.attn.to_v', 'single_transformer_blocks.0.proj_out', 'proj_out']
-SD3_LAYERS = ['transformer_blocks.0.attn.to_q', 'transformer_blocks.1.attn.to_out.0', 'transformer_blocks.0.ff_context.net.0.proj']
-UNET_LAYERS = [f'{block}.attentions.0.{layer}' for block in ('down_blocks.0', 'mid_block') for layer in (
-    'transformer_blocks.0.attn1.to_q', 'transformer_blocks.0.attn2.to_out.0', 'transformer_blocks.0.ff.net.0.proj')]
-UNET_CONV = ['down_blocks.0.resnets.0.conv1', 'mid_block.resnets.0.time_emb_proj', 'down_blocks.0.downsamplers.0.conv']
-TEXT_LAYERS = [f'text_model.encoder.layers.1.{o}' for o in ('self_attn.q_proj', 'self_attn.out_proj', 'mlp.fc1')]
+FLUX_LAYERS = ['transformer_blocks.0.attn.to_q', 'transformer_blocks.0.attn.add_k_proj',
+               'transformer_blocks.0.ff.net.2', 'single_transformer_blocks.0.attn.to_v',
+               'single_transformer_blocks.0.proj_out', 'proj_out']
+SD3_LAYERS = ['transformer_blocks.0.attn.to_q', 'transformer_blocks.1.attn.to_out.0',
+              'transformer_blocks.0.ff_context.net.0.proj']
+UNET_BLOCKS = [f'{block}.attentions.0.transformer_blocks.0' for block in ('down_blocks.0', 'mid_block')]
+UNET_LAYERS = [f'{b}.{layer}' for b in UNET_BLOCKS for layer in ('attn1.to_q', 'attn2.to_out.0', 'ff.net.0.proj')]
+UNET_CONV = ['down_blocks.0.resnets.0.conv1', 'down_blocks.0.downsamplers.0.conv',
+             'mid_block.resnets.0.time_emb_proj']
+TEXT_PARTS = 'self_attn.q_proj', 'self_attn.out_proj', 'mlp.fc1'
+TEXT_LAYERS = [f'text_model.encoder.layers.1.{part}' for part in TEXT_PARTS]
 LAYERS = {'flux-dev': FLUX_LAYERS, 'sd3': SD3_LAYERS, 'sd1.5': UNET_LAYERS, 'sdxl': UNET_LAYERS}
 
 
@@ -63,7 +69,8 @@ def dotted(prefix, down='lora_A.weight', up='lora_B.weight'):
 
 def underscored(prefix):
     "Names of kohya's scripts."
-    return lambda name, part: f"{prefix}{name.replace('.', '_')}.{dict(down='lora_down.weight', up='lora_up.weight').get(part, part)}"
+    naming = dotted('', 'lora_down.weight', 'lora_up.weight')
+    return lambda name, part: prefix + naming(name.replace('.', '_'), part)
 
 
 def attention(prefix):
@@ -89,18 +96,18 @@ def kohya(model, names=None, alpha=1):
 
 def kohya_flux():
     "As kohya-ss/sd-scripts' networks/lora_flux.py writes them."
-    block = 'lora_unet_double_blocks_0_'
-    sizes = {f'{block}img_attn_qkv': (96, 32), f'{block}txt_attn_qkv': (96, 32), f'{block}img_attn_proj': (32, 32),
-             f'{block}txt_mlp_0': (128, 32), f'{block}img_mod_lin': (192, 32), 'lora_unet_single_blocks_0_linear2': (32, 160)}
+    sizes = {'img_attn_qkv': (96, 32), 'txt_attn_qkv': (96, 32), 'img_attn_proj': (32, 32),
+             'txt_mlp_0': (128, 32), 'img_mod_lin': (192, 32)}
+    sizes = {f'lora_unet_double_blocks_0_{n}': size for n, size in sizes.items()}
+    sizes['lora_unet_single_blocks_0_linear2'] = (32, 160)
     tensors = fused({f'{n}.lora_{{}}.weight': size for n, size in sizes.items()})
     return tensors | {f'{n}.alpha': torch.tensor(2.) for n in sizes}
 
 
 def xlabs():
     "As XLabs-AI/x-flux writes them (XLabs-AI/flux-RealismLora)."
-    sizes = {'double_blocks.0.processor.qkv_lora1': (96, 32), 'double_blocks.0.processor.proj_lora1': (32, 32),
-             'double_blocks.0.processor.qkv_lora2': (96, 32), 'double_blocks.0.processor.proj_lora2': (32, 32)}
-    return fused({f'{n}.{{}}.weight': size for n, size in sizes.items()})
+    sizes = {'qkv_lora1': (96, 32), 'proj_lora1': (32, 32), 'qkv_lora2': (96, 32), 'proj_lora2': (32, 32)}
+    return fused({f'double_blocks.0.processor.{n}.{{}}.weight': size for n, size in sizes.items()})
 
 
 def sgm():
@@ -111,8 +118,19 @@ def sgm():
 
 def with_norms(alpha=None):
     "A LoRA with whole weights of norms, as diffusers' `_load_norm_into_transformer` reads them."
-    norms = {f'transformer.transformer_blocks.0.attn.norm_{n}.weight': 1 + draw(16, seed=i) for i, n in enumerate(('q', 'added_k'))}
+    name = 'transformer.transformer_blocks.0.attn.norm_{}.weight'
+    norms = {name.format('q'): 1 + draw(16), name.format('added_k'): 1 + draw(16, seed=1)}
     return lora('flux-dev', dotted('transformer.'), alpha=alpha) | norms
+
+
+def own(model):
+    "A LoRA in diffusers' names, without alphas."
+    return lora(model, dotted('unet.' if model.startswith(('sd1', 'sdxl')) else 'transformer.'))
+
+
+def before_peft():
+    "A LoRA of attention alone, as diffusers wrote it."
+    return lora('sd1.5', attention('unet.'), [n for n in UNET_LAYERS if 'attn1' in n or 'attn2' in n])
 
 
 def dora(model, prefix):
@@ -123,9 +141,10 @@ def dora(model, prefix):
 
 
 SAME = { # kinds that plain diffusers loads, too: model, tensors
-    'diffusers': [(m, lambda m=m: lora(m, dotted('unet.' if m[:3] in ('sd1', 'sdx') else 'transformer.'))) for m in LAYERS],
-    'alphas in diffusers names': [('flux-dev', lambda: lora('flux-dev', dotted('transformer.'), alpha=3))], # TheLastBen/Jon_Snow_Flux_LoRA
-    'diffusers, before peft': [('sd1.5', lambda: lora('sd1.5', attention('unet.'), [n for n in UNET_LAYERS if 'attn' in n and '1.' in n]))],
+    'diffusers': [(m, partial(own, m)) for m in LAYERS],
+    # TheLastBen/Jon_Snow_Flux_LoRA
+    'alphas in diffusers names': [('flux-dev', lambda: lora('flux-dev', dotted('transformer.'), alpha=3))],
+    'diffusers, before peft': [('sd1.5', before_peft)],
     'kohya': [('flux-dev', kohya_flux), ('sd1.5', lambda: kohya('sd1.5')), ('sdxl', sgm)],
     'kohya, convolutions': [('sd1.5', lambda: kohya('sd1.5', UNET_CONV + UNET_LAYERS))],
     'convolutions': [('sd1.5', lambda: lora('sd1.5', dotted('unet.'), UNET_CONV + UNET_LAYERS))],
@@ -133,11 +152,12 @@ SAME = { # kinds that plain diffusers loads, too: model, tensors
     'norms': [('flux-dev', with_norms)], 'norms and alphas': [('flux-dev', lambda: with_norms(3))],
     'DoRA': [('sd3', lambda: dora('sd3', 'transformer.')), ('sd1.5', lambda: dora('sd1.5', 'unet.'))],
 }
+WITH_ADAPTER = 'lora_A.default.weight', 'lora_B.default.weight'
 RENAMED = { # kinds of which plain diffusers loads what has another name: model, tensors, its tensors
     'ai-toolkit, ComfyUI': ('sd3', lambda: lora('sd3', dotted('diffusion_model.'))),
-    'no prefix': ('flux-dev', lambda: lora('flux-dev', dotted(''))), # `transformer.save_lora_adapter` of diffusers
+    'no prefix': ('flux-dev', lambda: lora('flux-dev', dotted(''))), # `transformer.save_lora_adapter`
     'OneTrainer': ('flux-dev', lambda: lora('flux-dev', underscored('lora_transformer_'))),
-    'SimpleTuner': ('flux-dev', lambda: lora('flux-dev', dotted('diffusion_model.', *(f'lora_{o}.default.weight' for o in 'AB')))),
+    'SimpleTuner': ('flux-dev', lambda: lora('flux-dev', dotted('diffusion_model.', *WITH_ADAPTER))),
 }
 
 
@@ -176,12 +196,14 @@ def check_goes_on(source, model, start, folder, measured):
     assert (trained - begun).abs().max() > 1e-4, 'training does nothing'
     with policy.reference(): assert_close(images(policy), begun, atol=1e-5, rtol=0)
     policy.save(folder)
-    save_file({n: p.detach() for n, p in policy.parameters().items()}, folder/'checkpoint') # refuses layers that share a matrix
+    # as a checkpoint: safetensors refuses layers that share a matrix
+    save_file({n: p.detach() for n, p in policy.parameters().items()}, folder/'checkpoint')
     plain = small_pipeline(model)
     plain.load_lora_weights(str(folder))
     saved, again = images(policy, plain), images(policy_of(model, lora_from=folder))
+    figures = dict(start=begun - start, plain=saved - trained, again=again - trained)
     measured('largest difference of an image, LoRA read, saved and read again',
-             start=(begun - start).abs().max(), plain=(saved - trained).abs().max(), again=(again - trained).abs().max())
+             **{n: x.abs().max() for n, x in figures.items()})
     assert_close(saved, trained, atol=1e-5, rtol=0)
     assert_close(again, trained, atol=1e-5, rtol=0)
 
@@ -203,27 +225,29 @@ def test_lora_of_other_names(tmp_path, measured, kind):
     save_file(tensors(), tmp_path/'lora.safetensors')
     plain = small_pipeline(model)
     plain.load_lora_weights(lora(model, dotted('transformer.')))
-    check_goes_on(tmp_path/'lora.safetensors', model, images(policy_of(model), plain), tmp_path/'saved', measured)
+    start = images(policy_of(model), plain)
+    check_goes_on(tmp_path/'lora.safetensors', model, start, tmp_path/'saved', measured)
 
 
 @pytest.mark.parametrize('as_file', [False, True])
 @pytest.mark.parametrize('model', ['flux-dev', 'sd3', 'sd1.5'])
 def test_adapter_of_peft(tmp_path, measured, model, as_file):
-    "As flow_grpo, Flow-Factory and TRL leave them: `save_pretrained` of a `PeftModel`, its scale in adapter_config.json."
+    "As flow_grpo, Flow-Factory and TRL leave them: `save_pretrained` of a `PeftModel`, its scale beside it."
     pipeline = small_pipeline(model)
     name = 'unet' if hasattr(pipeline, 'unet') else 'transformer'
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=['to_q', 'to_out.0', 'net.2'], init_lora_weights=False, use_rslora=as_file,
-                        rank_pattern={'to_q': 2}, alpha_pattern={'to_q': 5})
+    config = LoraConfig(r=4, lora_alpha=6, rank_pattern={'to_q': 2}, alpha_pattern={'to_q': 5}, use_rslora=as_file,
+                        target_modules=['to_q', 'to_out.0', 'net.2'], init_lora_weights=False)
     torch.manual_seed(0)
     network = get_peft_model(getattr(pipeline, name), config)
     network.save_pretrained(tmp_path/'peft')
-    setattr(pipeline, name, PeftModel.from_pretrained(getattr(small_pipeline(model), name), tmp_path/'peft').base_model.model)
+    plain = PeftModel.from_pretrained(getattr(small_pipeline(model), name), tmp_path/'peft')
+    setattr(pipeline, name, plain.base_model.model)
     source = tmp_path/'peft'/('adapter_model.safetensors' if as_file else '')
     check_goes_on(source, model, images(policy_of(model), pipeline), tmp_path/'saved', measured)
 
 
 def test_alphas_of_layers(tmp_path):
-    "Where diffusers passes over the alphas of single layers (kohya's names of a UNet's attention), the product is alpha / rank of each."
+    "diffusers passes over single alphas of a UNet's attention in kohya's names; here each layer has its own."
     tensors = kohya('sd1.5')
     name = 'down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0'
     tensors[underscored('lora_unet_')(name, 'alpha')] = torch.tensor(5.)
@@ -246,17 +270,20 @@ def with_text(model):
     tensors = lora(model, naming)
     for i, name in enumerate(TEXT_LAYERS):
         width = (32, 16) if 'fc1' in name else (16, 16)
-        tensors |= {text(name, 'down'): 2 * draw(2, width[1], seed=i), text(name, 'up'): 2 * draw(width[0], 2, seed=i)}
+        down, up = draw(2, width[1], seed=i), draw(width[0], 2, seed=i)
+        tensors |= {text(name, 'down'): 2 * down, text(name, 'up'): 2 * up}
     return tensors
 
 
 @pytest.mark.parametrize('model', ['flux-dev', 'sd1.5'])
 def test_text_encoder_is_sampled_with(tmp_path, model):
-    "Its part of a LoRA is used where nothing is trained, and embeddings made with it are not those without; training is refused."
+    "Its part of a LoRA is used where nothing is trained, with embeddings of its own; training is refused."
     tensors = with_text(model)
     save_file(tensors, tmp_path/'lora.safetensors')
-    save_file({n: x for n, x in tensors.items() if 'te' not in n.split('_') and 'text' not in n.split('_')}, tmp_path/'alone.safetensors')
-    policy, alone = (policy_of(model, lora_rank=None, lora_from=tmp_path/f'{n}.safetensors') for n in ('lora', 'alone'))
+    network = {n: x for n, x in tensors.items() if not n.startswith(('text_encoder', 'lora_te_'))}
+    save_file(network, tmp_path/'alone.safetensors')
+    policy = policy_of(model, lora_rank=None, lora_from=tmp_path/'lora.safetensors')
+    alone = policy_of(model, lora_rank=None, lora_from=tmp_path/'alone.safetensors')
     plain = small_pipeline(model)
     plain.load_lora_weights(str(tmp_path/'lora.safetensors'))
     assert_close(images(policy), images(policy, plain), atol=1e-5, rtol=0)
@@ -282,29 +309,35 @@ LAST, NO_FIT = 'lora_unet_final_layer_linear.lora_{}.weight', 'does not fit this
 
 def more_inputs():
     "A LoRA that makes the network's first layer wider."
-    return {'transformer.x_embedder.lora_A.weight': draw(2, 32), 'transformer.x_embedder.lora_B.weight': draw(32, 2)}
+    name = dotted('transformer.')
+    return {name('x_embedder', 'down'): draw(2, 32), name('x_embedder', 'up'): draw(32, 2)}
 
 
 def half_a_layer():
     "A LoRA whose last layer has one matrix."
-    return {n: x for n, x in lora('sd3', dotted('transformer.')).items() if 'ff_context' not in n or 'lora_A' in n}
+    tensors = lora('sd3', dotted('transformer.'))
+    return {n: x for n, x in tensors.items() if 'ff_context' not in n or 'lora_A' in n}
 
 
+HADA = [f'hada_w{i}_{o}' for i in '12' for o in 'ab']
+NORM = 'transformer.transformer_blocks.0.attn.norm_q.weight'
 REFUSED = { # model, tensors, what is said
-    'LoKr': ('sd3', lambda: marked('sd3', ['lokr_w1', 'lokr_w2']), 'is a LoKr, which diffusers does not put'), # KohakuBlueleaf/LyCORIS
-    'LoHa': ('sd1.5', lambda: marked('sd1.5', [f'hada_w{i}_{o}' for i in '12' for o in 'ab'], 'lora_unet_'), 'is a LoHa'),
-    'DoRA of LyCORIS': ('flux-dev', lambda: kohya_flux() | {f'{PROJ}.dora_scale': torch.ones(32, 1)}, 'is a DoRA'),
-    'differences': ('flux-dev', lambda: kohya_flux() | {f'{PROJ}.diff_b': torch.ones(32)}, 'differences of whole'),
-    'Tucker': ('sd1.5', lambda: kohya('sd1.5') | marked('sd1.5', ['lora_mid.weight'], 'lora_unet_'), 'third matrix'),
+    # KohakuBlueleaf/LyCORIS
+    'LoKr': ('sd3', lambda: marked('sd3', ['lokr_w1', 'lokr_w2']), 'is a LoKr, which diffusers does not put'),
+    'LoHa': ('sd1.5', lambda: marked('sd1.5', HADA, 'lora_unet_'), 'is a LoHa'),
+    'DoRA of LyCORIS': ('flux-dev', lambda: kohya_flux() | {f'{PROJ}.dora_scale': torch.ones(32)}, 'a DoRA of Ly'),
+    'differences': ('flux-dev', lambda: kohya_flux() | {f'{PROJ}.diff_b': torch.ones(32)}, 'differences of'),
+    'Tucker': ('sd1.5', lambda: marked('sd1.5', ['lora_mid.weight'], 'lora_unet_'), 'third matrix'),
     # diffusers gives the last layer no name that its network has
     'last layer': ('flux-dev', lambda: kohya_flux() | fused({LAST: (16, 32)}), '20 of its 22 tensors'),
-    'kohya of SD3': ('sd3', lambda: fused({f'{QKV}.lora_{{}}.weight': (96, 32)}), NO_FIT), # kohya-ss/sd-scripts' networks/lora_sd3.py
+    # kohya-ss/sd-scripts' networks/lora_sd3.py
+    'kohya of SD3': ('sd3', lambda: fused({f'{QKV}.lora_{{}}.weight': (96, 32)}), NO_FIT),
     # black-forest-labs/FLUX.1-Depth-dev-lora
     'more inputs': ('flux-dev', more_inputs, NO_FIT),
     'half a layer': ('sd3', half_a_layer, NO_FIT),
-    'norms alone': ('sd3', lambda: {'transformer.transformer_blocks.0.attn.norm_q.weight': torch.ones(16)}, NO_FIT),
+    'norms alone': ('sd3', lambda: {NORM: torch.ones(16)}, NO_FIT),
     'not a LoRA': ('flux-dev', lambda: {'x': torch.ones(2)}, NO_FIT),
-    'another model': ('sd1.5', lambda: lora('sd3', dotted('transformer.')), NO_FIT),
+    'another model': ('sd1.5', lambda: own('sd3'), NO_FIT),
 }
 
 
@@ -312,12 +345,15 @@ REFUSED = { # model, tensors, what is said
 def test_lora_that_is_refused(tmp_path, kind):
     model, tensors, says = REFUSED[kind]
     save_file(tensors(), tmp_path/'lora.safetensors')
-    with pytest.raises(ValueError, match=says) as error: policy_of(model, lora_from=tmp_path/'lora.safetensors')
+    source = tmp_path/'lora.safetensors'
+    with pytest.raises(ValueError, match=says) as error: policy_of(model, lora_from=source)
     assert str(error.value).startswith('lora_from: ') and '\n' not in str(error.value)
 
 
-SETTINGS = {'kind LOKR': dict(peft_type='LOKR'), "changed the model's own weights": dict(init_lora_weights='pissa'), NO_FIT: dict(r=3),
-            'trained with use_qalora': dict(use_qalora=True), 'without its adapter_config.json': None}
+SETTINGS = {'kind LOKR': dict(peft_type='LOKR'), NO_FIT: dict(r=3),
+            "changed the model's own weights": dict(init_lora_weights='pissa'),
+            'trained with use_qalora': dict(use_qalora=True), 'without its adapter_config.json': None,
+            'settings .rank, alpha. are damaged': 'damaged'}
 
 
 @pytest.mark.parametrize('says, changes', SETTINGS.items(), ids=list(SETTINGS))
@@ -325,7 +361,8 @@ def test_adapter_of_peft_that_is_refused(tmp_path, says, changes):
     network = get_peft_model(small_pipeline('sd3').transformer, LoraConfig(r=2, target_modules=['to_q']))
     network.save_pretrained(tmp_path)
     settings = tmp_path/'adapter_config.json'
-    if changes: settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
+    if changes == 'damaged': settings.write_bytes(b'\xff{')
+    elif changes: settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
     else: settings.unlink()
     with pytest.raises(ValueError, match=says): policy_of('sd3', lora_from=tmp_path)
 
@@ -334,7 +371,8 @@ def test_one_lora_of_a_folder(tmp_path):
     "Only one that is certain; others by their names."
     with pytest.raises(ValueError, match='has no .safetensors file'): lora_file(tmp_path)
     for name in ('b', 'a'): save_file({'x': torch.ones(1)}, tmp_path/f'{name}.safetensors')
-    with pytest.raises(ValueError, match='has 2 LoRAs: name one of its files, a.safetensors, b.safetensors'): lora_file(tmp_path)
+    says = 'has 2 LoRAs: name one of its files, a.safetensors, b.safetensors'
+    with pytest.raises(ValueError, match=says): lora_file(tmp_path)
     assert lora_file(tmp_path/'b.safetensors') == tmp_path/'b.safetensors'
     for name in ('adapter_model', 'pytorch_lora_weights'):
         save_file({'x': torch.ones(1)}, tmp_path/f'{name}.safetensors')
@@ -351,7 +389,8 @@ def test_lora_of_the_hub(tmp_path, monkeypatch):
     (folder/'refs/main').write_text('0123')
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    for source in ('someone/a.lora', 'someone/a.lora/mine.safetensors'): assert lora_file(source).name == 'mine.safetensors'
+    for source in ('someone/a.lora', 'someone/a.lora/mine.safetensors'):
+        assert lora_file(source).name == 'mine.safetensors'
     assert policy_of('sd3', lora_from='someone/a.lora').lora_rank == 2
     for source in ('someone/another', 'someone/a.lora/yours.safetensors', 'someone/another/x.safetensors'):
         with pytest.raises(ValueError, match=f"lora_from: '{source}' .*hub") as error: lora_file(source)
@@ -361,18 +400,20 @@ def test_lora_of_the_hub(tmp_path, monkeypatch):
 # ---- the file
 
 def test_equal_loras_are_equal_files(tmp_path):
-    "Whatever order sets and metadata have; one flipped bit is noticed, and plain diffusers reads what we read."
+    "Whatever order sets and metadata have; one flipped bit is noticed."
     policy = policy_of('flux-dev', lora_rank=2)
     for i in range(9): policy.save(tmp_path/str(i))
     files = [tmp_path/str(i)/'pytorch_lora_weights.safetensors' for i in range(9)]
     assert len({f.read_bytes() for f in files}) == 1
-    data, begins = files[0].read_bytes(), 8 + int.from_bytes(files[0].read_bytes()[:8], 'little')
-    assert begins % 8 == 0 and load_file(files[0]).keys() == {f'transformer.{n}' for n in get_peft_model_state_dict(policy.transformer)}
+    data = files[0].read_bytes()
+    begins = 8 + int.from_bytes(data[:8], 'little')
+    names = {f'transformer.{n}' for n in get_peft_model_state_dict(policy.transformer)}
+    assert begins % 8 == 0 and load_file(files[0]).keys() == names
     for where in (begins, (begins + len(data)) // 2, len(data) - 1):
         files[0].write_bytes(data[:where] + bytes([data[where] ^ 1]) + data[where + 1:])
-        with pytest.raises(ValueError, match="lora_from: .* is damaged"): policy_of('flux-dev', lora_from=files[0])
+        with pytest.raises(ValueError, match="lora_from: .* is damaged"): load_lora(policy.pipeline, files[0])
     files[0].write_bytes(data[:-8])
-    with pytest.raises(ValueError, match='lora_from: .* cannot be read'): policy_of('flux-dev', lora_from=files[0])
+    with pytest.raises(ValueError, match='lora_from: .* cannot be read'): load_lora(policy.pipeline, files[0])
 
 
 # ---- models
@@ -390,7 +431,8 @@ def flow_scheduler(folder):
     shutil.rmtree(folder/'scheduler')
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder/'scheduler')
     index = json.loads((folder/'model_index.json').read_text())
-    (folder/'model_index.json').write_text(json.dumps(index | dict(scheduler=['diffusers', 'FlowMatchEulerDiscreteScheduler'])))
+    index['scheduler'] = ['diffusers', 'FlowMatchEulerDiscreteScheduler']
+    (folder/'model_index.json').write_text(json.dumps(index))
 
 
 def pickled(folder):
@@ -417,18 +459,18 @@ def model_folder(model, spoil, folder):
 
 
 MISFITS = [
-    ('flux-dev', change('transformer', num_layers=0), 'weights of its transformer do not fit its config.json .32 have no place'),
-    ('flux-dev', change('transformer', num_single_layers=2), 'weights of its transformer do not fit its config.json .* are missing'),
+    ('flux-dev', change('transformer', num_layers=0), 'its transformer do not fit .*32 have no place'),
+    ('flux-dev', change('transformer', num_single_layers=2), 'its transformer do not fit .* are missing'),
     ('sd1.5', change('vae', layers_per_block=2), 'weights of its vae do not fit'),
-    ('sd3', change('text_encoder', num_hidden_layers=1), 'weights of its text_encoder do not fit its config.json .* have no place'),
-    ('sd3', change('text_encoder_3', num_layers=3), 'weights of its text_encoder_3 do not fit its config.json .* are missing'),
+    ('sd3', change('text_encoder', num_hidden_layers=1), 'its text_encoder do not fit .* have no place'),
+    ('sd3', change('text_encoder_3', num_layers=3), 'its text_encoder_3 do not fit .* are missing'),
     ('sd1.5', flow_scheduler, 'has a UNet and a FlowMatchEulerDiscreteScheduler: give it the one'),
     ('sd1.5', pickled, 'has pickles .unet/diffusion_pytorch_model.bin')]
 
 
 @pytest.mark.parametrize('model, spoil, says', MISFITS, ids=[o[2][:40] for o in MISFITS])
 def test_model_that_is_refused(tmp_path, capfd, model, spoil, says):
-    "Weights and configuration that do not belong together are not drawn with, nor pickles opened; nothing else is said."
+    "No images of weights that do not belong to the configuration, and no pickles; nothing else is said."
     model = model_folder(model, spoil, tmp_path/'model')
     capfd.readouterr()
     with pytest.raises(ValueError, match=says) as error: load_pipeline(str(model))
@@ -436,21 +478,24 @@ def test_model_that_is_refused(tmp_path, capfd, model, spoil, says):
     assert not [line for line in capfd.readouterr().err.splitlines() if line.strip() and '%|' not in line]
 
 
-@pytest.mark.parametrize('name, says', [
-    ('old.ckpt', 'is a pickle, .*from_single_file'), ('net.gguf', 'a quantized network alone'), ('a.txt', 'is no model'),
-    ('lora.safetensors', 'is a LoRA'), ('whole.safetensors', 'could not be loaded as a single file')])
-def test_file_that_is_refused(tmp_path, monkeypatch, name, says):
+FILES = {'old.ckpt': 'is a pickle, .*from_single_file', 'net.gguf': 'a quantized network alone',
+         'a.txt': 'is no model', 'lora.safetensors': 'is a LoRA', 'whole.safetensors': 'could not be loaded as a single file'}
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_file_that_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'cache'))
-    if 'safetensors' in name: save_file({'transformer.x.lora_A.weight' if 'lora' in name else 'x': torch.ones(1)}, tmp_path/name)
+    tensor = 'transformer.x.lora_A.weight' if 'lora' in name else 'x'
+    if 'safetensors' in name: save_file({tensor: torch.ones(1)}, tmp_path/name)
     else: (tmp_path/name).touch()
-    with pytest.raises(ValueError, match=says) as error: load_pipeline(str(tmp_path/name))
+    with pytest.raises(ValueError, match=FILES[name]) as error: load_pipeline(str(tmp_path/name))
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('model', ['sd3', 'sdxl'])
 def test_files_of_one_precision(tmp_path, model):
-    "A folder with the variant fp16 alone is the same model, also where its text encoders are read again to save it."
+    "A folder with fp16 files alone is the same model, also where text encoders are read again to save it."
     folder = model_folder(model, only_fp16, tmp_path/'model')
     policy = load_policy(str(folder), 'cpu', text_encoders='drop', embeddings=tmp_path/'kept')
     policy.drop_text_encoders(['a red circle'])
@@ -459,6 +504,24 @@ def test_files_of_one_precision(tmp_path, model):
     for name, part in plain.components.items():
         if not isinstance(part, torch.nn.Module): continue
         assert_close(dict(getattr(again, name).state_dict()), dict(part.state_dict()), rtol=0, atol=0)
+
+
+def published_names(folder):
+    "As the published Stable Diffusion 1.5 has them: old names of the VAE's attention, and a list of positions."
+    file = folder/'vae/diffusion_pytorch_model.safetensors'
+    tensors = load_file(file)
+    for new, old in {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}.items():
+        tensors = {n.replace(f'.{new}.', f'.{old}.'): x for n, x in tensors.items()}
+    save_file(tensors, file, metadata=dict(format='pt'))
+    file = folder/'text_encoder/model.safetensors'
+    positions = {'text_model.embeddings.position_ids': torch.arange(16)[None]}
+    save_file(load_file(file) | positions, file, metadata=dict(format='pt'))
+
+
+def test_names_of_published_weights(tmp_path):
+    "Names that diffusers and transformers know to translate or to leave out are no mistake."
+    found = load_pipeline(str(model_folder('sd1.5', published_names, tmp_path/'model')))
+    assert_close(dict(found.vae.state_dict()), dict(small_pipeline('sd1.5').vae.state_dict()), rtol=0, atol=0)
 
 
 def test_without_t5(tmp_path):
