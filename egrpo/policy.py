@@ -87,6 +87,12 @@ def default_dtype(
     with torch.cuda.device(device): native = torch.cuda.is_bf16_supported(including_emulation=False)
     return 'bf16' if native else 'fp32'
 
+def _exact_convolutions():
+    "Compute convolutions of fp32 in fp32, as torch is told of old and, since 2.9, by kind; both must agree."
+    torch.backends.cudnn.allow_tf32 = False
+    kinds = [getattr(torch.backends.cudnn, kind, None) for kind in ('conv', 'rnn')]
+    for kind in filter(None, kinds): kind.fp32_precision = 'ieee'
+
 def _check_dtype(
     dtype:str|None, # 'fp32', 'bf16' or 'fp16'; None = `default_dtype`
     device:torch.device, # Where the network runs
@@ -531,7 +537,7 @@ class Policy:
         self.device, self.guidance = best_device(device), guidance
         if self.device.type == 'cuda' and self.device.index is not None: torch.cuda.set_device(self.device) # what else says `cuda` means it
         self.dtype = _check_dtype(dtype, self.device)
-        if self.dtype == torch.float32: torch.backends.cudnn.allow_tf32 = False # convolutions in fp32, too
+        if self.dtype == torch.float32: _exact_convolutions()
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
         self.nfe, self.compiled, self._frozen, self._start, self._empty, self._scale = 0, compiled, None, {}, None, {'factor': 1.}

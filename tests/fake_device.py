@@ -60,7 +60,7 @@ def nothing(*args, **kwargs): pass
 
 
 class Event:
-    "A CUDA event: the CPU's work is done when it is recorded."
+    "An event on the GPU: the CPU's work is done when it is recorded."
     def __init__(self, **kwargs): self.at = None
     def record(self, stream=None): self.at = time.perf_counter()
     def elapsed_time(self, end): return 1000 * (end.at - self.at)
@@ -117,7 +117,8 @@ def mps(
     "What `torch.mps` asks of Apple's build."
     generator = torch.ops.fake_device.generator(0)
     def yes(): return True
-    have = dict(is_available=yes, synchronize=nothing, empty_cache=lambda: fake.fake_reset_peak(0), # its driver keeps what was freed
+    def empty_cache(): fake.fake_reset_peak(0) # till then its driver keeps what was freed
+    have = dict(is_available=yes, Event=Event, synchronize=nothing, empty_cache=empty_cache,
                 current_allocated_memory=lambda: fake.fake_used(0), driver_allocated_memory=lambda: fake.fake_peak(0),
                 recommended_max_memory=lambda: 2**36, _get_default_mps_generator=lambda: generator,
                 manual_seed=lambda seed: generator.manual_seed(int(seed)))

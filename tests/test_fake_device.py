@@ -56,7 +56,7 @@ def on_cuda(fake, out):
     assert fake.fake_peak(0) == 0, 'something is on the first GPU that belongs on the second'
     torch.cuda.set_device(0)
     small_pipeline('sd3').save_pretrained(out/'sd3')
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True # as it is when torch starts
     train(out/'lora', model=str(out/'sd3'), lora_rank=2, dtype='fp32', reward='clip', prompts='shapes')
     assert not torch.backends.cudnn.allow_tf32
     tuned(fake, lambda wait: setattr(torch.cuda, 'synchronize', wait))

@@ -2,6 +2,7 @@
 
 The CPU's kernels compute, so what is found is where tensors lie, in which dtype, and what is asked of torch; not how a GPU rounds."""
 import contextlib
+import gc
 import io
 import json
 import os
@@ -40,14 +41,19 @@ def environment()->dict:
     return {**os.environ, 'PYTHONPATH': f'{TESTS.parent}:{TESTS}:{Path(__file__).parent}', 'OMP_NUM_THREADS': '1'}
 
 
+def options(**settings)->list:
+    "Settings of a small run as words of the command line."
+    return [word for k, v in (SMALL | settings).items() for word in (f'--{k.replace("_", "-")}', str(v))]
+
+
 def together(
     name:str, # What is tried
     shared:str, # true or false
     out:str, # A folder
 )->Row: # What came of it
     "Two processes on two GPUs, of which each must hold something."
-    settings = [word for k, v in (SMALL | dict(tau=0)).items() for word in (f'--{k.replace("_", "-")}', str(v))]
-    words = [sys.executable, '-m', 'torch.distributed.run', *GROUP, TESTS/'fake_device.py', 'cuda', '-m', 'egrpo', 'train', *settings]
+    command = [TESTS/'fake_device.py', 'cuda', '-m', 'egrpo', 'train', *options(tau=0)]
+    words = [sys.executable, '-m', 'torch.distributed.run', *GROUP, *command]
     own = environment() | dict(ACCELERATE_USE_FSDP=shared)
     done = subprocess.run([*words, '--out', f'{out}/run'], capture_output=True, text=True, env=own, timeout=900)
     lines = Path(out, 'run/metrics.jsonl').read_text().splitlines() if done.returncode == 0 else []
@@ -93,16 +99,21 @@ def resumed(out):
 def full(fake, out):
     "A limit that is reached while training: one line, exit code 2, and a checkpoint from which a smaller micro-batch goes on."
     from egrpo.cli import main
-    words = [word for k, v in (SMALL | dict(iterations=1, tau=0)).items() for word in (f'--{k.replace("_", "-")}', str(v))]
-    words = ['train', *words, '--out', str(out/'run')]
+    words = ['train', *options(num_generations=32, tau=0, lora_rank=4), '--out', str(out/'run')]
+    gc.collect()
+    fake.fake_reset_peak(0)
     assert main(words) == 0
-    fake.fake_limit(0, fake.fake_used(0) + 2**24)
-    with contextlib.redirect_stderr(io.StringIO()) as said: code = main([*words, '--iterations', '2', '--resume'])
-    fake.fake_limit(0, 0)
-    line = said.getvalue().strip().splitlines()[-1]
-    assert code == 2 and 'not enough memory' in line, said.getvalue()[-500:]
-    assert main([*words, '--iterations', '2', '--resume', '--micro-batch', '1']) == 0
-    return line.split(': ', 1)[1][:60]
+    fake.fake_limit(0, fake.fake_peak(0) * 2 // 3)
+    gc.collect()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said: code = main([*words, '--iterations', '2', '--resume'])
+        line = said.getvalue().strip().splitlines()[-1]
+        assert code == 2 and 'not enough memory for micro_batch' in line, said.getvalue()[-500:]
+        gc.collect() # as in a process of its own
+        with contextlib.redirect_stderr(io.StringIO()) as said: code = main([*words, '--iterations', '2', '--resume', '--micro-batch', '2'])
+        assert code == 0, said.getvalue()[-500:]
+    finally: fake.fake_limit(0, 0)
+    return line.split('error: ')[1]
 
 
 def commands(out):
@@ -157,7 +168,7 @@ def row(
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try: return dict(trial=trial, tried=1, broken=0, figures=run())
         except (Exception, SystemExit) as e: error = e # whatever it is, it is the trial's result
-    if os.environ.get('EGRPO_DEBUG'): print(said.getvalue()[-2000:], *traceback.format_exception(error), file=sys.stderr)
+    if os.environ.get('EGRPO_TRIAL'): print(said.getvalue()[-2000:], *traceback.format_exception(error), file=sys.stderr)
     return dict(trial=trial, tried=1, broken=1, figures=f'{type(error).__name__}: {" ".join(str(error).split())[:200]}')
 
 
