@@ -1,6 +1,7 @@
-"""A GPU that is none (`tests/fake_device.py`): the product on two of type cuda, and on one of type mps, without float64.
+"""A GPU that is none (`tests/fake_device.py`): the product on two of type cuda, and on one of type mps.
 
-The CPU's kernels compute, so what is found is where tensors lie, in which dtype, and what is asked of torch; not how a GPU rounds."""
+The CPU's kernels compute. So what is found is where tensors lie, in which dtype, and what is asked of torch;
+not how a GPU rounds."""
 import contextlib
 import gc
 import io
@@ -86,7 +87,8 @@ def resumed(out):
     import pytest
     from safetensors.torch import load_file
     straight = train(out/'straight', iterations=3, dtype='fp32')
-    for i, device in enumerate((None, 'cpu', None)): train(out/'moved', iterations=i + 1, dtype='fp32', device=device, resume=i > 0)
+    for i, device in enumerate((None, 'cpu', None)):
+        train(out/'moved', iterations=i + 1, dtype='fp32', device=device, resume=i > 0)
     one, other = (load_file(out/name/'checkpoint/weights.safetensors') for name in ('straight', 'moved'))
     apart = max(float((one[k] - other[k]).abs().max()) for k in one)
     assert apart < 1e-4, f'weights differ by {apart}'
@@ -110,7 +112,8 @@ def full(fake, out):
         line = said.getvalue().strip().splitlines()[-1]
         assert code == 2 and 'not enough memory for micro_batch' in line, said.getvalue()[-500:]
         gc.collect() # as in a process of its own
-        with contextlib.redirect_stderr(io.StringIO()) as said: code = main([*words, '--iterations', '2', '--resume', '--micro-batch', '2'])
+        words += ['--iterations', '2', '--resume', '--micro-batch', '2']
+        with contextlib.redirect_stderr(io.StringIO()) as said: code = main(words)
         assert code == 0, said.getvalue()[-500:]
     finally: fake.fake_limit(0, 0)
     return line.split('error: ')[1]
@@ -146,9 +149,10 @@ def cases(kind, fake, out):
     "Name -> function that gives figures, and raises where the promise is broken."
     aegpo = dict(method='aegpo', active_steps=None, num_generations=6, top=2, profile_cache=str(out/'profiles'))
     dropped = dict(text_encoders='drop', embeddings=str(out/'embeddings'))
-    own = {'training a whole network': {}, 'a LoRA': dict(lora_rank=4), 'KL to the start': dict(beta=.1, lr=1e-3), 'AEGPO': aegpo,
-           'KL of a LoRA': dict(beta=.1, lora_rank=4, lr=1e-3), 'text encoders offload': dict(text_encoders='offload'),
-           'text encoders drop': dropped, 'BranchGRPO': dict(method='branch_grpo', num_steps=8, num_generations=4, active_steps=None)}
+    branches = dict(method='branch_grpo', num_steps=8, num_generations=4, active_steps=None)
+    own = {'training a whole network': {}, 'a LoRA': dict(lora_rank=4), 'AEGPO': aegpo, 'BranchGRPO': branches,
+           'KL to the start': dict(beta=.1, lr=1e-3), 'KL of a LoRA': dict(beta=.1, lora_rank=4, lr=1e-3),
+           'text encoders offload': dict(text_encoders='offload'), 'text encoders drop': dropped}
     for dtype, most in dict(fp32=1e-3, bf16=.05).items():
         for name, settings in own.items():
             folder = out/f'{name} {dtype}'
