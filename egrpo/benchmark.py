@@ -53,9 +53,10 @@ def time_in_turns(
 )->dict: # Name -> list of seconds, one per round
     "Time contenders turn by turn."
     if rounds < 1: raise ValueError(f"rounds must be >= 1, got {rounds}: 5 give a median worth having")
+    device = torch.device(device)
     with one_thread():
         for run in contenders.values(): run()
-        turns = [{name: _seconds(run, torch.device(device)) for name, run in contenders.items()} for _ in range(rounds)]
+        turns = [{name: _seconds(run, device) for name, run in contenders.items()} for _ in range(rounds)]
     return {name: [turn[name] for turn in turns] for name in contenders}
 
 # %% ../nbs/16_benchmark.ipynb #e31187df

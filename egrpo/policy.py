@@ -68,7 +68,8 @@ def synchronize(
     if device.type == 'mps': torch.mps.synchronize()
 
 # %% ../nbs/10_policy.ipynb #331accfb
-FULL = 'out of memory', "can't allocate memory", 'not enough memory', 'invalid buffer size', 'alloc_failed', 'allocation_failed'
+FULL = ('out of memory', "can't allocate memory", 'not enough memory', 'invalid buffer size', # of devices
+        'alloc_failed', 'allocation_failed') # of CUDA's libraries
 
 def is_out_of_memory(
     error:BaseException, # What was raised
@@ -83,7 +84,7 @@ def is_out_of_memory(
 def seeded(
     seed:int, # Any that torch takes
 ):
-    "Inside: the CPU's generator starts from a seed. Afterwards it is where it was; those of GPUs stay as they are throughout."
+    "Inside: the CPU's generator starts from a seed. Afterwards it is where it was; those of GPUs are not touched."
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -94,11 +95,17 @@ DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 def default_dtype(
     device:torch.device, # Where the network runs
 )->str: # bf16 or fp32
-    "The dtype that suits a device: bf16 on a CUDA GPU, unless one that is there only emulates it; fp32 elsewhere."
+    "The dtype that suits a device: bf16 on a CUDA GPU, unless it only emulates it; fp32 elsewhere."
     if device.type != 'cuda': return 'fp32'
     if not torch.cuda.is_available(): return 'bf16' # of a GPU elsewhere nothing else is known
     with torch.cuda.device(device): native = torch.cuda.is_bf16_supported(including_emulation=False)
     return 'bf16' if native else 'fp32'
+
+def _exact_convolutions():
+    "Compute convolutions of fp32 in fp32, as torch is told of old and, since 2.9, by kind; both must agree."
+    torch.backends.cudnn.allow_tf32 = False
+    kinds = [getattr(torch.backends.cudnn, kind, None) for kind in ('conv', 'rnn')]
+    for kind in filter(None, kinds): kind.fp32_precision = 'ieee'
 
 def _check_dtype(
     dtype:str|None, # 'fp32', 'bf16' or 'fp16'; None = `default_dtype`
@@ -107,7 +114,8 @@ def _check_dtype(
     "The dtype by its name."
     named, dtype = dtype, dtype or default_dtype(device)
     if not named and dtype == 'fp32' and device.type == 'cuda':
-        warnings.warn("this GPU only emulates bf16, so the network computes in fp32: dtype fp16 takes half the memory", stacklevel=2)
+        advice = "dtype fp16 takes half the memory"
+        warnings.warn(f"this GPU only emulates bf16, so the network computes in fp32: {advice}", stacklevel=2)
     if dtype not in DTYPES: raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     return DTYPES[dtype]
 
@@ -959,9 +967,11 @@ def check_torch():
     "Refuse defaults of torch with which new tensors are not fp32 on the CPU, as is assumed here everywhere."
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     if dtype != torch.float32:
-        raise ValueError(f"torch's default dtype is {dtype}: call torch.set_default_dtype(torch.float32), dtype sets the network's")
+        remedy = "call torch.set_default_dtype(torch.float32), dtype sets the network's"
+        raise ValueError(f"torch's default dtype is {dtype}: {remedy}")
     if device.type != 'cpu':
-        raise ValueError(f"torch's default device is {device}: call torch.set_default_device('cpu'), device says where to run")
+        remedy = "call torch.set_default_device('cpu'), device says where to run"
+        raise ValueError(f"torch's default device is {device}: {remedy}")
 
 def check_settings(
     lora_rank:int|None=0, # As in `Policy`, and so are the others
@@ -1008,7 +1018,7 @@ class Policy:
         self.device, self.guidance = best_device(device), guidance
         if self.device.type == 'cuda' and self.device.index is not None: torch.cuda.set_device(self.device) # what else says `cuda` means it
         self.dtype = _check_dtype(dtype, self.device)
-        if self.dtype == torch.float32: torch.backends.cudnn.allow_tf32 = False # convolutions in fp32, too
+        if self.dtype == torch.float32: _exact_convolutions()
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
         self.nfe, self.compiled, self._frozen, self._start, self._empty, self._scale = 0, compiled, None, {}, None, {'factor': 1.}
@@ -1143,7 +1153,8 @@ class Policy:
                 yield p, self.embeddings.put(p, cond)
         finally:
             for name in names if self.text_encoders != 'keep' else (): getattr(self.pipeline, name).to('cpu')
-            if self.text_encoders != 'keep' and self.device.type != 'cpu': torch.get_device_module(self.device).empty_cache()
+            if self.text_encoders != 'keep' and self.device.type != 'cpu':
+                torch.get_device_module(self.device).empty_cache()
 
     def embed(self,
         prompts:list, # Prompts

@@ -120,21 +120,29 @@ class AttentionEntropy:
     @property
     def seconds(self)->float:
         "Time spent on entropies: of the processor, or of the GPU where that did the work."
-        if any(not isinstance(t, float) for t in self._times): torch.cuda.synchronize()
-        return sum(t if isinstance(t, float) else t[0].elapsed_time(t[1]) / 1000 for t in self._times)
+        return sum(t if isinstance(t, float) else _elapsed(*t) for t in self._times)
 
 # %% ../nbs/15_recorder.ipynb #1fcc708a
+def _elapsed(
+    began, # An event on a GPU
+    ended, # A later one
+)->float: # Seconds between them
+    "Wait for the second event, and see how long it came after the first."
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1000
+
 @contextmanager
 def _timed(
     times:list, # Is added to
-    cuda:bool # By events on the GPU?
+    device:torch.device # Where: on a GPU events are recorded, since the processor is done before it
 ):
     "Time what happens inside."
-    began, events = time.perf_counter(), [torch.cuda.Event(enable_timing=True) for _ in range(2 * cuda)]
-    if cuda: events[0].record()
+    gpu, began = device.type in ('cuda', 'mps'), time.perf_counter()
+    events = [torch.get_device_module(device).Event(enable_timing=True) for _ in range(2 * gpu)]
+    if gpu: events[0].record()
     yield
-    if cuda: events[1].record()
-    times.append(events if cuda else time.perf_counter() - began)
+    if gpu: events[1].record()
+    times.append(events if gpu else time.perf_counter() - began)
 
 # %% ../nbs/15_recorder.ipynb #2e9dbf23
 def _as_attended(
@@ -185,7 +193,7 @@ class _Session:
         name, joint = self.layer
         if attn_mask is not None or is_causal or enable_gqa:
             raise ValueError(f"block {name} attends with a mask or shared heads, whose entropy is not recorded: leave it out with blocks=")
-        with _timed(self.out._times, query.is_cuda):
+        with _timed(self.out._times, query.device):
             self.found[name] = self._measure(name, _as_attended(query), _as_attended(key), joint, scale)
 
     @torch.no_grad()

@@ -26,8 +26,8 @@ def check_seed(
     "Refuse what is no whole number of 64 bits."
     try: value = operator.index(seed)
     except TypeError: value = -1
-    if not 0 <= value < 2**64: raise ValueError(f"{name} must be a whole number from 0 to 2**64 - 1, got {seed!r}")
-    return value
+    if 0 <= value < 2**64: return value
+    raise ValueError(f"{name} must be a whole number from 0 to 2**64 - 1, got {seed!r}")
 
 def addressed_noise(
     shape:tuple, # Shape of one sample, (C,H,W)
@@ -126,7 +126,8 @@ class _Trace:
         children, row, logp = samples
         M, device, below = len(children), children.device, len(leaves) // len(children)
         group, count = (torch.full((M,), x, device=device) for x in (len(self.transitions), below))
-        weight, keep = (torch.full((M,), x, device=device, dtype=torch.float32) for x in (step.weight, step.keep))
+        weight = torch.full((M,), float(step.weight), device=device, dtype=torch.float32)
+        keep = torch.full((M,), float(step.keep), device=device, dtype=torch.float32)
         first = leaves.start + torch.arange(M, device=device) * below
         self.transitions.append((children, row + self.num_rows, logp, group, weight, keep, first, count))
         self.rows.append(rows)

@@ -491,7 +491,7 @@ class Trainer:
         cast = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
         if cast != 'no': warnings.warn(f"the launcher's mixed_precision {cast} is not used: dtype sets the network's", stacklevel=2)
         with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'): # accelerate would do it on GPUs only
-            first = not is_initialized() # others share the first one's state, its mixed_precision too, which is not used here
+            first = not is_initialized() # others share its state, and its mixed_precision, which is not used here
             self.accelerator = Accelerator( # one process may write a checkpoint, or score, for long, while the others wait
                 mixed_precision='no' if first else None, cpu=first and best_device(config.device).type == 'cpu',
                 log_with=config.tracker, project_dir=config.out,
@@ -504,7 +504,7 @@ class Trainer:
         self.settings = plan_settings(config, self.policy.sigmas(config.num_steps, config.shift))
         self.parameters = self.policy.parameters()
         if torch.is_inference_mode_enabled() or any(p.is_inference() for p in self.parameters.values()):
-            raise ValueError("torch.inference_mode is on, or was when the policy was loaded: load and train it outside")
+            raise ValueError("torch.inference_mode is on, or was when the policy was loaded: do both outside of it")
         betas = config.adam_beta1, config.adam_beta2
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema_decay else {}

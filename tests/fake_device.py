@@ -1,6 +1,7 @@
-"""A GPU that is none: `start('cuda')` or `start('mps')` gives this process, in a CPU build of torch, tensors of that device type.
+"""A GPU that is none: `start('cuda')` or `start('mps')` gives this process tensors of that device type.
 
-They lie in the host's memory and the CPU's kernels compute, but devices are checked as CUDA does, and float64 is refused as on mps.
+torch is a CPU build: they lie in the host's memory and the CPU's kernels compute. But devices are checked as
+CUDA does, and float64 is refused as on mps.
 From the shell, with a C++ compiler: `python tests/fake_device.py cuda -m egrpo demo --scale smoke`."""
 import ctypes
 import hashlib
@@ -31,11 +32,12 @@ def library(
     target = Path(tempfile.gettempdir())/f'egrpo-fake-{kind}-{key}.so'
     if target.exists(): return target
     root, draft = Path(torch.__file__).parent, target.with_suffix(f'.{os.getpid()}')
-    where = [f'-I{root}/include', f'-I{root}/include/torch/csrc/api/include', f'-L{root}/lib', f'-Wl,-rpath,{root}/lib']
+    headers = [f'-I{root}/include', f'-I{root}/include/torch/csrc/api/include']
+    libraries = [f'-L{root}/lib', f'-Wl,-rpath,{root}/lib', '-ltorch', '-ltorch_cpu', '-lc10']
     abi = f'-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}'
-    options = ['-O1', '-w', '-std=c++20', '-shared', '-fPIC', abi, f'-DFAKE={kind.upper()}', f'-DAUTOGRAD=Autograd{kind.upper()}']
-    libraries = ['-ltorch', '-ltorch_cpu', '-lc10']
-    subprocess.run([COMPILER, *options, str(SOURCE), '-o', str(draft), *where, *libraries], check=True)
+    keys = [f'-DFAKE={kind.upper()}', f'-DAUTOGRAD=Autograd{kind.upper()}']
+    options = ['-O1', '-w', '-std=c++20', '-shared', '-fPIC', abi, *keys, *headers]
+    subprocess.run([COMPILER, *options, str(SOURCE), '-o', str(draft), *libraries], check=True)
     draft.replace(target)
     return target
 
@@ -60,7 +62,7 @@ def nothing(*args, **kwargs): pass
 
 
 class Event:
-    "A CUDA event: the CPU's work is done when it is recorded."
+    "An event on the GPU: the CPU's work is done when it is recorded."
     def __init__(self, **kwargs): self.at = None
     def record(self, stream=None): self.at = time.perf_counter()
     def elapsed_time(self, end): return 1000 * (end.at - self.at)
@@ -107,8 +109,8 @@ def cuda(
         reset_peak_memory_stats=lambda device=None: fake.fake_reset_peak(at(device)))
     inside = {name: value for name, value in have.items() if hasattr(torch.cuda.random, name)}
     group = torch.distributed.init_process_group
-    def init_process_group(backend=None, device_id=None, **kwargs): return group('gloo', **kwargs) # it serves as NCCL does
-    return {torch.cuda: have, torch.cuda.random: inside, torch.distributed: dict(init_process_group=init_process_group)}
+    def gloo(backend=None, device_id=None, **kwargs): return group('gloo', **kwargs) # it serves as NCCL does
+    return {torch.cuda: have, torch.cuda.random: inside, torch.distributed: dict(init_process_group=gloo)}
 
 
 def mps(
@@ -117,7 +119,8 @@ def mps(
     "What `torch.mps` asks of Apple's build."
     generator = torch.ops.fake_device.generator(0)
     def yes(): return True
-    have = dict(is_available=yes, synchronize=nothing, empty_cache=lambda: fake.fake_reset_peak(0), # its driver keeps what was freed
+    def empty_cache(): fake.fake_reset_peak(0) # till then its driver keeps what was freed
+    have = dict(is_available=yes, Event=Event, synchronize=nothing, empty_cache=empty_cache,
                 current_allocated_memory=lambda: fake.fake_used(0), driver_allocated_memory=lambda: fake.fake_peak(0),
                 recommended_max_memory=lambda: 2**36, _get_default_mps_generator=lambda: generator,
                 manual_seed=lambda seed: generator.manual_seed(int(seed)))

@@ -277,3 +277,16 @@ def test_tune_prints_what_to_use(capsys):
     assert main('tune --device cpu --most 4 --lora-rank 2'.split()) == 0
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines()[2:5]] == ['1', '2', '4'] and '--micro-batch' in out
+
+
+@pytest.mark.parametrize('device, dtype', [('cpu', 'fp32'), ('mps', 'fp32'), ('mps:0', 'fp32'), ('cuda', 'bf16'), ('cuda:1', 'bf16')])
+def test_a_planned_run_has_the_dtype_of_its_device(device, dtype):
+    assert cost.network_dtype(TrainConfig(device=device)) == dtype
+    assert cost.network_dtype(TrainConfig(device=device, dtype='fp16')) == 'fp16'
+
+
+@pytest.mark.parametrize('device', ['cpu', 'mps', 'cpu:0', 'mps:0'])
+def test_optimisers_that_go_one_by_one_take_no_more(device):
+    "AdamW's step through all parameters at once is CUDA's."
+    one, all_at_once = (cost.run_memory(TrainConfig(device=d, ema_decay=0., dtype='fp32', micro_batch=1)) for d in (device, 'cuda'))
+    assert 'evaluation or optimiser step' not in one and 'evaluation or optimiser step' in all_at_once

@@ -56,7 +56,7 @@ def on_cuda(fake, out):
     assert fake.fake_peak(0) == 0, 'something is on the first GPU that belongs on the second'
     torch.cuda.set_device(0)
     small_pipeline('sd3').save_pretrained(out/'sd3')
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True # as it is when torch starts
     train(out/'lora', model=str(out/'sd3'), lora_rank=2, dtype='fp32', reward='clip', prompts='shapes')
     assert not torch.backends.cudnn.allow_tf32
     tuned(fake, lambda wait: setattr(torch.cuda, 'synchronize', wait))
@@ -64,7 +64,8 @@ def on_cuda(fake, out):
     with pytest.raises(RuntimeError) as e: train(out/'full', micro_batch=8)
     assert explain(e.value) == 'the device has not enough memory: lower --micro-batch or --resolution'
     fake.fake_limit(0, 0)
-    for before, now in zip(states, torch.cuda.get_rng_state_all()): assert torch.equal(before, now), "a GPU's generator was used"
+    untouched = map(torch.equal, states, torch.cuda.get_rng_state_all())
+    assert all(untouched), "a GPU's generator was used"
 
 
 def without_bf16():

@@ -29,7 +29,7 @@ from egrpo.diffusion import chord_sigma
 from egrpo.entropy import merge_lengths
 from egrpo.methods import METHODS
 from egrpo.plan import Branch, Plan, SDEStep, describe, rollout_nfe
-from egrpo.policy import _add_lora, is_out_of_memory, limit_hub_waiting, load_pipeline, load_policy, model_sigmas
+from egrpo.policy import SD3Policy, _add_lora, is_out_of_memory, limit_hub_waiting, load_pipeline, load_policy, model_sigmas
 from egrpo.recorder import record_attention_entropy
 from egrpo.reward import get_reward
 from egrpo.rollout import rollout
@@ -130,6 +130,21 @@ def test_micro_batches_change_nothing(load, name, micro_batch):
     with torch.no_grad(): whole = policy.velocity(x, s, cond)
     policy.micro_batch = micro_batch
     with torch.no_grad(): assert_close(policy.velocity(x, s, cond), whole, atol=float(2e-6 * whole.abs().max()), rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, 'conv'), reason='before torch 2.9')
+@pytest.mark.parametrize('where, name, value', [(torch.backends.cudnn, 'allow_tf32', True), (torch.backends, 'fp32_precision', 'tf32'),
+                                                (torch.backends.cudnn.conv, 'fp32_precision', 'tf32')], ids=['old', 'all', 'conv'])
+def test_convolutions_in_fp32_are_exact(where, name, value):
+    "Whichever way TF32 was allowed; and torch's old answer still agrees with the new one, or it raises."
+    try:
+        setattr(where, name, value)
+        assert torch.backends.cudnn.conv.fp32_precision == 'tf32'
+        SD3Policy(small_pipeline('sd3'), device='cpu', dtype='fp32')
+        assert torch.backends.cudnn.conv.fp32_precision == 'ieee' and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.fp32_precision = 'none'
+        torch.backends.cudnn.allow_tf32 = False
 
 
 # ---- memory

@@ -1,7 +1,9 @@
-"""A GPU that is none (`tests/fake_device.py`): the product on two of type cuda, and on one of type mps, without float64.
+"""A GPU that is none (`tests/fake_device.py`): the product on two of type cuda, and on one of type mps.
 
-The CPU's kernels compute, so what is found is where tensors lie, in which dtype, and what is asked of torch; not how a GPU rounds."""
+The CPU's kernels compute. So what is found is where tensors lie, in which dtype, and what is asked of torch;
+not how a GPU rounds."""
 import contextlib
+import gc
 import io
 import json
 import os
@@ -40,14 +42,19 @@ def environment()->dict:
     return {**os.environ, 'PYTHONPATH': f'{TESTS.parent}:{TESTS}:{Path(__file__).parent}', 'OMP_NUM_THREADS': '1'}
 
 
+def options(**settings)->list:
+    "Settings of a small run as words of the command line."
+    return [word for k, v in (SMALL | settings).items() for word in (f'--{k.replace("_", "-")}', str(v))]
+
+
 def together(
     name:str, # What is tried
     shared:str, # true or false
     out:str, # A folder
 )->Row: # What came of it
     "Two processes on two GPUs, of which each must hold something."
-    settings = [word for k, v in (SMALL | dict(tau=0)).items() for word in (f'--{k.replace("_", "-")}', str(v))]
-    words = [sys.executable, '-m', 'torch.distributed.run', *GROUP, TESTS/'fake_device.py', 'cuda', '-m', 'egrpo', 'train', *settings]
+    command = [TESTS/'fake_device.py', 'cuda', '-m', 'egrpo', 'train', *options(tau=0)]
+    words = [sys.executable, '-m', 'torch.distributed.run', *GROUP, *command]
     own = environment() | dict(ACCELERATE_USE_FSDP=shared)
     done = subprocess.run([*words, '--out', f'{out}/run'], capture_output=True, text=True, env=own, timeout=900)
     lines = Path(out, 'run/metrics.jsonl').read_text().splitlines() if done.returncode == 0 else []
@@ -80,7 +87,8 @@ def resumed(out):
     import pytest
     from safetensors.torch import load_file
     straight = train(out/'straight', iterations=3, dtype='fp32')
-    for i, device in enumerate((None, 'cpu', None)): train(out/'moved', iterations=i + 1, dtype='fp32', device=device, resume=i > 0)
+    for i, device in enumerate((None, 'cpu', None)):
+        train(out/'moved', iterations=i + 1, dtype='fp32', device=device, resume=i > 0)
     one, other = (load_file(out/name/'checkpoint/weights.safetensors') for name in ('straight', 'moved'))
     apart = max(float((one[k] - other[k]).abs().max()) for k in one)
     assert apart < 1e-4, f'weights differ by {apart}'
@@ -93,16 +101,22 @@ def resumed(out):
 def full(fake, out):
     "A limit that is reached while training: one line, exit code 2, and a checkpoint from which a smaller micro-batch goes on."
     from egrpo.cli import main
-    words = [word for k, v in (SMALL | dict(iterations=1, tau=0)).items() for word in (f'--{k.replace("_", "-")}', str(v))]
-    words = ['train', *words, '--out', str(out/'run')]
+    words = ['train', *options(num_generations=32, tau=0, lora_rank=4), '--out', str(out/'run')]
+    gc.collect()
+    fake.fake_reset_peak(0)
     assert main(words) == 0
-    fake.fake_limit(0, fake.fake_used(0) + 2**24)
-    with contextlib.redirect_stderr(io.StringIO()) as said: code = main([*words, '--iterations', '2', '--resume'])
-    fake.fake_limit(0, 0)
-    line = said.getvalue().strip().splitlines()[-1]
-    assert code == 2 and 'not enough memory' in line, said.getvalue()[-500:]
-    assert main([*words, '--iterations', '2', '--resume', '--micro-batch', '1']) == 0
-    return line.split(': ', 1)[1][:60]
+    fake.fake_limit(0, fake.fake_peak(0) * 2 // 3)
+    gc.collect()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said: code = main([*words, '--iterations', '2', '--resume'])
+        line = said.getvalue().strip().splitlines()[-1]
+        assert code == 2 and 'not enough memory for micro_batch' in line, said.getvalue()[-500:]
+        gc.collect() # as in a process of its own
+        words += ['--iterations', '2', '--resume', '--micro-batch', '2']
+        with contextlib.redirect_stderr(io.StringIO()) as said: code = main(words)
+        assert code == 0, said.getvalue()[-500:]
+    finally: fake.fake_limit(0, 0)
+    return line.split('error: ')[1]
 
 
 def commands(out):
@@ -135,9 +149,10 @@ def cases(kind, fake, out):
     "Name -> function that gives figures, and raises where the promise is broken."
     aegpo = dict(method='aegpo', active_steps=None, num_generations=6, top=2, profile_cache=str(out/'profiles'))
     dropped = dict(text_encoders='drop', embeddings=str(out/'embeddings'))
-    own = {'training a whole network': {}, 'a LoRA': dict(lora_rank=4), 'KL to the start': dict(beta=.1, lr=1e-3), 'AEGPO': aegpo,
-           'KL of a LoRA': dict(beta=.1, lora_rank=4, lr=1e-3), 'text encoders offload': dict(text_encoders='offload'),
-           'text encoders drop': dropped, 'BranchGRPO': dict(method='branch_grpo', num_steps=8, num_generations=4, active_steps=None)}
+    branches = dict(method='branch_grpo', num_steps=8, num_generations=4, active_steps=None)
+    own = {'training a whole network': {}, 'a LoRA': dict(lora_rank=4), 'AEGPO': aegpo, 'BranchGRPO': branches,
+           'KL to the start': dict(beta=.1, lr=1e-3), 'KL of a LoRA': dict(beta=.1, lora_rank=4, lr=1e-3),
+           'text encoders offload': dict(text_encoders='offload'), 'text encoders drop': dropped}
     for dtype, most in dict(fp32=1e-3, bf16=.05).items():
         for name, settings in own.items():
             folder = out/f'{name} {dtype}'
@@ -157,7 +172,7 @@ def row(
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try: return dict(trial=trial, tried=1, broken=0, figures=run())
         except (Exception, SystemExit) as e: error = e # whatever it is, it is the trial's result
-    if os.environ.get('EGRPO_DEBUG'): print(said.getvalue()[-2000:], *traceback.format_exception(error), file=sys.stderr)
+    if os.environ.get('EGRPO_TRIAL'): print(said.getvalue()[-2000:], *traceback.format_exception(error), file=sys.stderr)
     return dict(trial=trial, tried=1, broken=1, figures=f'{type(error).__name__}: {" ".join(str(error).split())[:200]}')
 
 
