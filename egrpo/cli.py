@@ -15,10 +15,10 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample', 'run_evaluate', 'save_scores',
            'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out', 'check_model', 'check_run',
            'check_settings', 'begun_settings', 'train_config', 'prompts_text', 'try_own_rewards', 'run_train',
-           'stopped_early', 'part', 'ready', 'sample_command', 'run_report', 'add_train', 'time_is_up', 'check_demo',
-           'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo',
-           'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'stopped_by_sigterm',
-           'serve_reward', 'leave', 'run_serve', 'add_serve']
+           'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command', 'run_report', 'add_train',
+           'time_is_up', 'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo',
+           'demo_config', 'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce',
+           'run_claims', 'stopped_by_sigterm', 'serve_reward', 'leave', 'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -1015,6 +1015,16 @@ def ready(
     try_reward(trainer.eval_reward, trainer.eval_prompts, side)
     return trainer
 
+def is_own_schedule(
+    config, # A `TrainConfig`
+)->bool: # Also where no shift is named
+    "Is a run's schedule the one that its model has without a shift?"
+    from egrpo.policy import model_sigmas
+    from egrpo.trainer import same_schedule
+    if config.shift is None: return True
+    own = model_sigmas(config.model, config.num_steps, config.resolution)
+    return own is not None and same_schedule(dict(config=vars(config)), dict(num_steps=config.num_steps, shift=own))
+
 def sample_command(
     config, # A `TrainConfig`
 )->str: # A line for the shell
@@ -1022,7 +1032,8 @@ def sample_command(
     c, default = config, config_options()
     lora = c.lora_rank or c.lora_from
     words = ['egrpo', 'sample', '--model', *([c.model, '--lora', f'{Path(c.out)}/model'] if lora else [f'{Path(c.out)}/model'])]
-    for name in SAMPLE_OPTIONS[1:-1]: # evaluations are on the noise of seed 0
+    silent = {'shift'} if is_own_schedule(c) else set()
+    for name in (o for o in SAMPLE_OPTIONS[1:-1] if o not in silent): # evaluations are on the noise of seed 0
         value, flag = getattr(c, name), '--' + name.replace('_', '-')
         if value != default[name].default: words += [flag, ('no', 'yes')[value] if isinstance(value, bool) else str(value)]
     source = c.eval_prompts or c.prompts

@@ -1546,6 +1546,7 @@ def bare_pipeline(
     "Build a pipeline from its configuration files: no weights are read."
     source = str(assets_path(model) if model == 'miniature' else model)
     local = Path(source).exists() or not _hub_answers(source)
+    if not local: limit_hub_waiting()
     try: return _from_files(source, local)
     except Exception as e: raise _load_error(model, e) from e # of as many kinds as in `load_pipeline`
 

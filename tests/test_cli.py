@@ -20,10 +20,13 @@ from peft import LoraConfig, get_peft_model_state_dict
 from egrpo import cli, plots
 from egrpo.claims import CLAIMS
 from egrpo.cli import COMMANDS, main
+from egrpo.entropy import merge_lengths
 from egrpo.experiments import EXPERIMENTS
 from egrpo.methods import METHODS, method_settings
-from egrpo.policy import load_pipeline
+from egrpo.policy import load_pipeline, model_sigmas
 from egrpo.records import SCALES, load_record
+from egrpo.sigmas import flow_sigmas
+from egrpo.small_pipelines import small_pipeline
 from egrpo.trainer import TrainConfig, Trainer, check_config, check_method, sample_images
 
 command = Path(sys.executable).parent/'egrpo'
@@ -227,6 +230,31 @@ def test_plan(here, capsys):
     assert float(lines[2].split()[3]) == pytest.approx(2.893) and float(lines[3].split()[3]) == pytest.approx(2.989)
     assert sum('●' in line for line in lines) == 8
     assert (here/'deep/plan.png').stat().st_size > 10_000
+
+
+def test_plan_asks_the_model(tmp_path, capsys, monkeypatch):
+    "Noise levels and merge lengths of Stable Diffusion 3.5's own schedule, from its files; a shift overrides them."
+    small_pipeline('sd3').save_pretrained(tmp_path)
+    for part in ('transformer', 'vae'): (tmp_path/part/'diffusion_pytorch_model.safetensors').unlink() # the weights are not needed
+    levels = model_sigmas(str(tmp_path), 10)
+    for shift, sigmas in (('', levels), (' --shift 3', flow_sigmas(10))):
+        words = f'plan --model {tmp_path} --resolution 16 --num-steps 10 --active-steps 4{shift}'
+        assert main(shlex.split(words)) == 0
+        out = capsys.readouterr().out
+        rows = [line.split() for line in out.splitlines()[2:12]]
+        assert [row[1] for row in rows] == [f'{s:.4f}' for s in sigmas[:-1]]
+        assert [int(row[4]) for row in rows[:4]] == merge_lengths(sigmas, 2.2)[:4].tolist()
+        assert ("schedule: the model's own" in out) == (shift == '')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert 'planned with shift 3: no/such has no configuration files here' in cli.schedule_text(TrainConfig(model='no/such'))
+
+
+def test_a_run_says_how_to_sample_on_its_schedule(tmp_path):
+    small_pipeline('sd3').save_pretrained(tmp_path)
+    def words(**fields): return cli.sample_command(TrainConfig(**fields))
+    assert all('--shift' not in words(shift=s) for s in (None, 3.)) and '--shift 2.0' in words(shift=2.)
+    assert '--shift 3.0' in words(shift=3., model=str(tmp_path)) and '--shift' not in words(model=str(tmp_path))
+    assert '--shift 3.0' in words(shift=3., model='no/such')
 
 
 def test_plan_marks_what_cannot_reach_tau(capsys):
