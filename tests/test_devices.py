@@ -146,5 +146,5 @@ def test_every_seed_of_64_bits_is_another_one(seed):
 
 @pytest.mark.parametrize('seed', [-1, 2**64, 1.5, None], ids=str)
 def test_other_seeds_are_refused(seed):
-    with pytest.raises(ValueError, match=r'from 0 to 2\*\*64 - 1, got'): check_config(TrainConfig(seed=seed))
+    with pytest.raises(ValueError, match='seed must be a whole number'): check_config(TrainConfig(seed=seed))
     with pytest.raises(ValueError, match=r'address must be .* from 0 to 2\*\*64 - 1, got'): addressed_noise((4,), seed, 'root')
