@@ -201,7 +201,7 @@ def run_cell(
         busy = wall if trainer.policy.device.type != 'cpu' else time.process_time() - busy
         pictures = _shown(trainer, frame) if _wants_images(config) else {}
         if not trainer.accelerator.is_main_process: return {}
-        metrics = [json.loads(line) for line in (folder/'metrics.jsonl').read_text().splitlines()]
+        metrics = [json.loads(line) for line in (folder/'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
     sources = _sources(config)
     return dict(config=_what(config), **dict(sources=sources) if sources else {}, device=device_name(trainer.policy.device),
                 scores=_pack(frame), **_costs(metrics, wall, busy, trainer.reward.weights), **pictures)

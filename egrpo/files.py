@@ -197,8 +197,8 @@ def hold(
     except OSError as e:
         raise ValueError(f"{name}: {str(folder)!r} cannot be written ({e.strerror}): name another folder") from e
     with suppress(OSError): # Windows lets nobody write what is locked
-        since = time.strftime('%Y-%m-%d %H:%M:%S')
-        Path(lock.lock_file).write_text(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), since=since)))
+        owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'))
+        Path(lock.lock_file).write_text(json.dumps(owner), encoding='utf-8')
     try: yield
     finally:
         with suppress(OSError): Path(lock.lock_file).unlink(missing_ok=True)

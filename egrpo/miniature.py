@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .files import save_whole
 from .policy import assets_path, seeded
 from egrpo.shapes import (
     CATEGORIES,
@@ -337,11 +338,10 @@ def save_training(
     step:int # Steps done
 ):
     "Write a checkpoint of a flow training"
-    from safetensors.torch import save_file
     state, names = optimizer.state_dict()['state'], [n for n, _ in flow.named_parameters()]
     parts = {f'{k}.{n}': state[i][k] for i, n in enumerate(names) for k in ('exp_avg', 'exp_avg_sq')}
     parts |= {f'weight.{n}': p.detach() for n, p in flow.named_parameters()} | {f'ema.{n}': e for n, e in zip(names, ema)}
-    save_file({k: v.contiguous() for k, v in parts.items()}, path, metadata=dict(step=str(step)))
+    save_whole({k: v.contiguous() for k, v in parts.items()}, path, step=str(step))
 
 def load_training(
     path:Path, # A file of `save_training`

@@ -475,9 +475,8 @@ def _add_lora(
 ):
     "Add a new LoRA to the linear layers of a network's blocks; until it is trained it changes nothing."
     layers = list(lora_layers(transformer))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed) # the CPU's; those of GPUs stay as they are
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, init_lora_weights='gaussian'))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, init_lora_weights='gaussian')
+    with seeded(seed): transformer.add_adapter(config)
 
 # %% ../nbs/10_policy.ipynb #a477a362
 LORA_FILES = 'pytorch_lora_weights.safetensors', 'adapter_model.safetensors' # diffusers' and peft's names

@@ -833,7 +833,7 @@ class Trainer:
         state = 4 * (4 if self.ema else 3) # fp32 weights, two moments, the average
         check_writable(out, (2 * state + 4) * sum(p.numel() for p in self.parameters.values())) # old checkpoint, new one, the model
         if a.is_main_process:
-            write_text(out/'config.json', json.dumps(settings | self.names, indent=1))
+            write_text(out/'config.json', to_json(settings | self.names, indent=1))
             remove_drafts(out/'profiles', older=0)
         if self.config.tracker: a.init_trackers('egrpo', {k: v for k, v in settings.items() if isinstance(v, (int, float, str))})
         if self.iteration == 0: self._try_saving()
