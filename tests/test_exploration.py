@@ -115,7 +115,7 @@ def test_redraws_find_each_step_s_share(kernel, noise):
 def test_redraws_notice_a_planted_bug(monkeypatch):
     "Were the kept noise redrawn too, the advantages before and after would have nothing in common."
     whole = exploration._redraw_noise
-    def redraw_all(shape, where, p, k, at, keep, G): return whole(shape, where, p, k, None if at is None else -1, keep, G)
+    def redraw_all(shape, where, p, k, at, keep, G): return whole(shape, where, p, k, None if at is None else 99, keep, G)
     monkeypatch.setattr(exploration, '_redraw_noise', redraw_all)
     a = redraw_advantages(redraw_scores(policy, ['a'] * 200, chain_plan(1, num_generations=8), linear, batch=200)['sum'])
     assert abs(reliability(a[:, :1], a[:, 1:]).mean()) < .1

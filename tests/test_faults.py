@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from egrpo import checkpoint as checkpoint_module
 from egrpo import cli, policy
-from egrpo.checkpoint import load_checkpoint, save_checkpoint
+from egrpo.checkpoint import load_checkpoint, read_state, save_checkpoint
 from egrpo.cli import main
 from egrpo.policy import load_policy
 from egrpo.reward import RewardError, get_reward
@@ -494,9 +494,10 @@ def test_killed_before_the_first_checkpoint(here, capsys):
 
 def test_a_lora_is_of_use_before_the_run_ends(here, monkeypatch, capsys):
     "Beside every checkpoint stands the model of the same iteration."
-    def killed(self): raise MemoryError
+    def killed(self): raise RuntimeError('killed')
     monkeypatch.setattr(Trainer, '_close', killed)
-    with pytest.raises(MemoryError): main(f'train {small} --lora-rank 2 --ema-decay 0 --lr .01 --iterations 2 --out run'.split())
+    words = f'train {small} --lora-rank 2 --ema-decay 0 --lr .01 --iterations 2 --out run'.split()
+    with pytest.raises(RuntimeError, match='killed'): main(words)
     saved = load_file('run/checkpoint/weights.safetensors')
     held = dict(load_policy(device='cpu', lora_rank=0, lora_from='run/model').parameters())
     assert saved.keys() == held.keys() and all(torch.equal(saved[k], held[k]) for k in saved)
@@ -605,6 +606,16 @@ def wait_for(path, process, seconds=90):
         time.sleep(.02)
 
 
+def wait_for_checkpoint(run, process, seconds=90):
+    "Wait until a running process has saved an iteration; before the first it has saved once."
+    until = time.monotonic() + seconds
+    while True:
+        with suppress(OSError, ValueError): # it may be replaced just now
+            if read_state(Path(run, 'checkpoint'))['iteration']: return
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(.02)
+
+
 def metrics(run):
     "What a run has logged, without its times."
     lines = [json.loads(o) for o in Path(run, 'metrics.jsonl').read_text().splitlines()]
@@ -615,7 +626,8 @@ def test_killed_run_resumes_to_the_bit(here, measured):
     words = f'train {small} --checkpoint-every 1 --ema-decay 0.5 --eval-every 0'
     with one_thread() as env:
         with started(f'{words} --iterations 500 --out killed', env) as process:
-            wait_for('killed/checkpoint/state.json', process)
+            wait_for('killed/metrics.jsonl', process)
+            wait_for_checkpoint('killed', process)
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
         saved = next(p for p in map(Path, ('killed/checkpoint', 'killed/checkpoint.old')) if p.exists())

@@ -195,7 +195,7 @@ def kill_after_checkpoint(out, processes, iterations, **settings):
     words = command(out, processes, iterations=iterations, **settings)
     job = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     try:
-        while job.poll() is None and not (out/'checkpoint').exists(): time.sleep(.05)
+        while job.poll() is None and not saved(out): time.sleep(.05)
         workers = workers_of(out)
         assert len(workers) == processes
         os.kill(max(workers), signal.SIGKILL)
@@ -205,6 +205,12 @@ def kill_after_checkpoint(out, processes, iterations, **settings):
         for worker in workers_of(out):
             with suppress(ProcessLookupError): os.kill(worker, signal.SIGKILL)
     assert 2 <= len((out/'metrics.jsonl').read_text().splitlines()) < iterations
+
+
+def saved(out):
+    "Iterations in a run's checkpoint; 0 while there is none."
+    try: return json.loads((out/'checkpoint/state.json').read_text())['iteration']
+    except OSError: return 0
 
 
 def workers_of(out):
