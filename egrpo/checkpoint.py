@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['optimizer_tensors', 'load_optimizer_tensors', 'find_checkpoint', 'save_checkpoint', 'damaged', 'read_state',
-           'load_checkpoint', 'check_tensors', 'log_digest', 'read_log', 'check_same_run', 'code_of',
+           'load_checkpoint', 'check_new', 'check_tensors', 'log_digest', 'read_log', 'check_same_run', 'code_of',
            'check_same_sources']
 
 # %% ../nbs/23_checkpoint.ipynb #ab60cbdc
@@ -124,6 +124,22 @@ def load_checkpoint(
     try: tensors = {Path(name).stem: _read_section(folder/name, known) for name, known in digests.items()}
     except (OSError, SafetensorError, ValueError) as e: raise damaged(folder, e) from e
     return tensors, {k: v for k, v in state.items() if k not in ('digest', 'digests')}
+
+def _holds_something(path): return path.is_file() or (path.is_dir() and any(path.iterdir()))
+
+def check_new(
+    out, # A run's folder; it need not be there
+    remedy:str, # What to do to go on with the run that it holds
+):
+    "Refuse a folder in which a new run would replace something; a run before its first iteration may be replaced."
+    out = Path(out)
+    checkpoint = out/'checkpoint'
+    ours = find_checkpoint(checkpoint) is not None
+    if (out/'metrics.jsonl').exists() or (ours and read_state(checkpoint).get('iteration')):
+        raise ValueError(f"out: {str(out)!r} already holds a run: {remedy} to go on with it, or name another folder")
+    for name in () if ours else ('checkpoint', 'model'):
+        if _holds_something(out/name):
+            raise ValueError(f"out: {str(out)!r} holds a {name} that is none of this run: name another folder")
 
 def check_tensors(
     saved:dict, # Name -> tensor, a section as it was read

@@ -32,7 +32,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -867,6 +867,7 @@ def run_folder(
     keep=None, # A folder that stays, of embeddings
 ):
     "Inside a run: a failure leaves nothing before the first iteration, and says where to go on after it."
+    from egrpo.files import check_free
     out = Path(out)
     made = [p for p in (out, *out.parents) if not p.exists() and not (keep and Path(keep).resolve().is_relative_to(p.resolve()))]
     log = out/'metrics.jsonl'
@@ -874,7 +875,10 @@ def run_folder(
     files = [f for f in map(out.joinpath, ('config.json', 'demo.json', 'checkpoint', 'model')) if not f.exists()]
     try: yield
     except BaseException as e:
-        if not log.exists(): remove_made(made, files)
+        if not log.exists():
+            with suppress(ValueError): # what another run holds stays
+                check_free(out)
+                remove_made(made, files)
         elif log.stat().st_size != size and explain(e): raise ValueError(f'{explain(e)} ({last_checkpoint(out)})') from e
         raise
 
@@ -884,12 +888,12 @@ def check_out(
     resume:bool=False, # May it hold a run?
 ):
     "Refuse a folder that cannot be the run's; makes nothing."
+    from egrpo.checkpoint import check_new
     from egrpo.files import check_free
     if not out.strip(): raise ValueError("out is blank: name a folder")
     check_file(Path(out)/'metrics.jsonl', 'out')
     if os.environ.get('RANK', '0') == '0': check_free(out) # of several processes of one run the first holds it
-    if (Path(out)/'metrics.jsonl').exists() and not resume:
-        raise ValueError(f"out: {out!r} already holds a run: add --resume to go on with it, or name another folder")
+    if not resume: check_new(out, 'add --resume')
 
 def check_model(
     model:str, # 'miniature', a folder, or a hub id

@@ -53,12 +53,14 @@ def settle(
 # %% ../nbs/09_files.ipynb #f1a00009
 def _beside(path, end): return path.with_name(path.name + end)
 
+def _behind_links(path): return Path(os.path.realpath(path))
+
 def find_whole(
     path, # A folder that `write_whole` wrote
 )->Path: # The folder, or `NAME.old` if a process was killed while it was replaced
     "The folder that is whole."
     path = Path(path)
-    old = _beside(path, '.old')
+    old = _beside(_behind_links(path), '.old')
     return old if old.exists() and not path.exists() else path
 
 def _remove(path):
@@ -76,11 +78,11 @@ def _put_in_place(draft, path):
 
 @contextmanager
 def write_whole(
-    path, # What to write: a file or a folder; its parents are made
+    path, # What to write: a file or a folder; its parents are made; a link stays, what it points to is written
     folder:bool=False, # Is it a folder? It has one writer at a time
 ):
     "Inside: a path for a draft, which takes its place at the end; after an error all is as it was."
-    path = Path(path)
+    path = _behind_links(path)
     draft = _beside(path, '.new' if folder else f'.{uuid.uuid4().hex[:8]}.new')
     path.parent.mkdir(parents=True, exist_ok=True)
     if folder:

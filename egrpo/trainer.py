@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 from .advantage import combine_advantages, sample_weights, transition_values, zero_variance_groups
 from .allocation import CHOOSES, AttentionPlanner, allocated_plans, share_work, signal_needed
 from egrpo.checkpoint import (
+    check_new,
     check_same_run,
     check_same_sources,
     check_tensors,
@@ -743,14 +744,16 @@ class Trainer:
 
     @contextmanager
     def _alone(self):
-        "Inside: the run's folder is this run's. The first process holds it; where it cannot, all are refused."
+        "Inside: the run's folder is this run's. The first process holds it, and looks for what is there; all are refused or none."
         with ExitStack() as held:
             refused = None
             if self.accelerator.is_main_process:
-                try: held.enter_context(hold(self.config.out))
+                try:
+                    held.enter_context(hold(self.config.out))
+                    if not self.config.resume: check_new(self.config.out, 'set resume')
                 except ValueError as e: refused = e
             if self._total(refused is not None):
-                raise refused or ValueError("out: the folder is in use: the first process says by whom")
+                raise refused or ValueError("out: the folder is in use: the first process says by whom, or by what")
             yield
 
     def _run(self,
@@ -828,8 +831,6 @@ class Trainer:
         check_torch()
         out, settings, a = Path(self.config.out), asdict(self.config), self.accelerator
         if self.config.resume: self.load()
-        elif (out/'metrics.jsonl').exists():
-            raise ValueError(f"out: {str(out)!r} already holds a run: set resume to go on with it, or name another folder")
         state = 4 * (4 if self.ema else 3) # fp32 weights, two moments, the average
         check_writable(out, (2 * state + 4) * sum(p.numel() for p in self.parameters.values())) # old checkpoint, new one, the model
         if a.is_main_process:
@@ -842,8 +843,8 @@ class Trainer:
         "Save a checkpoint and the model before the first iteration: what cannot be saved shows now, not after days."
         self.save()
         if self.policy.lora_rank: return # saved with the checkpoint
-        self._save_model('trial')
-        if self.accelerator.is_main_process: shutil.rmtree(Path(self.config.out)/'trial')
+        self._save_model('model.trial')
+        if self.accelerator.is_main_process: shutil.rmtree(Path(self.config.out)/'model.trial')
 
     def _log(self,
         metrics:dict, # An iteration's metrics
@@ -913,7 +914,8 @@ class Trainer:
         folder, n = Path(self.config.out)/'checkpoint', self.config.iterations
         if find_checkpoint(folder) is None and self._log_file().exists():
             if self.accelerator.is_main_process:
-                tqdm.write(f"the run in {self.config.out!r} ended before its first checkpoint: it starts anew")
+                kept = self._keep_log()
+                tqdm.write(f"the run in {self.config.out!r} ended before its first checkpoint: it starts anew{kept}")
             return self._trim_log()
         tensors, info = load_checkpoint(folder)
         self._check_state(info, folder)
@@ -954,6 +956,13 @@ class Trainer:
                 for n, p in own.items(): p.copy_(own_part(saved[section][n], p))
         parts = {k: v if moments.get(k) is None else own_part(v, moments[k]) for k, v in saved['optimizer'].items()}
         load_optimizer_tensors(self.optimizer, list(self.parameters), parts)
+
+    def _keep_log(self)->str: # Words
+        "Copy metrics whose checkpoint is gone, where there are any: it may only have been left behind on another machine."
+        log, kept = self._log_file(), Path(self.config.out)/'metrics.old.jsonl'
+        if not log.stat().st_size: return ''
+        write_text(kept, log.read_text(encoding='utf-8', errors='replace'))
+        return f"; its metrics are kept in {kept.name}"
 
     def _trim_log(self,
         expected:str|None=None, # Digest of the metrics so far; None = not known

@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from egrpo.allocation import ProfileCache
 from egrpo.checkpoint import load_checkpoint
-from egrpo.cli import main
+from egrpo.cli import check_out, main
 from egrpo.files import check_free, hold
 from egrpo.policy import Conditions, Embeddings, Policy
 from egrpo.trainer import TrainConfig, Trainer
@@ -175,6 +176,58 @@ def test_a_killed_run_leaves_its_folder_free(tmp_path):
         with pytest.raises(ValueError, match=f'in use by process {process.pid} on'): check_free(tmp_path)
         process.send_signal(signal.SIGKILL)
     check_free(tmp_path)
+
+
+def test_a_run_that_comes_too_late_takes_nothing_away(tmp_path, monkeypatch, capsys):
+    "Both began before there was a folder."
+    out, both = tmp_path/'run', ExitStack()
+    def too_late(self):
+        both.enter_context(hold(out))
+        (out/'checkpoint').mkdir()
+        return fit(self)
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, 'fit', too_late)
+    with both:
+        assert main(['train', *words, '--iterations', '1', '--out', str(out)]) == 2
+        assert 'is in use by process' in capsys.readouterr().err
+        assert sorted(p.name for p in out.iterdir()) == ['checkpoint', 'run.lock']
+
+
+@pytest.mark.parametrize('command', [True, False])
+def test_a_new_run_replaces_nothing(copy, tmp_path, capsys, command):
+    "No checkpoint without metrics, and no model of the user's own."
+    def refused(out, why):
+        before = {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file()}
+        with pytest.raises(ValueError, match=why): check_out(str(out)) if command else run(out)
+        assert {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file()} == before
+    (copy/'metrics.jsonl').unlink()
+    refused(copy, 'already holds a run')
+    (tmp_path/'mine/model').mkdir(parents=True)
+    (tmp_path/'mine/model/weights.bin').write_text('years of work')
+    refused(tmp_path/'mine', 'holds a model that is none of this run')
+
+
+def test_metrics_without_a_checkpoint_are_kept(copy, capsys):
+    "It may only have been left behind on another machine."
+    before = (copy/'metrics.jsonl').read_text()
+    shutil.rmtree(copy/'checkpoint')
+    assert resume(copy, capsys)[0] == 0
+    assert (copy/'metrics.old.jsonl').read_text() == before
+
+
+def test_links_stay_links(tmp_path):
+    "Checkpoints on another disk, twice replaced; also after a kill between the renames."
+    out, disk = tmp_path/'run', tmp_path/'disk'
+    disk.mkdir()
+    out.mkdir()
+    for name in ('checkpoint', 'model'):
+        (disk/name).mkdir()
+        (out/name).symlink_to(disk/name)
+    run(out)
+    assert sorted(p.name for p in disk.iterdir()) == ['checkpoint', 'model'] and (disk/'model/model_index.json').exists()
+    (disk/'checkpoint').rename(disk/'checkpoint.old')
+    assert run(out, iterations=3, resume=True).iteration == 3
+    assert (out/'checkpoint').is_symlink() and sorted(p.name for p in disk.iterdir()) == ['checkpoint', 'model']
 
 
 # ---- before the first iteration
