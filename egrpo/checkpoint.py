@@ -45,7 +45,7 @@ def load_optimizer_tensors(
 # %% ../nbs/23_checkpoint.ipynb #a74fdc81
 def find_checkpoint(
     folder, # Where `save_checkpoint` put it
-)->Path|None: # Where it is: there, or, if a process was killed while it was replaced, beside it; None = nowhere
+)->Path|None: # There, or beside it, if a process was killed while it was replaced; None = nowhere
     "Find a checkpoint."
     whole = find_whole(folder)
     return whole if (whole/'state.json').is_file() else None
@@ -98,13 +98,13 @@ def read_state(
     folder, # A folder that `save_checkpoint` wrote
 )->dict: # What `save_checkpoint` was told, and digests
     "Read a checkpoint's state."
-    place, folder = folder, find_checkpoint(folder)
-    if folder is None:
-        raise ValueError(f"resume: no checkpoint in {str(place)!r}: start without resume, or name the run's `out`")
-    try: state = read_object(folder/'state.json')
-    except (OSError, ValueError) as e: raise damaged(folder, f'state.json: {e}') from e
-    if state.get('digest', _state_digest(state)) != _state_digest(state):
-        raise damaged(folder, 'state.json is not what was written')
+    found = find_checkpoint(folder)
+    remedy = "start without resume, or name the run's `out`"
+    if found is None: raise ValueError(f"resume: no checkpoint in {str(folder)!r}: {remedy}")
+    try: state = read_object(found/'state.json')
+    except (OSError, ValueError) as e: raise damaged(found, f'state.json: {e}') from e
+    actual = _state_digest(state)
+    if state.get('digest', actual) != actual: raise damaged(found, 'state.json is not what was written')
     return state
 
 def _read_section(
@@ -150,8 +150,8 @@ def check_tensors(
     "Refuse a section in which a tensor is missing, or has another shape."
     for name, tensor in like.items():
         if name not in saved: raise damaged(folder, f'{section} has no {name}')
-        if saved[name].shape != tensor.shape:
-            raise damaged(folder, f'{name} of {section} is {tuple(saved[name].shape)}, not {tuple(tensor.shape)}')
+        shape, needed = tuple(saved[name].shape), tuple(tensor.shape)
+        if shape != needed: raise damaged(folder, f'{name} of {section} is {shape}, not {needed}')
     return {name: saved[name] for name in like}
 
 # %% ../nbs/23_checkpoint.ipynb #c4ec0002
@@ -165,24 +165,24 @@ def _iteration_of(line):
     "The iteration that a line of metrics is of; None = it is no such line."
     try: metrics = json.loads(line)
     except ValueError: return None
-    return metrics.get('iteration') if isinstance(metrics, dict) else None
+    iteration = metrics.get('iteration') if isinstance(metrics, dict) else None
+    return iteration if isinstance(iteration, int) else None
 
 def read_log(
     path, # metrics.jsonl
     iteration:int, # Iterations that are done, >= 0
     expected:str|None=None, # Digest of their lines; None = not known
 )->list: # Their lines; none if there is no file
-    "Read the metrics of the iterations that are done; a `ValueError` names the first line that is not as it was."
+    "Read the metrics of the iterations that are done; a `ValueError` names the first line that is damaged."
     path = Path(path)
     if not path.exists(): return []
-    lines = path.read_text(encoding='utf-8', errors='replace').split('\n')[:-1] # the last may be half a line
-    first = _iteration_of(lines[0]) if lines else None
-    first = 0 if first is None else first # above 0 where an earlier log was gone
-    lines = lines[:max(iteration - first, 0)]
-    found = [_iteration_of(line) for line in lines]
-    wrong = [i for i, line in enumerate(range(first, iteration)) if i >= len(found) or found[i] != line]
     remedy = "put an intact copy in its place, or delete it to go on without"
-    if wrong: raise ValueError(f"metrics: line {wrong[0] + 1} of {str(path)!r} is damaged or missing: {remedy}")
+    lines = path.read_text(encoding='utf-8', errors='replace').split('\n')[:-1] # the last may be half a line
+    first = (_iteration_of(lines[0]) if lines else 0) or 0 # above 0 where an earlier log was gone
+    lines = lines[:max(iteration - first, 0)]
+    for number, wanted in enumerate(range(first, iteration), 1):
+        if number <= len(lines) and _iteration_of(lines[number - 1]) == wanted: continue
+        raise ValueError(f"metrics: line {number} of {str(path)!r} is damaged or missing: {remedy}")
     if expected and log_digest(lines) != expected:
         raise ValueError(f"metrics: {str(path)!r} is not what the checkpoint knows: {remedy}")
     return lines

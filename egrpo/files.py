@@ -41,10 +41,10 @@ def sync(
 def settle(
     path, # A file, or a folder with all that is in it
 ):
-    "Flush a tree to the disk, its files readable as the user's umask says: safetensors writes them for their owner alone."
+    "Flush a tree to the disk, its files readable as the user's umask says."
     path = Path(path)
     below = sorted(path.rglob('*')) if path.is_dir() else []
-    mask = os.umask(0o077)
+    mask = os.umask(0o077) # safetensors writes files for their owner alone
     os.umask(mask)
     for p in (*below, path):
         if p.is_file(): p.chmod(0o666 & ~mask)
@@ -150,7 +150,8 @@ def save_whole(
     **metadata, # Name -> text, to be kept beside the digest
 ):
     "Write a safetensors file with its digest, whole or not at all."
-    with write_whole(path) as draft: save_file(tensors, draft, metadata=metadata | {DIGEST: tensors_digest(tensors)})
+    metadata = metadata | {DIGEST: tensors_digest(tensors)}
+    with write_whole(path) as draft: save_file(tensors, draft, metadata)
 
 def load_whole(
     path, # A .safetensors file
@@ -197,7 +198,8 @@ def hold(
         remedy = "wait until it ends, or end it, or name another folder"
         raise ValueError(f"{name}: {str(folder)!r} is in use by {_owner(folder)}: {remedy}") from e
     except OSError as e:
-        raise ValueError(f"{name}: {str(folder)!r} cannot be written ({e.strerror}): name another folder") from e
+        remedy = "name another folder"
+        raise ValueError(f"{name}: {str(folder)!r} cannot be written ({e.strerror}): {remedy}") from e
     with suppress(OSError): # Windows lets nobody write what is locked
         owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'))
         Path(lock.lock_file).write_text(json.dumps(owner), encoding='utf-8')

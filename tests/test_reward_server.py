@@ -146,7 +146,7 @@ def test_busy_is_asked_again(no_waiting, status):
     (200, b'{"scores": [true, 2, 3, 4, 5]}', 'finite'), (200, b'{"scores": [1e39, 2, 3, 4, 5]}', 'finite'),
     (200, b'{"scores": [' + b'9' * 5000 + b', 2, 3, 4, 5]}', 'finite'), (200, b'[' * 50_000, 'did not answer in JSON'),
     (200, b' ' * 70_000, 'more than 65536 bytes'), (302, b'', 'redirects are not followed'),
-    (400, json.dumps(dict(error='\x1b[2J' + 'a' * 5000)).encode(), r'refused: \\x1b\[2Ja{990,}…$'),
+    (400, json.dumps(dict(error='\x1b[2J' + 'a' * 5000)).encode(), r'refused: \\x1b\[2Ja{190,}…$'),
     (200, b'["' + b'a' * 5000 + b'"]', r'got .{200}$'),
 ])
 def test_what_will_not_pass_is_not_asked_again(no_waiting, status, body, message):
@@ -317,6 +317,12 @@ def answer(connection):
     return int(first.split()[1]), first.decode(), json.loads(body)
 
 
+def until(condition):
+    "Wait for what another thread does, for some seconds."
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end: time.sleep(.01)
+
+
 def post(url, *headers, body=b'', host='localhost'):
     "Status and JSON of the answer to a POST."
     with connect(url) as s:
@@ -366,7 +372,7 @@ def test_json_that_is_refused(body, message):
 
 
 @pytest.mark.parametrize('headers, status, message', [
-    ([], 411, 'Content-Length'), (['Content-Length: -1'], 400, "got -1"), (['Content-Length: 1e3'], 400, 'number of bytes'),
+    ([], 411, 'Content-Length'), (['Content-Length: -1'], 400, "got '-1'"), (['Content-Length: 1e3'], 400, 'number of bytes'),
     (['Content-Length: ²'], 400, 'number of bytes'), (['Content-Length: ' + '9' * 30], 400, 'number of bytes'),
     (['Content-Length: \x1b[2J' + 'x' * 999], 400, '\\x1b'), (['Content-Length: 3', 'Content-Length: 3'], 400, 'number of bytes'),
     (['Content-Length: 3', 'Transfer-Encoding: chunked'], 411, 'Transfer-Encoding'), ([f'Content-Length: {2**30}'], 413, 'more than'),
@@ -380,11 +386,13 @@ def test_lengths_that_are_none(headers, status, message):
 def test_bodies_are_bounded_in_sum(monkeypatch):
     "Who has been silent longest makes room for who sends, and is told to ask again; nobody is refused for good."
     monkeypatch.setattr(reward_server, 'MAX_HELD', 300_000)
-    with serving(brightness) as url:
+    server = make_server(brightness, port=0)
+    def arrived(n): return sum(v.held for v in [*server.visits.values()]) > 120_000 * n
+    with running(server) as url:
         halves = [connect(url) for _ in range(3)]
-        for s in halves:
+        for n, s in enumerate(halves, 1):
             s.sendall(head('Content-Length: 200000') + bytes(120_000))
-            time.sleep(.1)
+            until(lambda n=n: n == 3 or arrived(n)) # the third finds no room
         status, headers, content = answer(halves[0])
         assert status == 503 and 'Retry-After: 1' in headers and 'full' in content['error']
         assert_close(RewardClient(url, retries=0)(IMAGES, PROMPTS), brightness(IMAGES, PROMPTS))
@@ -413,6 +421,7 @@ def test_silence_ends(sent, monkeypatch):
 def test_drips_end(monkeypatch):
     "Never silent, but too slow."
     monkeypatch.setattr(reward_server, 'GRACE', .5)
+    monkeypatch.setattr(reward_server, 'LINGER', .2)
     began = time.monotonic()
     with serving(brightness) as url, connect(url) as s:
         s.sendall(head('Content-Length: 1000'))
@@ -498,12 +507,13 @@ def hostile(work):
 def test_a_dripping_answer_ends_in_time(start):
     def drip(connection):
         connection.sendall(start)
-        for _ in range(80):
+        for _ in range(400):
             connection.sendall(b' ')
             time.sleep(.05)
     began = time.monotonic()
-    with hostile(drip) as url, pytest.raises(RewardError, match='has not answered within 0.5 s'): RewardClient(url, .5, 0)(IMAGES, PROMPTS)
-    assert time.monotonic() - began < 2
+    with hostile(drip) as url, pytest.raises(RewardError, match='has not answered within 0.5 s'):
+        RewardClient(url, .5, 0)(IMAGES, PROMPTS)
+    assert time.monotonic() - began < 10
 
 
 def test_an_endless_answer_is_not_read():
