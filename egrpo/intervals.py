@@ -66,7 +66,7 @@ def _spread(
 )->np.ndarray: # (…) variance of the weighted mean
     "Variance of a weighted mean over texts."
     mean = x @ share
-    return len(share) / (len(share) - 1) * (share**2 * (x - mean[..., None])**2).sum(-1)
+    return len(share) / max(len(share) - 1, 1) * (share**2 * (x - mean[..., None])**2).sum(-1)
 
 def _seed_part(
     x:np.ndarray, # (S,T) means per text of one setting
@@ -85,7 +85,7 @@ def difference(
     texts=None, # (N,) the prompts' texts; None = all distinct
     training:tuple|None=None, # (variance of a seed's mean, degrees of freedom), as `pooled_training` gives; None = of these runs
 )->Estimate: # Of `values` minus `others`
-    "Difference of two settings; with one seed it holds for that seed."
+    "Difference of two settings; with one seed it holds for that seed, with one text for that text."
     sides = [_by_text(v, texts) for v in (values, others) if v is not None]
     if len({x.shape[1] for x, _ in sides}) > 1: raise ValueError("others must be scores of the same prompts as values")
     share = sides[0][1]
@@ -95,7 +95,7 @@ def difference(
     own = [(v / n, n - 1) for (v, _), n in zip(parts, seeds) if n > 1]
     if training: own = [(sum(training[0] / n for n in seeds), training[1])]
     residual = sum(e for _, e in parts)
-    of_texts, many = _spread(effect, share), 1 / (share**2).sum() - 1
+    of_texts, many = _spread(effect, share), max(1 / (share**2).sum() - 1, 1.)
     fewest = max(min(seeds) - 1, 1)
     squares = [*own, (of_texts, many), (residual, many * fewest)]
     of_seeds = sum(v for v, _ in own)
@@ -111,7 +111,8 @@ def pooled_training(
     "Training variance of all settings together, unless Bartlett's test finds that it is not one."
     means = [np.atleast_2d(v).mean(1) for v in settings]
     means = [m for m in means if len(m) > 1]
-    if len(means) < 2 or stats.bartlett(*means).pvalue < level: return None
+    if len(means) < 2 or min(m.var() for m in means) == 0: return None
+    if stats.bartlett(*means).pvalue < level: return None
     df = sum(len(m) - 1 for m in means)
     return sum((len(m) - 1) * m.var(ddof=1) for m in means) / df, df
 
