@@ -125,6 +125,7 @@ def seeds_needed(
     most:int=10_000, # Not more than that
 )->int|None: # Seeds per setting; None = no number of them, with so many prompts
     "Seeds that find a difference, by the variance that is known now."
+    if (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) * math.sqrt(e.rest) > effect: return None
     for n in range(2, most):
         df = max(e.df * (n - 1) / max(e.seeds - 1, 1), 1.)
         factor = stats.t.ppf(1 - level / 2, df) + stats.t.ppf(power, df)
