@@ -23,7 +23,7 @@ trials: $(READY) ## faults of machines, files and requests, by hand (some: make 
 lab: $(READY) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
 	$(BIN)/jupyter lab nbs $(ARGS)
 
-notebooks: $(READY) ## after editing: clean the notebooks, write egrpo/*.py and README.md from them
+notebooks: $(READY) ## after editing: clean the notebooks, write egrpo/*.py, README.md and PAPERS.md
 	@$(BIN)/python tests/sync.py write
 
 readme: $(READY) ## README.md alone, from nbs/index.ipynb

@@ -18,7 +18,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command', 'run_report', 'add_train',
            'time_is_up', 'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo',
            'demo_config', 'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce',
-           'run_claims', 'stopped_by_sigterm', 'serve_reward', 'leave', 'run_serve', 'add_serve']
+           'run_claims', 'add_claims', 'stopped_by_sigterm', 'serve_reward', 'leave', 'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -1256,10 +1256,12 @@ def findings(
     if name == 'speed': seconds, unit = total_seconds(data['seconds']), 'egrpo'
     if name == 'attention_benchmark': seconds, unit = data['attention']['seconds'], 'plain'
     times = [f"{k} takes {time_ratio(seconds, k, unit)['min']:.2f} times as long as {unit}" for k in seconds if k != unit]
-    def line(text, seen, verdict, *equal):
+    def line(claim):
         "What one claim comes to."
-        return f'{text}: {verdict} | {seen}' + (' | at equal iterations: {1} | {0}'.format(*equal) if equal else '')
-    return times + [line(c.text, *c.judge(data)) for c in CLAIMS if c.record == name]
+        found = claim.judge(data)
+        equal = f' | at equal iterations: {found.equal.verdict} | {found.equal.seen}' if found.equal else ''
+        return f'{claim.text}: {found.verdict} | {found.seen}{equal}'
+    return times + [line(c) for c in CLAIMS if c.record == name]
 
 def run_reproduce(
     args, # Parsed arguments
@@ -1299,11 +1301,17 @@ def run_claims(
     args, # Parsed arguments
 ):
     "egrpo claims: print every claim with its verdict."
-    from egrpo.claims import claims_text
-    say(fold(claims_text()))
+    from egrpo.claims import claims_json, claims_text
+    say(claims_json() if args.json else fold(claims_text()))
 
-COMMANDS['claims'] = Command(run_claims, lambda parser: None, "List both papers' claims, their numbers, ours, and whether they hold.",
-                             'egrpo claims')
+def add_claims(
+    parser:Parser, # The command's parser
+):
+    "Options of egrpo claims."
+    add_own(parser.add_argument_group('run'), Option('json', 'bool', False, 'Print a JSON list, an object per claim'))
+
+COMMANDS['claims'] = Command(run_claims, add_claims, "List both papers' claims, their numbers, ours, and whether they hold.",
+                             'egrpo claims --json')
 
 # %% ../nbs/35_cli.ipynb #5f1a9b84
 @contextmanager

@@ -6,11 +6,11 @@
 __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERGE_LENGTH', 'ACTIVE_STEPS', 'KERNELS', 'TABLE_1',
            'LEARNING_RATES', 'AEGPO', 'ALLOCATION', 'EXPLORED', 'ON_EGRPO', 'PAPER_COLUMNS', 'EXPERIMENTS', 'cell_key',
            'fixed_places', 'hacked_places', 'images_at', 'run_cell', 'store_dir', 'cell_path', 'save_strip',
-           'load_strip', 'load_cell', 'save_cell', 'own_gpu', 'run_cells', 'iterations_for', 'with_budget', 'summarize',
-           'paired_seeds', 'contrast', 'held_out_curve', 'training_curve', 'training_rise', 'run_cost',
-           'shared_iteration', 'grid_data', 'Experiment', 'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking',
-           'contrast_hacking', 'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said',
-           'rewards_of', 'seeds_of', 'verdict_lines', 'find_record']
+           'load_strip', 'load_cell', 'save_cell', 'own_gpu', 'run_cells', 'iterations_for', 'with_budget',
+           'evaluation_texts', 'summarize', 'paired_seeds', 'contrast', 'held_out_curve', 'training_curve',
+           'training_rise', 'run_cost', 'shared_iteration', 'grid_data', 'Experiment', 'reproduce', 'grid',
+           'learning_rate', 'real_share', 'hacking', 'contrast_hacking', 'aegpo_grid', 'speed_up', 'score_table',
+           'difference_table', 'cost_table', 'said', 'rewards_of', 'seeds_of', 'find_record']
 
 # %% ../nbs/32_experiments.ipynb #40922409
 import json
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -39,9 +40,11 @@ from .benchmark import one_thread
 from .checkpoint import code_of, find_checkpoint
 from .entropy import merge_lengths, step_entropy
 from .files import digest, read_object, write_text, write_whole
+from .intervals import Estimate, difference, pooled_training
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings, taken
 from .policy import best_device, default_dtype
+from .prompts import load_prompts
 from egrpo.records import (
     SCALES,
     bootstrap_interval,
@@ -50,12 +53,10 @@ from egrpo.records import (
     figures_dir,
     get_scale,
     load_record,
-    negative,
     paired_interval,
     record_path,
     save_record,
     show_interval,
-    verdict,
 )
 from .reward import get_reward
 from .rollout import rollout
@@ -399,20 +400,53 @@ def _at(
     "Scores at one evaluation."
     return np.stack([r['scores'][reward][max(r['scores'][reward]) if iteration is None else iteration] for r in results])
 
-def summarize(
-    results:list, # Results of one setting, a seed each
-)->dict: # reward -> {'before', 'after', 'gain'}: (mean, low, high)
-    "Scores of a setting with 95 % intervals."
-    both = {name: (_at(results, name, 0), _at(results, name)) for name in results[0]['scores']}
-    return {name: dict(before=bootstrap_interval(before), after=bootstrap_interval(after), gain=paired_interval(before, after))
-            for name, (before, after) in both.items()}
-
 def _evaluated_on(
     result:dict, # A result
 )->tuple: # Prompts, how many, a hash of their file if it is one
     "Which prompts its scores are of."
     config, name = result['config'], 'eval_prompts' if result['config'].get('eval_prompts') else 'prompts'
     return config.get(name), config.get('eval_size'), result.get('sources', {}).get(name)
+
+@lru_cache
+def _texts(
+    source:str, # As `load_prompts` takes it
+    n:int, # How many
+)->tuple: # The prompts
+    "Held-out prompts, read once."
+    return tuple(load_prompts(source, 'held_out', n)[:n])
+
+def evaluation_texts(
+    results:list, # Results, all evaluated on the same prompts
+)->tuple|None: # (P,) texts; None where the results do not name them
+    "The prompts that scores are of, in their order."
+    source, n, _ = _evaluated_on(results[0])
+    return _texts(source, n) if source else None
+
+def _gain(
+    results:list, # Results of one setting, a seed each
+    reward:str, # Which reward
+)->Estimate: # After minus before training
+    "What training adds to a score."
+    return difference(_at(results, reward) - _at(results, reward, 0), None, evaluation_texts(results))
+
+def summarize(
+    results:list, # Results of one setting, a seed each
+)->dict: # reward -> {'before', 'after', 'gain'}: (mean, low, high)
+    "Scores of a setting with 95 % intervals."
+    texts = evaluation_texts(results)
+    def one(reward):
+        "Of one reward."
+        before, after = (difference(_at(results, reward, i), None, texts) for i in (0, None))
+        return dict(before=before.interval(), after=after.interval(), gain=_gain(results, reward).interval())
+    return {reward: one(reward) for reward in results[0]['scores']}
+
+def _check_same_prompts(
+    results:list, # Results of one setting, a seed each
+    others:list, # Results of another setting
+):
+    "Refuse to compare scores of different prompts."
+    judged = {_evaluated_on(r) for r in (*results, *others)}
+    if len(judged) > 1: raise ValueError(f"the settings were evaluated on other prompts, {judged}: they cannot be compared")
 
 def paired_seeds(
     results:list, # Results of one setting, a seed each
@@ -422,8 +456,7 @@ def paired_seeds(
     a, b = ({r['config']['seed']: r for r in rs} for rs in (results, others))
     both = sorted(a.keys() & b.keys())
     if not both: raise ValueError(f"no seed is finished in both settings ({sorted(a)} and {sorted(b)}): run more cells")
-    judged = {_evaluated_on(r) for o in (a, b) for r in o.values()}
-    if len(judged) > 1: raise ValueError(f"the settings were evaluated on other prompts, {judged}: they cannot be paired")
+    _check_same_prompts(results, others)
     return [a[s] for s in both], [b[s] for s in both]
 
 def contrast(
@@ -431,10 +464,12 @@ def contrast(
     others:list, # Results of another setting
     reward:str, # Which reward
     iteration:int|None=None, # At which evaluation; None = the last of each
-)->tuple: # (mean, low, high) of results minus others
-    "Difference of two settings, paired by seed and prompt."
-    a, b = paired_seeds(results, others)
-    return paired_interval(_at(b, reward, iteration), _at(a, reward, iteration))
+    training:tuple|None=None, # Variance of a seed's mean and its degrees of freedom, from `pooled_training`; None = of these runs
+)->Estimate: # Of results minus others
+    "Difference of two settings on the same prompts; they may have other seeds, and other numbers of them."
+    _check_same_prompts(results, others)
+    scores = (_at(rs, reward, iteration) for rs in (results, others))
+    return difference(*scores, evaluation_texts(results), training)
 
 # %% ../nbs/32_experiments.ipynb #8efc8572
 def held_out_curve(
@@ -442,8 +477,9 @@ def held_out_curve(
     reward:str, # Which reward
 )->dict: # iteration -> (mean, low, high) of the change since the first evaluation
     "Change of a held-out score during training."
+    texts = evaluation_texts(results)
     places, scores = _evaluations(results, reward)
-    return {round(i): paired_interval(scores[0], s) for i, s in zip(places, scores)}
+    return {round(i): difference(s - scores[0], None, texts).interval() for i, s in zip(places, scores)}
 
 def _evaluations(
     results:list, # Results of one setting, a seed each
@@ -486,13 +522,40 @@ def run_cost(
     return dict(iterations=round(np.mean([len(r['reward']) for r in results])), nfe=round(np.mean(nfe)), seconds=round(np.mean(seconds), 1))
 
 # %% ../nbs/32_experiments.ipynb #1759c82c
-def _against(
-    best:list, # Results of the setting compared with
-    results:list, # Results of another setting
+def _pooled(
+    results:dict, # setting -> list of results
+    reward:str, # Which reward
     iteration:int|None=None, # At which evaluation; None = the last of each
-)->dict: # reward -> (mean, low, high) of results minus `best`
-    "Differences of two settings in every reward."
-    return {name: contrast(results, best, name, iteration) for name in best[0]['scores']}
+)->tuple|None: # As `pooled_training` gives it, of the settings that were evaluated then
+    "Training variance of a grid at one evaluation."
+    def evaluated(rs): return all(iteration is None or iteration in r['scores'][reward] for r in rs)
+    return pooled_training([_at(rs, reward, iteration) for rs in results.values() if evaluated(rs)])
+
+def _leads(
+    results:dict, # setting -> list of results
+    best:str, # The setting compared with
+    other:str, # Another setting
+    iteration:int|None=None, # At which evaluation; None = the last of each
+    pool:bool=True, # Pool the training variance over all settings?
+)->dict: # reward -> `Estimate` of `best` minus the other
+    "Leads of a setting over another in every reward."
+    def lead(reward):
+        "In one reward."
+        training = _pooled(results, reward, iteration) if pool else None
+        return contrast(results[best], results[other], reward, iteration, training)
+    return {reward: lead(reward) for reward in results[best][0]['scores']}
+
+def _against(
+    leads:dict, # reward -> `Estimate` of the setting compared with minus another
+)->dict: # reward -> (mean, low, high) of the other minus it
+    "Differences of a setting from the one compared with."
+    return {reward: (-e).interval() for reward, e in leads.items()}
+
+def _fields(
+    leads:dict, # setting -> reward -> `Estimate`
+)->dict: # The same as dicts
+    "Estimates as a record keeps them."
+    return {k: {reward: asdict(e) for reward, e in es.items()} for k, es in leads.items()}
 
 def _rise_against(
     best:list, # Results of the setting compared with
@@ -512,20 +575,28 @@ def shared_iteration(
 def grid_data(
     results:dict, # setting -> list of results
     best:str, # The setting that the paper finds best: the others are compared with it
+    pool:bool=True, # Pool the training variance over the settings, where no test speaks against it?
 )->dict: # The record's data
     "Scores of every setting, its differences from `best`, its curves, its cost, and its cells."
     if best not in results: raise ValueError(f"no cell of the setting {best!r}, with which all are compared, is finished: run more cells")
-    rewards, own = list(results[best][0]['scores']), {r['config']['seed'] for r in results[best]}
-    others = {k: rs for k, rs in results.items() if k != best and own & {r['config']['seed'] for r in rs}}
+    rewards = list(results[best][0]['scores'])
+    others = {k: rs for k, rs in results.items() if k != best}
+    own = {r['config']['seed'] for r in results[best]}
+    paired = {k: rs for k, rs in others.items() if own & {r['config']['seed'] for r in rs}}
+    shared = {k: i for k, rs in others.items() if (i := shared_iteration(rs, results[best]))}
+    end = {k: _leads(results, best, k, None, pool) for k in others}
+    equal = {k: _leads(results, best, k, i, pool) for k, i in shared.items()}
+    gains = {k: {r: _gain(rs, r) for r in rewards} for k, rs in results.items()}
+    rises = {k: dict(rise=_rise_against(results[best], paired[k], i)) for k, i in shared.items() if k in paired}
     return dict(
         best=best, settings={k: summarize(rs) for k, rs in results.items()},
-        against_best={k: _against(results[best], rs) for k, rs in others.items()},
-        equal_iterations={k: dict(iteration=i, against_best=_against(results[best], rs, i), rise=_rise_against(results[best], rs, i))
-                          for k, rs in others.items() if (i := shared_iteration(rs, results[best]))},
+        against_best={k: _against(leads) for k, leads in end.items()},
+        equal_iterations={k: dict(iteration=shared[k], against_best=_against(leads)) | rises.get(k, {}) for k, leads in equal.items()},
+        comparisons=dict(end=_fields(end), equal=_fields(equal), gain=_fields(gains)),
         held_out={k: {r: held_out_curve(rs, r) for r in rewards} for k, rs in results.items()},
         training={k: training_curve(rs) for k, rs in results.items()},
         training_rise={k: bootstrap_interval(training_rise(rs)) for k, rs in results.items()},
-        rise_against_best={k: _rise_against(results[best], rs) for k, rs in others.items()},
+        rise_against_best={k: _rise_against(results[best], rs) for k, rs in paired.items()},
         cost={k: run_cost(rs) for k, rs in results.items()},
         ratio_error=max(r['ratio_error'] for rs in results.values() for r in rs),
         cells={k: {r['config']['seed']: r['key'] for r in rs} for k, rs in results.items()})
@@ -700,7 +771,7 @@ def _method_data(
     scale, # A `Scale`
 )->dict: # The record's data
     "A grid against E-GRPO, and the learning rates."
-    return grid_data(results, 'egrpo') | dict(lr={k: rs[0]['config']['lr'] for k, rs in results.items()})
+    return grid_data(results, 'egrpo', pool=False) | dict(lr={k: rs[0]['config']['lr'] for k, rs in results.items()})
 
 # %% ../nbs/32_experiments.ipynb #882b5b7b
 def real_share(
@@ -900,7 +971,7 @@ def difference_table(
     data:dict, # A record's data, as `grid_data` makes it
     equal_iterations:bool=False, # At equal iterations instead of at the end of the runs?
 )->pd.DataFrame: # A row per other setting, a column per reward
-    "What every setting has more than the one it is compared with, paired by seed and prompt."
+    "What every setting has more than the one it is compared with, on the same prompts."
     rows = {k: {r: show_interval(d, '+') for r, d in ds.items()} for k, ds in data['against_best'].items()}
     if equal_iterations:
         rows = {k: dict(iteration=e['iteration'], **{r: show_interval(d, '+') for r, d in e['against_best'].items()})
@@ -933,22 +1004,11 @@ def rewards_of(
 def seeds_of(
     data:dict, # A record's data
     settings:tuple|None=None, # The settings compared; None = all
-)->int: # Seeds that each of them has
+    paired:bool=False, # Count only those that all of them have?
+)->int: # Fewest seeds of a setting
     "How many seeds a comparison rests on."
-    return len(set.intersection(*(set(seeds) for k, seeds in data['seeds_finished'].items() if settings is None or k in settings)))
-
-def verdict_lines(
-    record:dict, # A record of a grid
-    claim:str, # That its setting `best` is above the others in the reward trained on, in words
-    over:tuple|None=None, # Which other settings the claim is about; None = all
-)->str: # Lines
-    "The verdict on a claim and on each comparison in it."
-    data = record['data']
-    seeds = seeds_of(data, over and (data['best'], *over))
-    leads = {k: negative(d[rewards_of(data)[0]]) for k, d in data['against_best'].items()}
-    each = [f'  better than {k}: {verdict(d, seeds=seeds)}' for k, d in leads.items()]
-    claimed = [d for k, d in leads.items() if over is None or k in over]
-    return '\n'.join([f"{claim}, at scale {record['scale']}: {verdict(*claimed, seeds=seeds)}", *each])
+    seeds = [set(o) for k, o in data['seeds_finished'].items() if settings is None or k in settings]
+    return len(set.intersection(*seeds)) if paired else min(map(len, seeds))
 
 def find_record(
     name:str, # A name in `EXPERIMENTS`

@@ -67,7 +67,7 @@ def _spread(
 )->np.ndarray: # (…) variance of the weighted mean
     "Variance of a weighted mean over texts."
     mean = x @ share
-    return len(share) / (len(share) - 1) * (share**2 * (x - mean[..., None])**2).sum(-1)
+    return len(share) / max(len(share) - 1, 1) * (share**2 * (x - mean[..., None])**2).sum(-1)
 
 def _degrees(
     variance:float, # Of a mean, > 0
@@ -94,7 +94,7 @@ def difference(
     texts=None, # (N,) the prompts' texts; None = all distinct
     training:tuple|None=None, # (variance of a seed's mean, its degrees of freedom); None = of these runs
 )->Estimate: # Of `values` minus `others`
-    "Difference of two settings; with one seed it holds for that seed."
+    "Difference of two settings; with one seed it holds for that seed, with one text for that text."
     sides = [_by_text(v, texts) for v in (values, others) if v is not None]
     if len({x.shape[1] for x, _ in sides}) > 1:
         raise ValueError("others must be scores of the same prompts as values")
@@ -110,7 +110,7 @@ def difference(
     of_texts = _spread(effect, share)
     variance = max(of_seeds + of_texts - residual, residual, 1e-30)
     fewest = min(seeds)
-    many = 1 / (share**2).sum() - 1
+    many = max(1 / (share**2).sum() - 1, 1.) # one text says nothing of others
     df = _degrees(variance, [*own, (of_texts, many), (residual, many * max(fewest - 1, 1))])
     per_seed = float(of_seeds * fewest)
     rest = float(max(of_texts - residual, 0.))
@@ -123,7 +123,8 @@ def pooled_training(
     "Training variance of all settings together, unless Bartlett's test finds that it is not one."
     means = [np.atleast_2d(v).mean(1) for v in settings]
     means = [m for m in means if len(m) > 1]
-    if len(means) < 2 or stats.bartlett(*means).pvalue < level: return None
+    if len(means) < 2 or min(m.var() for m in means) == 0: return None
+    if stats.bartlett(*means).pvalue < level: return None
     df = sum(len(m) - 1 for m in means)
     return sum((len(m) - 1) * m.var(ddof=1) for m in means) / df, df
 
@@ -136,6 +137,7 @@ def seeds_needed(
     most:int=10_000, # Not more than that
 )->int|None: # Seeds per setting; None = no number of them, with so many prompts
     "Seeds that find a difference, by the variance that is known now."
+    if (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) * math.sqrt(e.rest) > effect: return None
     for n in range(2, most):
         df = max(e.df * (n - 1) / max(e.seeds - 1, 1), 1.)
         factor = stats.t.ppf(1 - level / 2, df) + stats.t.ppf(power, df)

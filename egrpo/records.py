@@ -254,11 +254,11 @@ def negative(
 def verdict(
     *intervals:tuple, # (mean, low, high) of what is claimed to be positive
     seeds:int=SEEDS_NEEDED, # How many seeds they rest on; not given where no seeds are drawn
-)->str: # holds, does not hold, or undecided
+)->str: # holds, does not hold, or open
     "What intervals say about a claim."
-    if seeds < SEEDS_NEEDED: return f'undecided ({seeds} of {SEEDS_NEEDED} seeds)'
+    if seeds < SEEDS_NEEDED: return f'open ({seeds} of {SEEDS_NEEDED} seeds)'
     if any(high < 0 for *_, high in intervals): return 'does not hold'
-    return 'holds' if intervals and all(low > 0 for _, low, _ in intervals) else 'undecided'
+    return 'holds' if intervals and all(low > 0 for _, low, _ in intervals) else 'open'
 
 def show_interval(
     interval:tuple, # (mean, low, high)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from egrpo import experiments as ex
+from egrpo.claims import verdict_lines
 from egrpo.records import get_scale, load_record, verdict
 from egrpo.small_pipelines import small_pipeline
 from egrpo.trainer import TrainConfig, check_config, check_method
@@ -161,23 +162,47 @@ def test_a_damaged_cell_is_named(tmp_path):
 
 
 # ---- statistics
-def test_seeds_are_paired():
-    a = [cell(([0, 0], [s, s]), s) for s in (0, 1, 2)]
-    b = [cell(([0, 0], [s + .5, s + .5]), s) for s in (2, 0, 1, 7)]
-    assert ex.contrast(b, a, 'preference') == (.5, .5, .5) # by place in the list it would be wider, and off
-    unpaired = [dict(o, config=dict(seed=i)) for i, o in enumerate(b)]
-    assert ex.contrast(unpaired, a, 'preference')[1] < .5
+def test_rises_are_paired_by_seed():
+    "By place in the list the interval would be wider, and off."
+    a = [cell(([0, 0], [1, 1]), s, (0., s)) for s in (0, 1, 2)]
+    b = [cell(([0, 0], [1, 1]), s, (0., s + .5)) for s in (2, 0, 1, 7)]
+    assert ex._rise_against(a, b) == (.5, .5, .5)
+
+
+def test_scores_are_compared_without_pairing_seeds():
+    "Of other seeds, and other numbers of them; the order of the runs does not matter."
+    a = [cell(([0, 0], [s, s + 1]), s) for s in (0, 1, 2)]
+    b = [cell(([0, 0], [s + .5, s + 1.5]), s) for s in (12, 10, 11, 13)]
+    e = ex.contrast(b, a, 'preference')
+    assert e.mean == 11 and e.seeds == 3 and e == ex.contrast(b[::-1], a, 'preference')
+    assert e.se == pytest.approx((np.var(range(4), ddof=1) / 4 + np.var(range(3), ddof=1) / 3)**.5)
+
+
+def test_the_distinct_texts_are_counted():
+    held_out = ex.load_prompts('shapes', 'held_out', 256)
+    rng = np.random.default_rng(0)
+    own = {text: rng.normal() for text in held_out}
+    config = dict(prompts='shapes', eval_size=256)
+    def run(seed):
+        after = [own[text] + .01 * rng.normal() for text in held_out]
+        return cell((np.zeros(256), after)) | dict(config=config | dict(seed=seed))
+    runs = [run(s) for s in range(5)]
+    by_text = ex.summarize(runs)['preference']['gain']
+    by_image = ex.summarize([r | dict(config=dict(seed=r['config']['seed'])) for r in runs])['preference']['gain']
+    assert ex.evaluation_texts(runs) == tuple(held_out) and by_text[0] == pytest.approx(by_image[0])
+    assert 1.2 < np.ptp(by_text) / np.ptp(by_image) < 2
 
 
 def test_partial_grid_leaves_out_what_cannot_be_compared():
     data = ex.grid_data(dict(a=[cell(([0, 0], [1, 1]))], b=[cell(([0, 0], [1, 1]), seed=3)]), 'a')
-    assert data['against_best'] == {} and set(data['settings']) == {'a', 'b'}
+    assert data['rise_against_best'] == {} and 'rise' not in data['equal_iterations']['b']
+    assert set(data['against_best']) == {'b'} and set(data['settings']) == {'a', 'b'}
 
 
 def test_verdict_follows_the_intervals():
-    assert verdict((1, .1, 2), (1, 0., 2)) == 'undecided' # touching 0 is not above it
-    assert verdict() == 'undecided'
-    assert verdict((1, .5, 2), seeds=4).startswith('undecided (4 of 5')
+    assert verdict((1, .1, 2), (1, 0., 2)) == 'open' # touching 0 is not above it
+    assert verdict() == 'open'
+    assert verdict((1, .5, 2), seeds=4).startswith('open (4 of 5')
 
 
 def test_hacking_is_found():
@@ -267,17 +292,19 @@ def test_small_scores_are_kept():
     assert found['large'][0].tolist() == [.123, .5]
 
 
-def test_scores_of_other_prompts_are_not_paired():
+def test_scores_of_other_prompts_are_not_compared(tmp_path):
+    other = tmp_path/'other.txt'
+    other.write_text('a circle\na square')
     a, b = cell(([0, 0], [1, 1])), cell(([0, 0], [2, 2]))
-    b['config']['eval_prompts'] = 'other.txt'
+    b['config'] |= dict(eval_prompts=str(other), eval_size=2)
     with pytest.raises(ValueError, match='evaluated on other prompts'): ex.contrast([a], [b], 'preference')
-    a['config']['eval_prompts'] = 'other.txt'
-    assert ex.contrast([b], [a], 'preference')[0] == 1
+    a['config'] |= dict(eval_prompts=str(other), eval_size=2)
+    assert ex.contrast([b], [a], 'preference').mean == 1
     b['sources'] = dict(eval_prompts='edited')
     with pytest.raises(ValueError, match='evaluated on other prompts'): ex.contrast([a], [b], 'preference')
 
 
-def test_settings_left_out_leave_a_claim_undecided(tmp_path, monkeypatch):
+def test_settings_left_out_leave_a_claim_open(tmp_path, monkeypatch):
     "A record of `--only` some settings cannot decide over those it lacks; what is finished of the others is in it."
     made = []
     def results(configs, workers, store):
@@ -286,7 +313,8 @@ def test_settings_left_out_leave_a_claim_undecided(tmp_path, monkeypatch):
     monkeypatch.setattr(ex, 'run_cells', results)
     data = ex.load_record(ex.reproduce('tau', 'mini', 0, tmp_path/'cells', tmp_path/'tau.json', only=['2.2', '0']))['data']
     assert made == [10] and {k: len(v) for k, v in data['seeds_finished'].items()} == {'0': 5, '1.8': 0, '2': 0, '2.2': 5, '2.6': 0}
-    assert ex.verdict_lines(dict(data=data, scale='mini'), 'best').splitlines()[0] == 'best, at scale mini: undecided (0 of 5 seeds)'
+    line = verdict_lines(dict(data=data, scale='mini', name='tau'), 'best').splitlines()[0]
+    assert line.startswith('best, at scale mini, margin 0.005: open (0 of 5 seeds)')
     path = ex.cell_path(ex.EXPERIMENTS['tau'].cells(get_scale('mini'))['2.6'][1], tmp_path/'cells')
     path.parent.mkdir()
     path.touch()
