@@ -151,8 +151,8 @@ def _p_value(
     word:str, # The verdict
     intervals:list, # (mean, low, high) of what is claimed to be positive
 )->float|None: # None where nothing is decided
-    "p-value of a verdict, as if each interval came from a normal distribution."
-    half = [max((high - low) / 2, 1e-12) for _, low, high in intervals]
+    "p-value of a verdict, as if the interval's half towards 0 came from a normal distribution."
+    half = [max(mean - low if mean > 0 else high - mean, 1e-12) for mean, low, high in intervals]
     z = [mean / o * stats.norm.ppf(.975) for (mean, *_), o in zip(intervals, half)]
     if word == 'holds': return float(max(2 * stats.norm.sf(z)))
     if word == 'does not hold': return float(min(1., 2 * len(z) * min(stats.norm.cdf(z))))
