@@ -68,22 +68,23 @@ def _exploratory(
 
 def judged(
     claim:Claim, # A claim
-)->dict: # place, claim, paper, ours, verdict, word, ours_iterations, verdict_iterations, scale, exploratory, notebook, found
+)->dict: # A row of `claims_table`; `found` is the `Finding`
     "A claim and what its record says about it, where training runs are compared also at equal iterations."
     record = load_record(claim.record) if record_path(claim.record).exists() else None
     found = claim.judge(record['data']) if record else Finding('', NOT_MEASURED)
     equal = found.equal or Finding('', '')
-    missing = f'{NOT_MEASURED} yet: egrpo reproduce {claim.record}'
-    return dict(place=claim.place, claim=claim.text, paper=claim.paper, ours=found.seen, verdict=found.verdict if record else missing,
-                word=found.word, ours_iterations=equal.seen, verdict_iterations=equal.verdict, scale=record['scale'] if record else '',
-                exploratory=bool(record) and _exploratory(record), notebook=claim.notebook or EXPERIMENTS[claim.record].notebook,
-                found=found)
+    said = found.verdict if record else f'{NOT_MEASURED} yet: egrpo reproduce {claim.record}'
+    exploratory, scale = (_exploratory(record), record['scale']) if record else (False, '')
+    notebook = claim.notebook or EXPERIMENTS[claim.record].notebook
+    return dict(place=claim.place, claim=claim.text, paper=claim.paper, ours=found.seen, verdict=said, word=found.word,
+                ours_iterations=equal.seen, verdict_iterations=equal.verdict, scale=scale, exploratory=exploratory,
+                notebook=notebook, found=found)
 
 NOT_MEASURED = 'not measured'
 
 # %% ../nbs/33_claims.ipynb #04ab3f3c
-MARGINS = dict(preference=.005, clip=.01, verifier=.01, verifier_strict=.02) # a sixth of what training gains; a third where it is noisier
-MARGINS |= {'hpsv2.1': .013, 'clip_score': .002, 'pickscore': .001, 'imagereward': .04} # of what it gains in the paper
+MARGINS = dict(preference=.005, clip=.01, verifier=.01, verifier_strict=.02) # a sixth to a third of the gain
+MARGINS |= {'hpsv2.1': .013, 'clip_score': .002, 'pickscore': .001, 'imagereward': .04} # a sixth of the paper's
 TABLE_1 = 'methods', 'methods_clip' # records of its two halves
 TABLE_1_MARGINS = MARGINS | dict(preference=.0075)
 
@@ -130,7 +131,7 @@ def scaled(
     data:dict, # A record's data
     record:str, # Its name
     place:int=0, # Which of `SCORES`
-)->dict: # setting -> the paper's lead of the best over it; empty without the paper's numbers or where one of the two has no gain
+)->dict: # setting -> the paper's lead of the best over it; empty where it, or we, have no gain
     "The paper's differences, scaled to our gain."
     if record not in PAPER: return {}
     best, before = data['best'], PAPER_BEFORE[place]
@@ -189,6 +190,8 @@ def _by_margin(
     if seeds < SEEDS_NEEDED: return Finding('', 'open', **known)
     return Finding('', v.word, v.p, seeds_needed=v.seeds_needed, **known)
 
+def _lead_text(own:str, found:Finding): return f"{_name(own)} minus {_name(found.rival)} {show_interval(found.interval, '+')}"
+
 def best(
     place:int=0, # By which reward: 0 the one trained on, then the paper's CLIP, PickScore and ImageReward
     over:tuple|None=None, # Which other settings; None = all
@@ -197,17 +200,20 @@ def best(
     "The setting claimed to be best is above the others."
     def find(data):
         "The best setting's score and its lead over the rival that decides."
-        own, reward, known = data['best'], rewards_of(data)[place] if data.get('settings') else '', data['comparisons']
+        own, known = data['best'], data['comparisons']
+        if not known['end']: return Finding('', 'open', seeds=0)
+        reward = rewards_of(data)[place]
         leads = _estimates(known['end'], reward, over)
         if not leads: return Finding('', 'open', seeds=0)
         paper, seeds = scaled(data, record, place), seeds_of(data, over and (own, *over))
         def one(leads):
             "At one kind of equality."
             found = _by_margin(leads, margins_of(record)[reward], seeds, paper)
-            return replace(found, seen=f"{_name(own)} minus {_name(found.rival)} {show_interval(found.interval, '+')}")
+            return replace(found, seen=_lead_text(own, found))
         end, same = one(leads), _estimates(known['equal'], reward, over)
         score = show_interval(data['settings'][own][reward]['after'])
-        return replace(end, seen=f'{_name(own)} {score}; {end.seen}', equal=one(same) if len(same) == len(leads) else None)
+        equal = one(same) if len(same) == len(leads) else None
+        return replace(end, seen=f'{_name(own)} {score}; {end.seen}', equal=equal)
     return find
 
 def moves(
@@ -241,7 +247,7 @@ def training_best(
             "At one kind of equality."
             found = _found('', leads, seeds_of(data, (own, *over), paired=True))
             if not found.rival: return found
-            return replace(found, seen=f"{_name(own)} minus {_name(found.rival)} {show_interval(found.interval, '+')}")
+            return replace(found, seen=_lead_text(own, found))
         end = one(leads)
         rise = f"{_name(own)} rises by {show_interval(data['training_rise'][own], '+')}"
         return replace(end, seen=f'{rise}; {end.seen}', equal=one(same) if len(same) == len(leads) else None)
