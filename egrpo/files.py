@@ -191,6 +191,7 @@ def _can_lock(folder):
     "Does a folder's file system know locks? One that cannot be written has errors of its own."
     if os.name == 'nt': return True
     import fcntl # not on Windows
+
     unknown = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL
     try:
         with tempfile.TemporaryFile(dir=folder) as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
