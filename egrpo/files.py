@@ -13,8 +13,10 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 import uuid
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -182,6 +184,21 @@ def _owner(folder):
     except (OSError, ValueError): return 'another process'
     return f"process {o.get('pid')} on {o.get('host')}, since {o.get('since')}"
 
+def _write_owner(path):
+    owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'))
+    with suppress(OSError): Path(path).write_text(json.dumps(owner), encoding='utf-8') # Windows lets nobody write what is locked
+
+def _can_lock(folder):
+    "Does a folder's file system know locks? One that cannot be written has errors of its own."
+    if os.name == 'nt': return True
+    import fcntl  # not on Windows
+
+    unknown = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL
+    try:
+        with tempfile.TemporaryFile(dir=folder) as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e: return e.errno not in unknown
+    return True
+
 @contextmanager
 def hold(
     folder, # A folder, made if it is not there; if it is still empty at the end, it goes again
@@ -193,16 +210,14 @@ def hold(
     lock = FileLock(folder/LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        if _can_lock(folder): lock.acquire(timeout=0)
+        else: warnings.warn(f"{name}: the disk of {str(folder)!r} has no locks: see to it that one run at a time uses it", stacklevel=3)
     except Timeout as e:
         remedy = "wait until it ends, or end it, or name another folder"
         raise ValueError(f"{name}: {str(folder)!r} is in use by {_owner(folder)}: {remedy}") from e
     except OSError as e:
-        remedy = "name another folder"
-        raise ValueError(f"{name}: {str(folder)!r} cannot be written ({e.strerror}): {remedy}") from e
-    with suppress(OSError): # Windows lets nobody write what is locked
-        owner = dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime('%Y-%m-%d %H:%M:%S'))
-        Path(lock.lock_file).write_text(json.dumps(owner), encoding='utf-8')
+        raise ValueError(f"{name}: {str(folder)!r} cannot be written ({e.strerror}): name another folder") from e
+    if lock.is_locked: _write_owner(lock.lock_file)
     try: yield
     finally:
         with suppress(OSError): Path(lock.lock_file).unlink(missing_ok=True)

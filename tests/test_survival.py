@@ -1,4 +1,5 @@
 "A run survives the machine: damage is noticed, a folder has one run, what cannot be saved shows before training."
+import errno
 import json
 import os
 import shutil
@@ -233,6 +234,17 @@ def test_links_stay_links(tmp_path):
     (disk/'checkpoint').rename(disk/'checkpoint.old')
     assert run(out, iterations=3, resume=True).iteration == 3
     assert (out/'checkpoint').is_symlink() and sorted(p.name for p in disk.iterdir()) == ['checkpoint', 'model']
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='locks of POSIX')
+@pytest.mark.parametrize('error', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks(tmp_path, monkeypatch, error):
+    "The run warns and goes on; nothing stays that would keep the folder in use after a kill."
+    def flock(handle, operation): raise OSError(error, os.strerror(error))
+    monkeypatch.setattr('fcntl.flock', flock)
+    with pytest.warns(UserWarning, match='has no locks'), hold(tmp_path):
+        assert not list(tmp_path.iterdir())
+        check_free(tmp_path)
 
 
 # ---- before the first iteration
