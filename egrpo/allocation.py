@@ -251,7 +251,7 @@ class AttentionPlanner:
         return plans, cost | describe_choice(plans, profiles, reference)
 
     def _cost(self, prompts):
-        "Network evaluations of a batch's probes, the same whether profiles were found on the disk or measured."
+        "Network evaluations of a batch's probes, whether profiles were found on the disk or measured."
         new = {*prompts} - self.seen if self.before else ()
         self.remember(prompts)
         return self.settings['num_steps'] * (len(new) + (len(prompts) if self.now else 0))

@@ -157,8 +157,10 @@ def _state(
     scored = dict(noted.last)
     group = group_signals(trainer, prompts, trainer.iteration, 'watched', c.seed, trainer.iteration)
     noted.last = scored
-    return dict(delta_entropy=delta_entropy(profiles.mean(-1), reference.mean(-1)), last_std=last, before=before, score=score, **group,
-                distance=velocity_distance(policy, prompts, *schedule), blocks=profiles.mean(0), profiles=profiles.mean(-1))
+    distance = velocity_distance(policy, prompts, *schedule)
+    change = delta_entropy(profiles.mean(-1), reference.mean(-1))
+    return dict(delta_entropy=change, last_std=last, before=before, score=score, **group, distance=distance,
+                blocks=profiles.mean(0), profiles=profiles.mean(-1))
 
 # %% ../nbs/26_attention_signal.ipynb #9bb76dab
 def watch(

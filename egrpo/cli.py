@@ -14,7 +14,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'run_text', 'asked_schedule', 'run_plan', 'add_plan', 'run_tune', 'add_tune', 'load_sampler',
            'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample', 'run_evaluate', 'save_scores',
            'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out', 'check_model', 'check_run',
-           'check_settings', 'begun_settings', 'train_config', 'prompts_text', 'try_own_rewards', 'run_train',
+           'check_fields', 'begun_settings', 'train_config', 'prompts_text', 'try_own_rewards', 'run_train',
            'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command', 'run_report', 'add_train',
            'time_is_up', 'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo',
            'demo_config', 'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce',
@@ -40,7 +40,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-from .inputs import check_kind, check_readable, from_json, one_line, open_streams, quote, to_json
+from .inputs import check_kind, check_readable, one_line, open_streams, quote, to_json
 
 # %% ../nbs/35_cli.ipynb #775dc02d
 @dataclass(frozen=True)
@@ -81,9 +81,12 @@ def converter(
     def convert(word):
         if kind.endswith('|None') and word.lower() == 'none': return None
         try: value = read(word)
-        except ValueError: raise argparse.ArgumentTypeError(f'invalid {wanted} value: {quote(word)}') from None
+        except ValueError:
+            raise argparse.ArgumentTypeError(f'invalid {wanted} value: {quote(word)}') from None
         try: return check_kind(name, value, plain)
-        except ValueError as e: raise argparse.ArgumentTypeError(str(e).removeprefix(name).lstrip(' :')) from None # argparse says the name
+        except ValueError as e: # argparse says the name
+            fault = str(e).removeprefix(name).lstrip(' :')
+            raise argparse.ArgumentTypeError(fault) from None
     return convert
 
 def show_default(
@@ -103,7 +106,8 @@ def add_option(
     shown = option.shown or {'int': 'N', 'float': 'X', 'str': 'TEXT', 'bool': 'yes|no'}[option.kind.removesuffix('|None')]
     if option.default is not None or '|None' in option.kind: text += f' (default: {show_default(option.default)})'
     alone = dict(nargs='?', const=True) if option.kind == 'bool|None' else {} # the flag by itself is a yes
-    parser.add_argument(flag, type=converter(option.kind, option.name), default=default, metavar=shown, help=text, **alone)
+    read = converter(option.kind, option.name)
+    parser.add_argument(flag, type=read, default=default, metavar=shown, help=text, **alone)
 
 def add_fields(
     parser, # A parser or a group of options
@@ -148,7 +152,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{'formatter_class': formatter, 'allow_abbrev': False, **kwargs})
     def error(self, message): raise ValueError(f'{message} (see {self.prog} --help)')
     def parse_known_args(self, args=None, namespace=None):
-        "What is left over is an error here, where a command's options are known; so is --option=--, which argparse reads as []."
+        "Refuse words that are left over, here where a command's options are known, and --option=--, which would be []."
         none = [w for w in args or () if w.startswith('--') and w.endswith('=--')]
         if none: self.error(f"argument {none[0].partition('=')[0]}: expected a value, got '--'")
         found, left = super().parse_known_args(args, namespace)
@@ -191,7 +195,8 @@ def explain(
 )->str|None: # One line; None where it is no mistake of the user
     "An error in a line."
     said = one_line(str(error))
-    if isinstance(error, (RuntimeError, MemoryError)) and _memory_is_full(error): # the trainer's names a micro-batch to try
+    if isinstance(error, (RuntimeError, MemoryError)) and _memory_is_full(error):
+        # the trainer's names a micro-batch to try
         return said if 'micro_batch' in said else 'the device has not enough memory: lower --micro-batch or --resolution'
     return said if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
 
@@ -446,8 +451,9 @@ def read_images(
         named, remedy = f'image: {quote(path)}', 'name a PNG or JPEG file'
         check_readable(path, named, remedy)
         try: return from_file(Path(path).read_bytes())[None]
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: # as PIL says that it is none
-            raise ValueError(f"{named} could not be read ({getattr(e, 'strerror', None) or e}): {remedy}") from e
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: # all of them PIL's
+            said = getattr(e, 'strerror', None) or e
+            raise ValueError(f"{named} could not be read ({said}): {remedy}") from e
     return [read(o) for o in files]
 
 def run_rewards(
@@ -604,7 +610,8 @@ def schedule_text(
     from egrpo.trainer import plan_settings
     if config.shift is not None or config.model == 'miniature': return ''
     if model_sigmas(config.model, config.num_steps, config.resolution) is None:
-        return f"planned with shift 3: {config.model} has no configuration files here to ask; a run takes the model's own"
+        missing = f"{config.model} has no configuration files here to ask"
+        return f"planned with shift 3: {missing}; a run takes the model's own"
     shift = plan_settings(config)['shift']
     return "the model's own" + (f', which is shift {shift:g}' if isinstance(shift, float) else '')
 
@@ -723,7 +730,7 @@ SAMPLE_OPTIONS = 'model resolution guidance num_steps shift device dtype micro_b
 
 def load_sampler(
     config, # A `TrainConfig`
-    lora=None, # Folder of a LoRA to put in
+    lora=None, # A LoRA to put in: its folder, its .safetensors file, or a hub id
 ):
     "A policy to sample from."
     from egrpo.policy import load_policy, lora_file
@@ -776,7 +783,8 @@ def add_model_options(
     "Options of commands that sample."
     group = parser.add_argument_group('model')
     add_fields(group, [n for n in SAMPLE_OPTIONS if n not in ('num_steps', 'shift', 'seed')])
-    add_own(group, Option('lora', 'str', None, 'LoRA to put into the model: the folder `model` of a run with lora_rank > 0', 'FOLDER'))
+    lora = 'LoRA to put into the model: the folder `model` of a run, another folder, a .safetensors file or a hub id'
+    add_own(group, Option('lora', 'str', None, lora, 'LORA'))
     add_fields(parser.add_argument_group('sampling'), ['num_steps', 'shift', 'seed'])
 
 def add_sample(
@@ -872,7 +880,8 @@ def run_folder(
     made = [p for p in (out, *out.parents) if not p.exists() and not (keep and Path(keep).resolve().is_relative_to(p.resolve()))]
     log = out/'metrics.jsonl'
     size = log.stat().st_size if log.exists() else 0
-    files = [f for f in map(out.joinpath, ('config.json', 'demo.json', 'checkpoint', 'model')) if not f.exists()]
+    names = 'config.json', 'demo.json', 'checkpoint', 'model', 'trial'
+    files = [f for f in map(out.joinpath, names) if not f.exists()]
     try: yield
     except BaseException as e:
         if not log.exists():
@@ -915,11 +924,10 @@ def check_run(
     check_out(config.out, config.resume)
     return config
 
-def check_settings(
-    settings, # What a file of settings holds
+def check_fields(
+    settings:dict, # What a file of settings holds
 )->dict: # The same: fields of `TrainConfig`
     "Refuse what is no configuration of a run."
-    if not isinstance(settings, dict): raise ValueError(f'it holds no settings but {quote(settings)}')
     for name, value in settings.items():
         option = config_options().get(name)
         if option is None: raise ValueError(f'it sets {quote(name)}, which this version does not know')
@@ -931,12 +939,14 @@ def begun_settings(
 )->dict: # Fields of `TrainConfig`
     "What a run was begun with, as its config.json says; there must be a run."
     from egrpo.checkpoint import find_checkpoint, load_checkpoint
+    from egrpo.files import read_object
     checkpoint, path = Path(out)/'checkpoint', Path(out)/'config.json'
     if not find_checkpoint(checkpoint) and not (Path(out)/'metrics.jsonl').exists(): load_checkpoint(checkpoint) # says that there is none
     if not path.exists(): return {} # all has to be given again
-    try: settings = check_settings(from_json(path.read_text(encoding='utf-8')))
+    try: settings = check_fields(read_object(path))
     except ValueError as e:
-        raise ValueError(f"resume: {quote(str(path))} cannot be read ({e}): delete it and give all options again") from e
+        remedy = "delete it and give all options again"
+        raise ValueError(f"resume: {quote(str(path))} cannot be read ({e}): {remedy}") from e
     return settings | dict(out=str(out))
 
 def train_config(
@@ -1027,7 +1037,8 @@ def is_own_schedule(
     from egrpo.trainer import same_schedule
     if config.shift is None: return True
     own = model_sigmas(config.model, config.num_steps, config.resolution)
-    return own is not None and same_schedule(dict(config=vars(config)), dict(num_steps=config.num_steps, shift=own))
+    if own is None: return False
+    return same_schedule(dict(config=vars(config)), dict(num_steps=config.num_steps, shift=own))
 
 def sample_command(
     config, # A `TrainConfig`
@@ -1216,11 +1227,12 @@ def report_demo(
     seconds:float, # Since the command began
 ):
     "Print the tables, keep them in demo.json, and say what to do next."
+    from egrpo.files import write_text
     out, (before, after) = Path(trainer.config.out), ends(history)
     pairs = dict(before=(before, None), after=(after, None), change=(before, after))
     scores = {name: {what: interval_rows(*pair, name) for what, pair in pairs.items()} for name in score_names(before)}
     summary = dict(iterations=trainer.iteration, seconds=round(seconds, 1), prompts=len(before), scores=scores)
-    (out/'demo.json').write_text(to_json(summary, indent=1), encoding='utf-8')
+    write_text(out/'demo.json', to_json(summary, indent=1))
     took = f'{seconds:.0f} seconds' if seconds < 90 else f'{seconds / 60:.1f} minutes'
     say(f'\n{change_tables(history)}\n\nin {took}, everything included\n')
     say(f'picture  {out}/demo.png  the reward, and images before and after on the same noise')
@@ -1286,7 +1298,8 @@ def add_reproduce(
     parser:Parser, # The command's parser
 ):
     "Options of egrpo reproduce."
-    parser.add_argument('name', nargs='?', type=converter('str', 'name'), metavar='NAME', help='Which figure or table; none lists them')
+    parser.add_argument('name', nargs='?', type=converter('str', 'name'), metavar='NAME',
+                        help='Which figure or table; none lists them')
     add_own(parser.add_argument_group('run'),
             Option('scale', 'str', None, 'smoke, mini, gpu or flux (default: EGRPO_SCALE, else mini)', 'NAME'),
             Option('workers', 'int', 1, 'Worker processes, each with one thread; 0 runs in this process'),
@@ -1343,7 +1356,7 @@ def serve_reward(
 def leave(
     server, # Of `make_server`
 ):
-    "Wait for a reward that still computes; beyond that, exit at once: Python could not end its thread in order."
+    "Wait for a reward that still computes, then exit at once: Python could not end its thread in order."
     if server.finish(SECONDS_TO_FINISH): return
     say('stopped')
     sys.stdout.flush()
@@ -1365,9 +1378,11 @@ def add_serve(
     "Options of egrpo serve."
     add_own(parser.add_argument_group('server'),
             Option('reward', 'str', 'verifier', 'What to serve: a reward, or a weighted sum, which is one number'),
-            Option('host', 'str', '127.0.0.1', 'Address to listen on; 0.0.0.0 lets other machines ask, who need the token', 'ADDRESS'),
+            Option('host', 'str', '127.0.0.1',
+                   'Address to listen on; 0.0.0.0 lets other machines ask, who need the token', 'ADDRESS'),
             Option('port', 'int', 8000, 'Port to listen on; 0 takes a free one'),
-            Option('token', 'str|None', None, 'Word that requests must carry; better set EGRPO_TOKEN: others see command lines', 'WORD'),
+            Option('token', 'str|None', None,
+                   'Word that requests must carry; better set EGRPO_TOKEN: others see command lines', 'WORD'),
             Option('prompt', 'str', 'a red circle', 'Prompt to try the reward with before serving'))
 
 COMMANDS['serve'] = Command(run_serve, add_serve, 'Serve a reward over HTTP, for trainings that name it server(http://…).',

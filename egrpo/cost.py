@@ -246,14 +246,14 @@ def default_micro_batch(
 def planned_device(
     config:TrainConfig, # The configuration
 )->torch.device: # The device
-    "Where a run is planned for: the device that is named, the GPU that is there, or a CUDA GPU elsewhere."
+    "The device of a planned run: the one that is named, the GPU that is there, or a CUDA GPU elsewhere."
     here = best_device(config.device)
     return torch.device('cuda') if config.device is None and here.type == 'cpu' else here
 
 def network_dtype(
     config:TrainConfig, # The configuration
 )->str: # fp32, bf16 or fp16
-    "What the network computes in: as configured, or as `egrpo.policy` chooses for the device."
+    "Dtype of the network: as configured, or as `egrpo.policy` chooses for the device."
     return config.dtype or default_dtype(planned_device(config))
 
 @lru_cache(maxsize=8)
@@ -314,7 +314,8 @@ def run_memory(
     parts = _weights_memory(config, small, share) | {
         'text encoders': n['text'] * small if config.text_encoders in (None, 'keep') else 0, 'decoder': n['vae'] * small}
     kept = activation_bytes(config.model, _side(config, a), dtype)[bool(config.gradient_checkpointing)] * evaluations_per_velocity(config)
-    rows = config.prompts_per_iteration * gradient_nfe(make_plan(config.method, **plan_settings(config))) # no update has more
+    plan = make_plan(config.method, **plan_settings(config))
+    rows = config.prompts_per_iteration * gradient_nfe(plan) # no update has more
     parts['activations'] = kept * min(rows, default_micro_batch(config))
     parts['evaluation or optimiser step'] = _without_activations(config, parts, share)
     return {k: v for k, v in parts.items() if v}

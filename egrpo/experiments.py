@@ -43,7 +43,7 @@ from .files import digest, read_object, write_text, write_whole
 from .intervals import Estimate, difference, pooled_training
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings, taken
-from .policy import best_device, default_dtype
+from .policy import best_device, default_dtype, model_sigmas
 from .prompts import load_prompts
 from egrpo.records import (
     SCALES,
@@ -74,7 +74,8 @@ def _what(
     dtype = config.dtype or default_dtype(best_device(config.device))
     settings = asdict(config) | dict(dtype=None if dtype == 'fp32' else dtype)
     shift = plan_settings(config)['shift']
-    if not isinstance(shift, Tensor): settings['shift'] = shift # 3 and None are one run where 3 is the model's own
+    known = config.shift is not None or model_sigmas(config.model, config.num_steps, config.resolution) is not None
+    if known and not isinstance(shift, Tensor): settings['shift'] = shift # 3 and None are one run of a model of shift 3
     return {k: v for k, v in settings.items() if k not in WHERE and v is not None}
 
 def _sources(
@@ -202,7 +203,8 @@ def run_cell(
         busy = wall if trainer.policy.device.type != 'cpu' else time.process_time() - busy
         pictures = _shown(trainer, frame) if _wants_images(config) else {}
         if not trainer.accelerator.is_main_process: return {}
-        metrics = [json.loads(line) for line in (folder/'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+        log = (folder/'metrics.jsonl').read_text(encoding='utf-8')
+        metrics = [json.loads(line) for line in log.splitlines()]
     sources = _sources(config)
     return dict(config=_what(config), **dict(sources=sources) if sources else {}, device=device_name(trainer.policy.device),
                 scores=_pack(frame), **_costs(metrics, wall, busy, trainer.reward.weights), **pictures)

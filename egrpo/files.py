@@ -107,13 +107,11 @@ def write_text(
     with write_whole(path) as draft: draft.write_text(text, encoding='utf-8', newline='\n')
 
 def remove_drafts(
-    folder, # Where files are kept
-    older:float=3600, # Seconds since they were last written: a younger one may be another process's
+    folder, # Where files are kept, and nobody writes now
 ):
     "Delete drafts that killed processes left."
     for draft in Path(folder).glob('*.new'):
-        with suppress(OSError):
-            if time.time() - draft.stat().st_mtime > older: _remove(draft)
+        with suppress(OSError): _remove(draft)
 
 # %% ../nbs/09_files.ipynb #f1a0000e
 def digest(
@@ -201,8 +199,7 @@ def _can_lock(folder):
 
 @contextmanager
 def hold(
-    folder, # A folder, made if it is not there; if it is still empty at the end, it goes again
-    name:str='out', # What the user calls it, for the error
+    folder, # A run's `out`, made if it is not there; if it is still empty at the end, it goes again
 ):
     "Inside: the folder is this run's alone. A `ValueError` names who has it."
     folder = Path(folder)
@@ -211,12 +208,12 @@ def hold(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if _can_lock(folder): lock.acquire(timeout=0)
-        else: warnings.warn(f"{name}: the disk of {str(folder)!r} has no locks: see to it that one run at a time uses it", stacklevel=3)
+        else: warnings.warn(f"out: the disk of {str(folder)!r} has no locks: use it for one run at a time", stacklevel=3)
     except Timeout as e:
         remedy = "wait until it ends, or end it, or name another folder"
-        raise ValueError(f"{name}: {str(folder)!r} is in use by {_owner(folder)}: {remedy}") from e
+        raise ValueError(f"out: {str(folder)!r} is in use by {_owner(folder)}: {remedy}") from e
     except OSError as e:
-        raise ValueError(f"{name}: {str(folder)!r} cannot be written ({e.strerror}): name another folder") from e
+        raise ValueError(f"out: {str(folder)!r} cannot be written ({e.strerror}): name another folder") from e
     if lock.is_locked: _write_owner(lock.lock_file)
     try: yield
     finally:
@@ -226,9 +223,8 @@ def hold(
             with suppress(OSError): folder.rmdir()
 
 def check_free(
-    folder, # A run's folder; it need not be there
-    name:str='out', # What the user calls it, for the error
+    folder, # A run's `out`; it need not be there
 ):
     "Refuse a folder that a run holds at this moment."
     if not (Path(folder)/LOCK).exists(): return
-    with hold(folder, name): pass
+    with hold(folder): pass

@@ -155,7 +155,7 @@ def taken(
     method, # A name in `METHODS`, or a function that returns a Plan
     base=None, # What AEGPO is put upon, where it was chosen
 )->dict: # The same, without those of other methods
-    "What is left of settings for all methods, such as a scale's; every run keeps its seed and its schedule."
+    "Drop settings that a method does not take from those for all; every run keeps its seed and its schedule."
     if not isinstance(method, str): return dict(settings) # a function of one's own takes what it wants
     own = method_settings(method)
     upon = own.get('base') and (base or own['base'])

@@ -65,10 +65,11 @@ def make_codec(
 ): # AutoencoderKL: (B,3,64,64) in -1..1 to latents (B,16,8,8) and back
     "A narrow AutoencoderKL with FLUX's 16 channels at an eighth of the resolution"
     from diffusers import AutoencoderKL
-    with seeded(seed):
-        return AutoencoderKL(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, norm_num_groups=4,
-            block_out_channels=(8, 16, 32, 64), layers_per_block=1, latent_channels=16, sample_size=64, use_quant_conv=False,
-            use_post_quant_conv=False, scaling_factor=1., shift_factor=0.).to(memory_format=torch.channels_last)
+    blocks = dict(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4,
+                  block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=4)
+    latents = dict(latent_channels=16, sample_size=64, scaling_factor=1., shift_factor=0.)
+    with seeded(seed): codec = AutoencoderKL(**blocks, **latents, use_quant_conv=False, use_post_quant_conv=False)
+    return codec.to(memory_format=torch.channels_last)
 
 # %% ../nbs/13_miniature.ipynb #1ae27d87
 def codec_loss(

@@ -79,7 +79,8 @@ def _failure(
     "What is said of a reward that raised."
     from egrpo.policy import is_out_of_memory
     said = ' '.join(str(error).split()) or 'no message'
-    remedy = "take a smaller num_generations, or run it on another device (`egrpo serve` there, server(http://…) here)"
+    elsewhere = "run it on another device (`egrpo serve` there, server(http://…) here)"
+    remedy = f"take a smaller num_generations, or {elsewhere}"
     if is_out_of_memory(error): return f"ran out of memory on {len(prompts)} images: {remedy}"
     return f"raised {_named(error)} on {len(prompts)} images, the first for prompt {prompts[0]!r}: {said}"
 

@@ -21,13 +21,14 @@ def _check_levels(
     whole = sigmas.shape == (num_steps + 1,) and sigmas[0] == 1 and sigmas[-1] == 0
     if whole and (sigmas.diff() < 0).all(): return
     got = [round(s, 4) for s in sigmas.flatten().tolist()]
-    raise ValueError(f"shift must be a number, or {num_steps + 1} noise levels that fall from 1 to 0, got {got}: see Policy.sigmas")
+    wanted = f"a number, or {num_steps + 1} noise levels that fall from 1 to 0"
+    raise ValueError(f"shift must be {wanted}, got {got}: see Policy.sigmas")
 
 def flow_sigmas(
     num_steps:int=16, # T, number of denoising steps, >= 1 (the papers' 16)
-    shift:float|Tensor=3.0, # s > 0; 1 keeps the steps equal, above 1 there are more near the noise (the papers' 3); or (T+1,) noise levels
+    shift:float|Tensor=3.0, # s > 0, 1 = equal steps, above 1 more of them near the noise (the papers' 3); or (T+1,) levels
 )->Tensor: # (T+1,) noise levels, strictly decreasing from exactly 1 to exactly 0, fp32
-    "The shifted flow-matching schedule, computed in float64; noise levels in place of a shift are the schedule."
+    "The shifted flow-matching schedule, computed in float64; noise levels in place of a shift are returned."
     if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
         raise ValueError(f"num_steps must be a whole number >= 1, got {num_steps!r}: the papers use 16")
     if isinstance(shift, Tensor):

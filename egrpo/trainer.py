@@ -82,7 +82,7 @@ EVAL_REWARDS = 'verifier + verifier_strict' # in the miniature's world
 @dataclass
 class TrainConfig:
     "Everything a run depends on."
-    model:str = 'miniature' # 'miniature', a folder, or a hub id such as black-forest-labs/FLUX.1-dev
+    model:str = 'miniature' # 'miniature', a folder, a .safetensors file, or a hub id (owner/name)
     method:str = 'egrpo' # Method, one of those that `egrpo methods` lists
     num_steps:int = 16 # Denoising steps T
     shift:float|None = None # Shift of the noise schedule, > 0 (the papers' 3); None = the model's own schedule
@@ -125,7 +125,7 @@ class TrainConfig:
     max_grad_norm:float = 1.0 # Gradients are clipped to this norm
     ema_decay:float = 0.9 # Decay per optimiser step of the averaged weights that are evaluated and saved; 0 = no average
     lora_rank:int = 0 # Rank of the LoRA that is trained; 0 = the whole transformer
-    lora_from:str|None = None # A LoRA to start from, a folder or a .safetensors file; it is trained on, with its own rank
+    lora_from:str|None = None # A LoRA to start from: a folder, a .safetensors file or a hub id; it keeps its rank
     resolution:int|None = None # Side of the images in pixels; None = what the VAE was made for
     guidance:float = 3.5 # Guidance: an input of FLUX.1-dev, the scale of Stable Diffusion's (two evaluations; 1 = without, one)
     eval_prompts:str|None = None # As prompts, shapes_tuning or hpd_tuning; None = held-out shapes or hpd prompts, or the training file's
@@ -134,7 +134,7 @@ class TrainConfig:
     eval_rewards:str|None = None # What an evaluation measures; None = verifier + verifier_strict in the miniature's world, else the reward
     seed:int = 0 # Addresses all noise and the order of the prompts, 0 to 2**64 - 1
     device:str|None = None # cuda, mps or cpu; None = the best there is
-    dtype:str|None = None # Network dtype fp32, bf16 or fp16; None = bf16 on cuda where the GPU computes in it, else fp32
+    dtype:str|None = None # Network dtype fp32, bf16 or fp16; None = bf16 on a CUDA GPU that computes in it, else fp32
     micro_batch:int|None = None # Most latents in one forward pass: bounds memory, changes nothing else; None = suits the model
     gradient_checkpointing:bool|None = None # Compute activations twice to keep few: a fraction of the memory, a third more time
     vae_tiling:bool|None = None # Decode large images in tiles; changes them a little
@@ -147,7 +147,7 @@ class TrainConfig:
     resume:bool = False # Go on from the last checkpoint in `out`
 
     def __post_init__(self):
-        "Paths become strings, as a file of settings has them, and a leading ~ the user's folder, as by the shell."
+        "Paths become strings, as a file of settings has them, and a leading ~ the user's folder."
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), os.PathLike): setattr(self, f.name, os.fspath(value))
         for name in PATHS:
@@ -161,7 +161,7 @@ def plan_settings(
     config:TrainConfig, # The configuration
     sigmas:Tensor|None=None, # (T+1,) the model's own schedule; None = from its files (`model_sigmas`)
 )->dict: # Field -> value; shift is a number, or (T+1,) noise levels
-    "Settings that a run's plans are made with: the configuration's, and the model's own schedule where no shift is named."
+    "Settings of a run's plans: the configuration's, and the model's own schedule where no shift is named."
     settings = asdict(config)
     if config.shift is not None: return settings
     own = model_sigmas(config.model, config.num_steps, config.resolution) if sigmas is None else sigmas
@@ -222,7 +222,8 @@ def check_method(
 ):
     "Plan once, so that settings no plan can have are refused before anything is loaded or written."
     settings, n = plan_settings(config, sigmas), config.prompts_per_iteration
-    check_taken([f.name for f in fields(config) if f.default is None and getattr(config, f.name) is not None], method, config.base)
+    given = [f.name for f in fields(config) if f.default is None and getattr(config, f.name) is not None]
+    check_taken(given, method, config.base)
     misplaced = [k for k in ('base', *CHOOSES) if settings[k] is not None and not chooses_steps(method)]
     if misplaced: raise ValueError(f"{misplaced[0]} is for methods that choose steps and samples: leave it out, or take method aegpo")
     rising = torch.arange(float(n))[:, None].expand(n, config.num_steps)
@@ -270,7 +271,7 @@ def training_nfe(
     config:TrainConfig, # The configuration
     iterations:int|None=None, # Iterations; None = the configuration's
 )->int: # Velocities, as in `iteration_nfe`
-    "What training costs without evaluations, at most; of a plan that changes in a long run, estimated from a thousand iterations."
+    "Velocities of training without evaluations, at most; where plans change, of a thousand iterations in a long run."
     n = iterations or config.iterations
     if 'iteration' not in method_settings(config.method): return n * iteration_nfe(config)
     if n <= 2000: return sum(iteration_nfe(config, i) for i in range(n))
@@ -311,7 +312,8 @@ def prompts_and_rewards(
     "What a run needs beside its model."
     c, source = config, config.eval_prompts or config.prompts
     prompts = load_prompts(c.prompts)
-    held_out = load_prompts(source, 'held_out', c.eval_size, 'eval_prompts' if c.eval_prompts else 'prompts')[:c.eval_size]
+    argument = 'eval_prompts' if c.eval_prompts else 'prompts'
+    held_out = load_prompts(source, 'held_out', c.eval_size, argument)[:c.eval_size]
     trained = get_reward(reward or c.reward)
     measured = get_reward(c.eval_rewards or (EVAL_REWARDS if source in ('shapes', 'shapes_tuning') else trained))
     trained.check(prompts)
@@ -492,7 +494,7 @@ class Trainer:
         cast = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
         if cast != 'no': warnings.warn(f"the launcher's mixed_precision {cast} is not used: dtype sets the network's", stacklevel=2)
         with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'): # accelerate would do it on GPUs only
-            first = not is_initialized() # others share its state, and its mixed_precision, which is not used here
+            first = not is_initialized() # others share its state
             self.accelerator = Accelerator( # one process may write a checkpoint, or score, for long, while the others wait
                 mixed_precision='no' if first else None, cpu=first and best_device(config.device).type == 'cpu',
                 log_with=config.tracker, project_dir=config.out,
@@ -510,14 +512,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema_decay else {}
         if config.beta: self.policy.freeze_reference()
-        asked = self.method, self.policy, self.accelerator, self.settings, config.profile_cache or Path(config.out)/'profiles'
+        profiles = config.profile_cache or Path(config.out)/'profiles'
+        asked = self.method, self.policy, self.accelerator, self.settings, profiles
         self.planner = AttentionPlanner(*asked) if chooses_steps(self.method) else None
 
     def _sources(self)->dict: # What a run is made of -> its name, or a hash of its content
         "What stands behind the names of the configuration, or was passed in; a run that goes on must find it as it was."
         methods = {method_name(m): METHODS[m] if isinstance(m, str) else m for m in (self.method, self.config.base) if m}
         rewards = self.eval_reward.rewards | self.reward.rewards
-        served = {f'what {k} serves': f.served_reward() for k, f in rewards.items() if hasattr(f, 'served_reward')}
+        servers = {k: f for k, f in rewards.items() if hasattr(f, 'served_reward')}
+        served = {f'what {k} serves': f.served_reward() for k, f in servers.items()}
         code = {f'the code of {k}': code_of(f, k) for k, f in rewards.items()}
         code |= {f'the code of method {k}': code_of(f) for k, f in methods.items()}
         texts = {k: digest(json.dumps(v).encode()) for k, v in dict(prompts=self.prompts, eval_prompts=self.eval_prompts).items()}
@@ -726,7 +730,8 @@ class Trainer:
         places = range(len(self.eval_prompts))[a.process_index::a.num_processes]
         prompts = [self.eval_prompts[i] for i in places]
         with swapped(self.parameters, self.ema), self.policy.together():
-            images = sample_images(self.policy, prompts, c.num_steps, self.settings['shift'], ids=places) if places else None
+            schedule = c.num_steps, self.settings['shift']
+            images = sample_images(self.policy, prompts, *schedule, ids=places) if places else None
         self.policy.nfe = before # evaluation is not training's cost
         own = self._in_all(lambda: [evaluate(self.policy, prompts, self.eval_reward, images).set_axis(places)] if places else [])
         return pd.concat(gather_object(own)).sort_index()
@@ -835,12 +840,12 @@ class Trainer:
         check_writable(out, (2 * state + 4) * sum(p.numel() for p in self.parameters.values())) # old checkpoint, new one, the model
         if a.is_main_process:
             write_text(out/'config.json', to_json(settings | self.names, indent=1))
-            remove_drafts(out/'profiles', older=0)
+            remove_drafts(out/'profiles')
         if self.config.tracker: a.init_trackers('egrpo', {k: v for k, v in settings.items() if isinstance(v, (int, float, str))})
         if self.iteration == 0: self._try_saving()
 
     def _try_saving(self):
-        "Save a checkpoint and the model before the first iteration: what cannot be saved shows now, not after days."
+        "Save a checkpoint and the model: what cannot be saved shows before the first iteration, not after days."
         self.save()
         if self.policy.lora_rank: return # saved with the checkpoint
         self._save_model('model.trial')
@@ -865,7 +870,8 @@ class Trainer:
     def _close(self):
         "Write the evaluations and the trained model. The process group stays: there may be more to do together."
         if self.accelerator.is_main_process:
-            write_text(Path(self.config.out)/'evaluations.csv', pd.DataFrame(self.history).to_csv(index=False))
+            table = pd.DataFrame(self.history).to_csv(index=False)
+            write_text(Path(self.config.out)/'evaluations.csv', table)
         self._save_model()
         for tracker in self.accelerator.trackers: tracker.finish()
 
@@ -906,8 +912,9 @@ class Trainer:
     def _start_of_run(self)->dict: # Of the model that the configuration names
         "What a folder's or device's name does not say, and a run that goes on must find as it was."
         p = self.policy
-        return dict(weights=p.fingerprint, dtype=str(p.dtype).removeprefix('torch.'), guidance=p.guidance, resolution=p.resolution,
-                    sigmas=run_sigmas(self.settings).tolist())
+        dtype = str(p.dtype).removeprefix('torch.')
+        sigmas = run_sigmas(self.settings).tolist()
+        return dict(weights=p.fingerprint, dtype=dtype, guidance=p.guidance, resolution=p.resolution, sigmas=sigmas)
 
     def load(self):
         "Go on from the checkpoint in `config.out`; refuses one of another configuration."
@@ -938,9 +945,9 @@ class Trainer:
     ):
         "Refuse a state that lacks what a run goes on from."
         kinds = dict(iteration=int, config=dict, history=list, nfe=int, model=dict, sources=dict)
+        known = dict(nfe=0, model={}, sources={}) | info # an older checkpoint knows less
         for name, kind in kinds.items():
-            value = info.get(name, kind() if name in ('nfe', 'model', 'sources') else None) # as an older checkpoint may
-            if not isinstance(value, kind): raise damaged(folder, f'state.json has no {name}')
+            if not isinstance(known.get(name), kind): raise damaged(folder, f'state.json has no {name}')
 
     def _take(self,
         tensors:dict, # Section -> name -> tensor, as a checkpoint has them
@@ -948,13 +955,14 @@ class Trainer:
     ):
         "Put a checkpoint's tensors into the network, the average and the optimiser."
         saved = {section: tensors.get(section, {}) for section in ('weights', 'ema', 'optimizer')}
-        moments = {k: self.parameters.get(k.rsplit('|', 1)[0]) for k, v in saved['optimizer'].items() if v.ndim}
-        check_tensors(saved['optimizer'], {k: p for k, p in moments.items() if p is not None}, folder, 'optimizer')
+        moments = {k: k.rsplit('|', 1)[0] for k, v in saved['optimizer'].items() if v.ndim}
+        like = {k: self.parameters[n] for k, n in moments.items() if n in self.parameters}
+        check_tensors(saved['optimizer'], like, folder, 'optimizer')
         with torch.no_grad():
             for section, own in dict(weights=self.parameters, ema=self.ema).items():
                 check_tensors(saved[section], own, folder, section)
                 for n, p in own.items(): p.copy_(own_part(saved[section][n], p))
-        parts = {k: v if moments.get(k) is None else own_part(v, moments[k]) for k, v in saved['optimizer'].items()}
+        parts = {k: own_part(v, like[k]) if k in like else v for k, v in saved['optimizer'].items()}
         load_optimizer_tensors(self.optimizer, list(self.parameters), parts)
 
     def _keep_log(self)->str: # Words

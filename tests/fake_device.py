@@ -79,7 +79,7 @@ class Stream:
 def cuda(
     fake:ctypes.CDLL, # The device
 )->dict: # Module -> name -> what it is with the device
-    "What `torch.cuda` asks of a CUDA build."
+    "Functions that `torch.cuda` takes from a CUDA build."
     def at(device=None):
         if isinstance(device, int): return device
         index = None if device is None else torch.device(device).index
@@ -116,7 +116,7 @@ def cuda(
 def mps(
     fake:ctypes.CDLL, # The device
 )->dict: # Module -> name -> what it is with the device
-    "What `torch.mps` asks of Apple's build."
+    "Functions that `torch.mps` takes from Apple's build."
     generator = torch.ops.fake_device.generator(0)
     def yes(): return True
     def empty_cache(): fake.fake_reset_peak(0) # till then its driver keeps what was freed

@@ -85,7 +85,7 @@ def test_a_run_leaves_the_process_group_to_those_who_go_on(tmp_path, policy):
 # ---- in a notebook that has changed torch or accelerate for itself
 
 def one_step(out, policy, **settings):
-    "What an iteration gives, reward and gradient; the policy stays as it is."
+    "Reward and gradient of an iteration; the policy stays as it is."
     trainer = Trainer(TrainConfig(**SMALL | settings, active_steps=2, device='cpu', lr=1e-30, out=str(out)), policy)
     metrics = trainer.step(0)
     return metrics['reward_std'], metrics['grad_norm']

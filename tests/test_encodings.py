@@ -14,7 +14,7 @@ PRINTING = [['plan'], ['methods'], ['claims'], ['rewards'], ['train', '--dry-run
 
 
 def output(words, encoding, monkeypatch):
-    "What a command prints to a stream of an encoding, read again in it; the command must end well."
+    "Text that a command prints to a stream of an encoding; the command must end well."
     stream = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr(sys, 'stdout', stream)
     try: code = main(words)
@@ -26,7 +26,7 @@ def output(words, encoding, monkeypatch):
 
 @pytest.fixture(scope='module')
 def everything():
-    "What the commands print where all signs can be shown."
+    "Texts of the commands where all signs can be shown."
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv('EGRPO_SCALE', raising=False)
         return [output(words, 'utf-8', patch) for words in PRINTING]
@@ -34,7 +34,7 @@ def everything():
 
 @pytest.mark.parametrize('encoding', ENCODINGS)
 def test_every_sign_has_a_plain_one(encoding, everything, monkeypatch):
-    "What a stream cannot show is written in plain signs; a ? stands nowhere but where one is meant."
+    "Signs that a stream lacks are written in plain ones; a ? stands nowhere but where one is meant."
     monkeypatch.delenv('EGRPO_SCALE', raising=False)
     for words, wanted in zip(PRINTING, everything):
         found = output(words, encoding, monkeypatch)

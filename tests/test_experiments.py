@@ -59,12 +59,14 @@ def test_committed_cells_are_found_by_their_grid(name):
 
 
 def test_a_schedule_has_one_name(tmp_path):
-    "Without a shift the miniature's run is that of its shift; a model whose levels no shift gives, and one not at hand, are others."
+    "Without a shift the miniature's run is that of its shift; a model of other levels, or not at hand, is another."
     def key(**fields): return ex.cell_key(TrainConfig(device='cpu', **fields))
     assert key() == key(shift=3.) != key(shift=2.)
     small_pipeline('sd3').save_pretrained(tmp_path)
     assert key(model=str(tmp_path)) != key(model=str(tmp_path), shift=3.)
     assert 'shift' not in ex._what(TrainConfig(model=str(tmp_path)))
+    nowhere = str(tmp_path/'vae') # no pipeline's folder
+    assert key(model=nowhere) != key(model=nowhere, shift=3.)
 
 
 @pytest.mark.parametrize('method', list(ex.METHODS))

@@ -214,8 +214,8 @@ def test_an_error_is_short(words, here, capsys):
 
 
 @pytest.mark.parametrize('settings, says', [
-    ('null', 'it holds no settings but None'),
-    ('[1, 2]', 'it holds no settings but [1, 2]'),
+    ('null', 'it holds no object but a NoneType'),
+    ('[1, 2]', 'it holds no object but a list'),
     ('{"tau": "2.2"}', "tau must be a number, got '2.2'"),
     ('{"num_steps": 2.5}', 'num_steps must be a whole number, got 2.5'),
     ('{"resume": 1}', 'resume must be true or false, got 1'),

@@ -1,7 +1,7 @@
 """Trials that cost more than a test may: `make trials`, or `python tests/trials NAME…` for some.
 
-A trial is a module beside this one with a function `trials()` that yields rows of `Row`: a kind of fault, how often it was tried,
-how often the promise was broken, and the figures that it measured. The table is printed as it grows; exit code 1 if a promise broke."""
+A trial is a module beside this one with a function `trials()` that yields `Row`s: a kind of fault, how often it was
+tried, how often the promise was broken, and figures. The table is printed as it grows; exit code 1 if one broke."""
 import importlib
 import sys
 import time
@@ -34,7 +34,8 @@ def main(
         began = time.monotonic()
         for row in importlib.import_module(name).trials():
             broken += row.broken
-            print(line(row.trial, row.tried, row.broken, f'{time.monotonic() - began:.0f}', row.figures), flush=True)
+            seconds = f'{time.monotonic() - began:.0f}'
+            print(line(row.trial, row.tried, row.broken, seconds, row.figures), flush=True)
             began = time.monotonic()
     return int(broken > 0)
 

@@ -83,7 +83,7 @@ def as_on_the_cpu(most, out, **settings):
 
 
 def resumed(out):
-    "GPU, CPU, GPU, an iteration each, against three on the GPU; a dtype that is not named is another one on the CPU."
+    "GPU, CPU, GPU, an iteration each, against three on the GPU; a dtype that is not named is another on the CPU."
     import pytest
     from safetensors.torch import load_file
     straight = train(out/'straight', iterations=3, dtype='fp32')
@@ -99,7 +99,7 @@ def resumed(out):
 
 
 def full(fake, out):
-    "A limit that is reached while training: one line, exit code 2, and a checkpoint from which a smaller micro-batch goes on."
+    "A limit reached while training: one line, exit code 2, a checkpoint from which a smaller micro-batch goes on."
     from egrpo.cli import main
     words = ['train', *options(num_generations=32, tau=0, lora_rank=4), '--out', str(out/'run')]
     gc.collect()
@@ -173,7 +173,8 @@ def row(
         try: return dict(trial=trial, tried=1, broken=0, figures=run())
         except (Exception, SystemExit) as e: error = e # whatever it is, it is the trial's result
     if os.environ.get('EGRPO_TRIAL'): print(said.getvalue()[-2000:], *traceback.format_exception(error), file=sys.stderr)
-    return dict(trial=trial, tried=1, broken=1, figures=f'{type(error).__name__}: {" ".join(str(error).split())[:200]}')
+    figures = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+    return dict(trial=trial, tried=1, broken=1, figures=figures)
 
 
 def main(kind, out):

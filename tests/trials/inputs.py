@@ -1,4 +1,4 @@
-"""Words, prompt files and settings of runs as no user should give them, some hundreds of each, through `egrpo.cli.main` in this process.
+"""Words, prompt files and settings of runs as no user should give them, some hundreds of each, in this process.
 
 Each ends with exit code 0, or 2 and one line that is not long; none shows a traceback, none hangs."""
 import io
@@ -55,7 +55,7 @@ def fault(
     names:tuple=(), # One of these must be in an error
     codes:tuple=(0, 2), # Exit codes that are fine
 )->str: # Empty where all is well
-    "What a case does wrong."
+    "Fault of a case."
     try: code, err = call(words)
     except Hangs: return 'hangs'
     except BaseException as e: return f'traceback: {type(e).__name__}: {traceback.format_exc().splitlines()[-3].strip()}'
@@ -95,10 +95,10 @@ def option_cases():
         for action in options(command):
             flag = action.option_strings[-1]
             if action.nargs == 0 or flag in ('--help', '--probe'): continue
+            related = dict(eval_rewards='reward', base='method', noise_level='tau').get(action.dest, 'seconds')
+            names = flag.lstrip('-'), action.dest, related
             for word in WORDS:
-                name = flag.lstrip('-')
-                related = dict(eval_rewards='reward', base='method', noise_level='tau').get(action.dest, 'seconds')
-                yield f'{command} {flag} {word[:30]!r}', [command, *fixed, f'{flag}={word}'], (name, action.dest, related)
+                yield f'{command} {flag} {word[:30]!r}', [command, *fixed, f'{flag}={word}'], names
 
 
 def options(command):
@@ -107,9 +107,10 @@ def options(command):
     return [a for a in commands.choices[command]._actions if a.option_strings]
 
 
-NUMBERS = ['99999999999999999999', '9' * 5000, '1e38', 'inf', 'nan', '-', '--', ''] # which every option of a number must refuse
-TEXTS = ['\0', 'a\0b', '\udcff', '\ud800'] # every option of a text
-PLACES = [*TEXTS, 'a' * 5000, 'loop', 'loop/in'] # and of a path
+# what every option of a number must refuse, of a text, and of a path
+NUMBERS = ['99999999999999999999', '9' * 5000, '1e38', 'inf', 'nan', '-', '--', '']
+TEXTS = ['\0', 'a\0b', '\udcff', '\ud800']
+PLACES = [*TEXTS, 'a' * 5000, 'loop', 'loop/in']
 
 
 def heavy_cases():

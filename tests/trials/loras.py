@@ -37,7 +37,7 @@ def apart(one, other):
 
 
 def goes_on(source, model, pipeline=small_pipeline):
-    "How far a LoRA is from plain diffusers after it was read, trained and saved."
+    "Largest difference of a LoRA that was read, trained and saved to plain diffusers."
     plain = pipeline(model)
     policy = POLICIES[type(plain)](pipeline(model), lora_from=source, device='cpu', guidance=3.)
     kinds.train(policy)
@@ -53,7 +53,7 @@ NAMINGS = {'diffusers': kinds.dotted('transformer.'), 'peft': kinds.dotted('base
 
 
 def difference_of(model, name, alpha):
-    "How far a LoRA on all layers is from plain diffusers."
+    "Largest difference of a LoRA on all layers to plain diffusers."
     layers = layers_of(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'adapter_model.safetensors'
@@ -114,7 +114,7 @@ def flipped_bits(n=300):
 
 def equal_bytes(n=4):
     "Equal LoRAs of processes whose sets have another order."
-    script = "import sys; from egrpo.policy import load_policy as load; load(device='cpu', lora_rank=2).save(sys.argv[1])"
+    script = 'import sys; from egrpo.policy import load_policy as l; l(device="cpu", lora_rank=2).save(sys.argv[1])'
     with tempfile.TemporaryDirectory() as folder:
         for i in range(n):
             env = os.environ | dict(PYTHONHASHSEED=str(i))
@@ -126,7 +126,8 @@ def equal_bytes(n=4):
 def silent_hub():
     "A hub that cannot be reached: one line each, soon."
     began, broken = time.monotonic(), 0
-    commands = ['sample --lora someone/lora', 'sample --model someone/model', 'train --lora-from someone/lora/a.safetensors']
+    commands = ['sample --lora someone/lora', 'sample --model someone/model',
+                'train --lora-from someone/lora/a.safetensors']
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | dict(HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=folder, HF_HUB_OFFLINE='0')
         for words in commands:

@@ -46,7 +46,7 @@ def here(out, iterations, *more):
 
 
 def weights(out):
-    "What a run has trained."
+    "Trained weights of a run."
     return load_file(Path(out)/'checkpoint/weights.safetensors')
 
 
@@ -54,6 +54,11 @@ def equal(a, b):
     "Are two runs the same to the bit?"
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def logged(out):
+    "Iterations of a run's metrics."
+    return [json.loads(line)['iteration'] for line in (out/'metrics.jsonl').read_text().splitlines()]
 
 
 # ---- kills
@@ -75,12 +80,12 @@ def kills(tmp, rng):
                     killed += 1
             tracebacks += 'Traceback' in err
             if process.returncode != -signal.SIGKILL: break
-            begun = (out/'metrics.jsonl').exists() or (out/'checkpoint').exists() or (out/'checkpoint.old').exists()
+            begun = any((out/name).exists() for name in ('metrics.jsonl', 'checkpoint', 'checkpoint.old'))
         runs += 1
-        lines = [json.loads(o)['iteration'] for o in (out/'metrics.jsonl').read_text().splitlines()] if process.returncode == 0 else []
-        broken += process.returncode != 0 or lines != list(range(8)) or not equal(out, tmp/'straight')
+        broken += process.returncode != 0 or logged(out) != [*range(8)] or not equal(out, tmp/'straight')
         shutil.rmtree(out)
-    return Row('kills (SIGKILL at random moments)', killed, broken + tracebacks, f'{runs} runs, all equal to a straight one but {broken}')
+    figures = f'{runs} runs, all equal to a straight one but {broken}'
+    return Row('kills (SIGKILL at random moments)', killed, broken + tracebacks, figures)
 
 
 # ---- power cuts
@@ -106,7 +111,7 @@ def recovered(copy, place):
 
 
 def power_cuts(tmp, rng):
-    "Copies of a live disk while a run trains on it; each must hold a checkpoint that is as new as the last one that was complete."
+    "Copies of a live disk while a run trains on it; each holds a checkpoint as new as the last that was complete."
     name = 'power cuts (copies of a live ext4)'
     if os.geteuid() or not shutil.which('mkfs.ext4'): return Row(name, 0, 0, 'skipped: needs root and mkfs.ext4')
     lost = late = cuts = 0
@@ -135,7 +140,7 @@ def complete(folder):
 # ---- full disks
 
 def full_disks(tmp, rng):
-    "A disk with ever more space left, down from nothing: a line, the checkpoint before is whole, and with space the run goes on."
+    "A disk with ever more space left, from none: a line, the last checkpoint is whole, and with space the run goes on."
     name = 'full disks (ext4)'
     if os.geteuid() or not shutil.which('mkfs.ext4'): return Row(name, 0, 0, 'skipped: needs root and mkfs.ext4')
     here(tmp/'straight', 3)
@@ -155,7 +160,8 @@ def full_disks(tmp, rng):
             filler.unlink()
             again = here(out, 3, '--resume')[0] == 0 and equal(out, tmp/'straight')
             broken += code not in (0, 2) or 'Traceback' in said or not whole or not again
-    return Row(name, FULL, broken, f'{refused} were refused in a line, all then ended as a straight run but {broken}')
+    figures = f'{refused} were refused in a line, all then ended as a straight run but {broken}'
+    return Row(name, FULL, broken, figures)
 
 
 def fill(path, size):
