@@ -18,7 +18,8 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command', 'run_report', 'add_train',
            'time_is_up', 'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo',
            'demo_config', 'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce',
-           'run_claims', 'add_claims', 'stopped_by_sigterm', 'serve_reward', 'leave', 'run_serve', 'add_serve']
+           'run_claims', 'add_claims', 'stopped_by_sigterm', 'served_name', 'serve_reward', 'leave', 'run_serve',
+           'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -1335,6 +1336,15 @@ def stopped_by_sigterm():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
+def served_name(
+    reward, # A `RewardSet`
+)->str: # Its sum, with a hash of code that is not ours
+    "Name of what is served: a training that goes on can check it, as it checks rewards of its own."
+    from egrpo.checkpoint import code_of
+    codes = [code_of(f, name) for name, f in reward.rewards.items()]
+    known = ' '.join(code for code in codes if code)
+    return f'{reward} (code {known})' if known else str(reward)
+
 def serve_reward(
     args, # Parsed arguments
 ):
@@ -1342,7 +1352,7 @@ def serve_reward(
     from egrpo.reward import get_reward
     from egrpo.reward_server import make_server
     reward = get_reward(args.reward)
-    with make_server(reward.total, args.host, args.port, str(reward), args.token) as server:
+    with make_server(reward.total, args.host, args.port, served_name(reward), args.token) as server:
         try_reward(reward, [args.prompt], 64)
         host = f'[{args.host}]' if ':' in args.host else args.host
         url = f'http://{host}:{server.server_port}'

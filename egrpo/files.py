@@ -189,7 +189,7 @@ def _write_owner(path):
 def _can_lock(folder):
     "Does a folder's file system know locks? One that cannot be written has errors of its own."
     if os.name == 'nt': return True
-    import fcntl  # not on Windows
+    import fcntl
 
     unknown = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL
     try:

@@ -23,6 +23,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from egrpo import reward_server
+from egrpo.cli import main
 from egrpo.reward import RewardError, get_reward
 from egrpo.reward_server import RewardClient, bare_png, from_png, make_server, pack, public_address, to_png, unpack
 
@@ -280,6 +281,21 @@ def test_the_command_serves_and_stops():
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0 and process.stderr.read() == ''
     finally: process.kill()
+
+
+def test_what_the_command_serves_is_named_with_its_code(tmp_path, monkeypatch):
+    "So that a training does not go on with a reward that has changed behind its name."
+    seen, file = [], tmp_path/'mine.py'
+    class Told(Exception): pass
+    def told(reward, host, port, name, token):
+        seen.append(name)
+        raise Told
+    monkeypatch.setattr(reward_server, 'make_server', told)
+    for code in ('images.mean((1, 2, 3))', '-images.mean((1, 2, 3))'):
+        file.write_text(f'def score(images, prompts): return {code}\n')
+        with pytest.raises(Told): main(['serve', '--reward', f'verifier + {file}:score'])
+    with pytest.raises(Told): main(['serve', '--reward', 'verifier'])
+    assert len(set(seen)) == 3 and seen[2] == 'verifier' and all(f'{file}:score (code ' in name for name in seen[:2])
 
 
 # What a broken or hostile client may do
