@@ -108,7 +108,9 @@ def attention_contenders(
 def _most_held()->int: # Bytes
     "The most memory this process has held since `_forget_most_held`."
     status = Path('/proc/self/status')
-    if status.exists(): return int(re.search(r'VmHWM:\s*(\d+) kB', status.read_text(encoding='utf-8'))[1]) * 1024
+    if status.exists():
+        found = re.search(r'VmHWM:\s*(\d+) kB', status.read_text(encoding='utf-8'))
+        return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # macOS, in bytes
 
 def _forget_most_held():

@@ -153,7 +153,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{'formatter_class': formatter, 'allow_abbrev': False, **kwargs})
     def error(self, message): raise ValueError(f'{message} (see {self.prog} --help)')
     def parse_known_args(self, args=None, namespace=None):
-        "Refuse words that are left over, here where a command's options are known, and --option=--, which would be []."
+        "Refuse what is left over, where a command's options are known, and --option=--, which would be []."
         none = [w for w in args or () if w.startswith('--') and w.endswith('=--')]
         if none: self.error(f"argument {none[0].partition('=')[0]}: expected a value, got '--'")
         found, left = super().parse_known_args(args, namespace)
@@ -784,7 +784,7 @@ def add_model_options(
     "Options of commands that sample."
     group = parser.add_argument_group('model')
     add_fields(group, [n for n in SAMPLE_OPTIONS if n not in ('num_steps', 'shift', 'seed')])
-    lora = 'LoRA to put into the model: the folder `model` of a run, another folder, a .safetensors file or a hub id'
+    lora = 'LoRA to put into the model: `model` of a run, another folder, a .safetensors file or a hub id'
     add_own(group, Option('lora', 'str', None, lora, 'LORA'))
     add_fields(parser.add_argument_group('sampling'), ['num_steps', 'shift', 'seed'])
 

@@ -40,7 +40,8 @@ def _check_length(
 )->None:
     "One clear line for a merge length that is no number of steps."
     if isinstance(length, bool) or not isinstance(length, Integral) or not 1 <= length <= num_steps:
-        raise ValueError(f"merge_length must be a whole number from 1 to the schedule's {num_steps} steps, got {length!r}")
+        wanted = f"a whole number from 1 to the schedule's {num_steps} steps"
+        raise ValueError(f"merge_length must be {wanted}, got {length!r}")
 
 # %% ../nbs/02_entropy.ipynb #6d47b352
 def step_entropy(

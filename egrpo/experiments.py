@@ -67,15 +67,21 @@ from .trainer import EVAL_REWARDS, TrainConfig, Trainer, iteration_nfe, ode_plan
 # %% ../nbs/32_experiments.ipynb #d882276b
 WHERE = ('device', 'micro_batch', 'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
 
+def _shift(
+    config:TrainConfig, # A run
+)->float|None: # None where its model's own schedule has none, or is not known here
+    "The shift of a run: 3 and None are one run of a model whose own is 3."
+    if config.shift is not None: return config.shift
+    own = model_sigmas(config.model, config.num_steps, config.resolution)
+    shift = None if own is None else plan_settings(config, own)['shift']
+    return None if isinstance(shift, Tensor) else shift
+
 def _what(
     config:TrainConfig, # A run
 )->dict: # Field -> value
     "The fields a result depends on; a dtype that is not named is that of the device, and fp32 is not noted."
     dtype = config.dtype or default_dtype(best_device(config.device))
-    settings = asdict(config) | dict(dtype=None if dtype == 'fp32' else dtype)
-    shift = plan_settings(config)['shift']
-    known = config.shift is not None or model_sigmas(config.model, config.num_steps, config.resolution) is not None
-    if known and not isinstance(shift, Tensor): settings['shift'] = shift # 3 and None are one run of a model of shift 3
+    settings = asdict(config) | dict(dtype=None if dtype == 'fp32' else dtype, shift=_shift(config))
     return {k: v for k, v in settings.items() if k not in WHERE and v is not None}
 
 def _sources(

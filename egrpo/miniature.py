@@ -68,7 +68,8 @@ def make_codec(
     blocks = dict(down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4,
                   block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=4)
     latents = dict(latent_channels=16, sample_size=64, scaling_factor=1., shift_factor=0.)
-    with seeded(seed): codec = AutoencoderKL(**blocks, **latents, use_quant_conv=False, use_post_quant_conv=False)
+    without = dict(use_quant_conv=False, use_post_quant_conv=False)
+    with seeded(seed): codec = AutoencoderKL(**blocks, **latents, **without)
     return codec.to(memory_format=torch.channels_last)
 
 # %% ../nbs/13_miniature.ipynb #1ae27d87

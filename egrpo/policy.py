@@ -579,8 +579,8 @@ def read_lora(
     raise ValueError(f"{what} is damaged: it does not hold the values that were written; take another copy")
 
 # %% ../nbs/10_policy.ipynb #61b3e8d0
-PREFIXES = r'base_model\.model\.|(model\.)?diffusion_model\.|transformer\.|unet\.|lora_transformer_|lora_unet_'
-LORA_PREFIX = re.compile(f'^({PREFIXES})*')
+DOTTED = r'base_model\.model\.|(model\.)?diffusion_model\.|transformer\.|unet\.'
+LORA_PREFIX = re.compile(f'^({DOTTED}|lora_transformer_|lora_unet_)*')
 PARTS = 'lora_[AB]|lora_down|lora_up|lora_magnitude_vector|alpha'
 LORA_PART = re.compile(rf'(.+?)\.({PARTS})(?:\.default)?(\.weight|\.bias)?') # a layer and its part
 OTHER_NAMES = {'lora_down': 'lora_A', 'lora_up': 'lora_B'}
@@ -1530,7 +1530,7 @@ def _from_files(
     local:bool, # Look here alone, in the folder or the hub's cache?
 ): # The pipeline: networks on the meta device, no text encoders
     "Build a pipeline from its configuration files."
-    warnings.filterwarnings('ignore', '.*local_dir_use_symlinks') # diffusers asks the hub's client in an old way
+    warnings.filterwarnings('ignore', '.*local_dir_use_symlinks') # diffusers calls the hub in an old way
     index = DiffusionPipeline.load_config(source, local_files_only=local)
     parts = {k: None if isinstance(v, list) else v for k, v in index.items() if k[0] != '_'}
     for name in {'scheduler', 'vae', 'transformer', 'unet'} & index.keys():

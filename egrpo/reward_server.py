@@ -390,7 +390,7 @@ class _Handler(BaseHTTPRequestHandler):
         "Read what stands before the body, and keep what came of the body."
         head, end = bytearray(), None
         while not end:
-            if len(head) == MAX_HEAD: raise _Refusal(431, f"the request's head has more than {MAX_HEAD} bytes")
+            if len(head) == MAX_HEAD: raise _Refusal(431, f"the head has more than {MAX_HEAD} bytes")
             data = self._receive(MAX_HEAD - len(head))
             if not data: raise ConnectionAbortedError
             head += data
@@ -422,7 +422,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _read_body(self)->memoryview:
         "Read the body within the limits."
         size = self._length()
-        body = memoryview(torch.empty(size, dtype=torch.uint8, device='cpu').numpy()) # paged in as it is filled
+        pages = torch.empty(size, dtype=torch.uint8, device='cpu') # paged in as it is filled
+        body = memoryview(pages.numpy())
         at = min(size, len(self.begun))
         body[:at] = self.begun[:at]
         while at < size:
@@ -479,7 +480,8 @@ def make_server(
     token = find_token(token)
     if not 0 <= port < 65536: raise ValueError(f"port must be 0 to 65535, got {port}")
     if not host.strip():
-        raise ValueError(f"host must be an address, got {host!r}: take 127.0.0.1, or 0.0.0.0 for all networks")
+        remedy = "take 127.0.0.1, or 0.0.0.0 for all networks"
+        raise ValueError(f"host must be an address, got {host!r}: {remedy}")
     try: server = _Server((host, port), reward, name, token)
     except OSError as e:
         trouble = f"port {port} of {host} cannot be listened on ({e.strerror})"
@@ -513,7 +515,8 @@ def _check_address(
         shown = quote(public_address(text))
         raise ValueError(f"reward server needs an address, got {shown}: write server(http://127.0.0.1:8000)")
     if '@' in parts.netloc:
-        raise ValueError("reward server takes no user:password@ in an address: set EGRPO_TOKEN, here and there")
+        remedy = "set EGRPO_TOKEN, here and there"
+        raise ValueError(f"reward server takes no user:password@ in an address: {remedy}")
 
 @contextmanager
 def _deadline(
@@ -659,7 +662,8 @@ class RewardClient:
             try: return self._queue(body)
             except _Busy as e: trouble = str(e)
             except TimeoutError: trouble = f"has not answered within {self.timeout:g} s"
-            except (OSError, HTTPException) as e: trouble = f"is not there ({one_line(str(e), LONGEST_QUOTE)})"
+            except (OSError, HTTPException) as e:
+                trouble = f"is not there ({one_line(str(e), LONGEST_QUOTE)})"
             if pause: time.sleep(pause)
         trouble += f", asked {self.retries + 1} times"
         raise RewardError(f"reward {self.spec} {trouble}: start it (egrpo serve), or check the address")

@@ -26,7 +26,7 @@ def _check_levels(
 
 def flow_sigmas(
     num_steps:int=16, # T, number of denoising steps, >= 1 (the papers' 16)
-    shift:float|Tensor=3.0, # s > 0, 1 = equal steps, above 1 more of them near the noise (the papers' 3); or (T+1,) levels
+    shift:float|Tensor=3.0, # s > 0: 1 = equal steps, above 1 more near the noise (the papers' 3); or (T+1,) levels
 )->Tensor: # (T+1,) noise levels, strictly decreasing from exactly 1 to exactly 0, fp32
     "The shifted flow-matching schedule, computed in float64; noise levels in place of a shift are returned."
     if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:

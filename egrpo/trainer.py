@@ -85,7 +85,7 @@ class TrainConfig:
     model:str = 'miniature' # 'miniature', a folder, a .safetensors file, or a hub id (owner/name)
     method:str = 'egrpo' # Method, one of those that `egrpo methods` lists
     num_steps:int = 16 # Denoising steps T
-    shift:float|None = None # Shift of the noise schedule, > 0 (the papers' 3); None = the model's own schedule
+    shift:float|None = None # Shift of the noise schedule, > 0 (the papers' 3); None = the model's own
     tau:float = 2.2 # Entropy threshold for merging, >= 0; 0 merges nothing
     active_steps:int|None = None # Steps that are made stochastic: the first ones; here and below None = as the method was published
     first_step:int|None = None # The first active step; steps that cannot reach tau are then merged as far as they may, not refused
@@ -125,7 +125,7 @@ class TrainConfig:
     max_grad_norm:float = 1.0 # Gradients are clipped to this norm
     ema_decay:float = 0.9 # Decay per optimiser step of the averaged weights that are evaluated and saved; 0 = no average
     lora_rank:int = 0 # Rank of the LoRA that is trained; 0 = the whole transformer
-    lora_from:str|None = None # A LoRA to start from: a folder, a .safetensors file or a hub id; it keeps its rank
+    lora_from:str|None = None # A LoRA to train on: a folder, a .safetensors file or a hub id; it keeps its rank
     resolution:int|None = None # Side of the images in pixels; None = what the VAE was made for
     guidance:float = 3.5 # Guidance: an input of FLUX.1-dev, the scale of Stable Diffusion's (two evaluations; 1 = without, one)
     eval_prompts:str|None = None # As prompts, shapes_tuning or hpd_tuning; None = held-out shapes or hpd prompts, or the training file's
@@ -134,7 +134,7 @@ class TrainConfig:
     eval_rewards:str|None = None # What an evaluation measures; None = verifier + verifier_strict in the miniature's world, else the reward
     seed:int = 0 # Addresses all noise and the order of the prompts, 0 to 2**64 - 1
     device:str|None = None # cuda, mps or cpu; None = the best there is
-    dtype:str|None = None # Network dtype fp32, bf16 or fp16; None = bf16 on a CUDA GPU that computes in it, else fp32
+    dtype:str|None = None # Network dtype fp32, bf16 or fp16; None = bf16 on a CUDA GPU that has it, else fp32
     micro_batch:int|None = None # Most latents in one forward pass: bounds memory, changes nothing else; None = suits the model
     gradient_checkpointing:bool|None = None # Compute activations twice to keep few: a fraction of the memory, a third more time
     vae_tiling:bool|None = None # Decode large images in tiles; changes them a little
@@ -271,11 +271,11 @@ def training_nfe(
     config:TrainConfig, # The configuration
     iterations:int|None=None, # Iterations; None = the configuration's
 )->int: # Velocities, as in `iteration_nfe`
-    "Velocities of training without evaluations, at most; where plans change, of a thousand iterations in a long run."
+    "Velocities of training without evaluations, at most; of a long run whose plans change, an estimate."
     n = iterations or config.iterations
     if 'iteration' not in method_settings(config.method): return n * iteration_nfe(config)
     if n <= 2000: return sum(iteration_nfe(config, i) for i in range(n))
-    spread = [i * n // 1009 for i in range(1009)] # a prime number: in step with no window
+    spread = [i * n // 1009 for i in range(1009)] # a thousand; as a prime number in step with no window
     return round(n * sum(iteration_nfe(config, i) for i in spread) / len(spread))
 
 # %% ../nbs/24_trainer.ipynb #d0504cc3
@@ -496,7 +496,8 @@ class Trainer:
         with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'): # accelerate would do it on GPUs only
             first = not is_initialized() # others share its state
             self.accelerator = Accelerator( # one process may write a checkpoint, or score, for long, while the others wait
-                mixed_precision='no' if first else None, cpu=first and best_device(config.device).type == 'cpu',
+                mixed_precision='no' if first else None,
+                cpu=first and best_device(config.device).type == 'cpu',
                 log_with=config.tracker, project_dir=config.out,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
         processes = self.accelerator.num_processes
@@ -507,7 +508,8 @@ class Trainer:
         self.settings = plan_settings(config, self.policy.sigmas(config.num_steps, config.shift))
         self.parameters = self.policy.parameters()
         if torch.is_inference_mode_enabled() or any(p.is_inference() for p in self.parameters.values()):
-            raise ValueError("torch.inference_mode is on, or was when the policy was loaded: do both outside of it")
+            fault = "torch.inference_mode is on, or was when the policy was loaded"
+            raise ValueError(f"{fault}: do both outside of it")
         betas = config.adam_beta1, config.adam_beta2
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema_decay else {}
@@ -749,7 +751,7 @@ class Trainer:
 
     @contextmanager
     def _alone(self):
-        "Inside: the run's folder is this run's. The first process holds it, and looks for what is there; all are refused or none."
+        "Inside: the folder is this run's. The first process holds it and looks what is there; all are refused or none."
         with ExitStack() as held:
             refused = None
             if self.accelerator.is_main_process:
@@ -845,7 +847,7 @@ class Trainer:
         if self.iteration == 0: self._try_saving()
 
     def _try_saving(self):
-        "Save a checkpoint and the model: what cannot be saved shows before the first iteration, not after days."
+        "Save a checkpoint and the model: what cannot be saved shows now, not after days."
         self.save()
         if self.policy.lora_rank: return # saved with the checkpoint
         self._save_model('model.trial')
@@ -912,17 +914,17 @@ class Trainer:
     def _start_of_run(self)->dict: # Of the model that the configuration names
         "What a folder's or device's name does not say, and a run that goes on must find as it was."
         p = self.policy
-        dtype = str(p.dtype).removeprefix('torch.')
-        sigmas = run_sigmas(self.settings).tolist()
-        return dict(weights=p.fingerprint, dtype=dtype, guidance=p.guidance, resolution=p.resolution, sigmas=sigmas)
+        settings = dict(guidance=p.guidance, resolution=p.resolution, sigmas=run_sigmas(self.settings).tolist())
+        return dict(weights=p.fingerprint, dtype=str(p.dtype).removeprefix('torch.'), **settings)
 
     def load(self):
         "Go on from the checkpoint in `config.out`; refuses one of another configuration."
         folder, n = Path(self.config.out)/'checkpoint', self.config.iterations
         if find_checkpoint(folder) is None and self._log_file().exists():
             if self.accelerator.is_main_process:
+                what = f"the run in {self.config.out!r}"
                 kept = self._keep_log()
-                tqdm.write(f"the run in {self.config.out!r} ended before its first checkpoint: it starts anew{kept}")
+                tqdm.write(f"{what} ended before its first checkpoint: it starts anew{kept}")
             return self._trim_log()
         tensors, info = load_checkpoint(folder)
         self._check_state(info, folder)
