@@ -153,7 +153,8 @@ def to_json(
 # %% ../nbs/08_inputs.ipynb #a08f1c17
 SIGNS = {'τ': 'tau', 'σ': 'sigma', 'ρ': 'rho', 'π': 'pi', 'Δ': 'delta ', '√': 'sqrt', '→': '->', '±': '+-',
          '×': 'x', '²': '^2', '−': '-', '–': '-', '…': '...', '·': '|', '“': '"', '”': '"', '●': '*',
-         '○': 'o', '✓': 'v', '✗': 'x', '▁': '_'}
+         '○': 'o', '✓': 'v', '✗': 'x', '▁': '_',
+         '≤': '<=', '≥': '>=', '≈': '~'}
 
 def plain_signs(
     error:UnicodeEncodeError, # What a codec could not encode
