@@ -1,4 +1,5 @@
 "What a machine does to a run: kills, power cuts, full disks, flipped bits, two runs in one folder."
+import filecmp
 import itertools
 import json
 import os
@@ -102,6 +103,16 @@ def image(tmp, megabytes, *options):
     finally: subprocess.run(['umount', place], check=True)
 
 
+def snapshot(file, copy, process):
+    "Copy a live disk at one moment, while the run is held: what the system has not written yet is lost, as in a power cut."
+    process.send_signal(signal.SIGSTOP)
+    try:
+        while True:
+            shutil.copyfile(file, copy)
+            if filecmp.cmp(file, copy, shallow=False): return # nothing was written meanwhile: it is one moment
+    finally: process.send_signal(signal.SIGCONT)
+
+
 def recovered(copy, place):
     "The iteration of the checkpoint in a copy of the disk; None where none can be loaded."
     subprocess.run(['mount', '-o', 'loop', copy, place], check=True, capture_output=True) # replays the journal
@@ -111,24 +122,23 @@ def recovered(copy, place):
 
 
 def power_cuts(tmp, rng):
-    "Copies of a live disk while a run trains on it; each holds a checkpoint as new as the last that was complete."
+    "Copies of a live disk while a run trains on it; each must hold a checkpoint as new as the last that was complete."
     name = 'power cuts (copies of a live ext4)'
     if os.geteuid() or not shutil.which('mkfs.ext4'): return Row(name, 0, 0, 'skipped: needs root and mkfs.ext4')
-    lost = late = cuts = 0
+    lost = late = 0
     (tmp/'look').mkdir()
-    with image(tmp, 400, 'commit=1') as (file, place):
+    with image(tmp, 200, 'commit=1') as (file, place):
         with start(place/'run', 100000) as process:
             while not (place/'run/metrics.jsonl').exists(): time.sleep(.05)
-            while cuts < CUTS:
+            for _ in range(CUTS):
                 time.sleep(rng.uniform(.2, 1.5))
                 done = complete(place/'run/checkpoint')
-                shutil.copyfile(file, tmp/'copy.img')
+                snapshot(file, tmp/'copy.img', process)
                 found = recovered(tmp/'copy.img', tmp/'look')
                 lost += found is None
-                late += found is not None and done is not None and found < done
-                cuts += 1
+                late += None not in (found, done) and found < done
             process.kill()
-    return Row(name, cuts, lost + late, f'{lost} without a checkpoint, {late} older than the last complete one')
+    return Row(name, CUTS, lost + late, f'{lost} without a checkpoint, {late} older than the last complete one')
 
 
 def complete(folder):
