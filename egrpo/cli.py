@@ -128,13 +128,13 @@ def add_own(
 GROUPS = {
     'model': 'model lora_rank lora_from resolution guidance',
     'device and memory': 'device dtype micro_batch gradient_checkpointing compiled vae_tiling text_encoders embeddings',
-    'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length window '
-              'train_share keep pruned_steps',
+    'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length '
+              'step_weights window train_share keep pruned_steps',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
     'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr weight_decay adam_beta1 adam_beta2 '
                     'max_grad_norm ema_decay',
-    'evaluation': 'eval_prompts eval_size eval_every eval_rewards',
+    'evaluation': 'eval_prompts eval_size eval_every eval_at eval_rewards',
     'run': 'out resume checkpoint_every tracker seed',
 }
 
@@ -1286,12 +1286,12 @@ def run_reproduce(
     from egrpo.records import get_scale, load_record, record_path
     if args.name is None: return say(fold('\n'.join(f'{k:<16}  {o.title}  ({o.notebook})' for k, o in EXPERIMENTS.items())))
     if args.workers < 0: raise ValueError(f"workers must be >= 0, got {args.workers}: 0 runs in this process")
-    scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini').name
-    path = Path('runs/smoke', f'{args.name}.json') if scale == 'smoke' else record_path(args.name)
+    scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini')
+    path = Path('runs/smoke', f'{args.name}.json') if scale.name == 'smoke' else record_path(scale.record(args.name))
     check_file(path, 'record')
     only = [o.strip() for o in args.only.split(',')] if args.only else None
-    reproduce(args.name, scale, args.workers, path=path, partial=args.partial, only=only)
-    found = [] if only or scale == 'smoke' else findings(args.name, load_record(path)['data'])
+    reproduce(args.name, scale.name, args.workers, path=path, partial=args.partial, only=only)
+    found = [] if only or scale.name == 'smoke' else findings(args.name, load_record(path)['data'])
     say(fold('\n'.join([*found, f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}'])))
     if dist.is_initialized(): dist.destroy_process_group()
 
@@ -1302,7 +1302,7 @@ def add_reproduce(
     parser.add_argument('name', nargs='?', type=converter('str', 'name'), metavar='NAME',
                         help='Which figure or table; none lists them')
     add_own(parser.add_argument_group('run'),
-            Option('scale', 'str', None, 'smoke, mini, gpu or flux (default: EGRPO_SCALE, else mini)', 'NAME'),
+            Option('scale', 'str', None, 'smoke, mini, confirm, gpu or flux (default: EGRPO_SCALE, else mini)', 'NAME'),
             Option('workers', 'int', 1, 'Worker processes, each with one thread; 0 runs in this process'),
             Option('partial', 'bool', False, 'Run nothing: write the record from the runs that are finished'),
             Option('only', 'str', None, 'Some of the settings, separated by commas (default: all)', 'A,B'))

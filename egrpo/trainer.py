@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVAL_REWARDS', 'SHIFT', 'FREE', 'CHOICES', 'UNSHAREABLE', 'TrainConfig', 'plan_settings', 'run_sigmas',
-           'same_schedule', 'chooses_steps', 'check_method', 'check_config', 'iteration_nfe', 'training_nfe',
-           'describe_run', 'prompts_and_rewards', 'ode_plan', 'sample_images', 'evaluate', 'loss_weights', 'rows_loss',
-           'check_writable', 'stop_on_interrupt', 'sharing_asked', 'own_device', 'Trainer']
+           'same_schedule', 'chooses_steps', 'check_method', 'evaluation_is_due', 'check_config', 'iteration_nfe',
+           'training_nfe', 'describe_run', 'prompts_and_rewards', 'ode_plan', 'sample_images', 'evaluate',
+           'loss_weights', 'rows_loss', 'check_writable', 'stop_on_interrupt', 'sharing_asked', 'own_device', 'Trainer']
 
 # %% ../nbs/24_trainer.ipynb #db4c47d0
 import json
@@ -90,6 +90,7 @@ class TrainConfig:
     active_steps:int|None = None # Steps that are made stochastic: the first ones; here and below None = as the method was published
     first_step:int|None = None # The first active step; steps that cannot reach tau are then merged as far as they may, not refused
     merge_length:int|None = None # Merge every active step to this length instead of by tau
+    step_weights:str|None = None # Weights of the steps in the loss: plain, or velocity (std/Δ) (E-GRPO)
     stride:int|None = None # Schedule steps per ODE step after the last stochastic one; 1 is exact, 2 costs half
     solver:str|None = None # Solver of that ODE: euler, or ab2 of second order at the same cost
     num_generations:int|None = None # Samples per group G, >= 2; BranchGRPO's leaves
@@ -131,6 +132,7 @@ class TrainConfig:
     eval_prompts:str|None = None # As prompts, shapes_tuning or hpd_tuning; None = held-out shapes or hpd prompts, or the training file's
     eval_size:int = 256 # Prompts of an evaluation
     eval_every:int = 50 # Iterations between evaluations; 0 = before and after only
+    eval_at:str|None = None # Iterations after which is evaluated, too, such as '59 100'
     eval_rewards:str|None = None # What an evaluation measures; None = verifier + verifier_strict in the miniature's world, else the reward
     seed:int = 0 # Addresses all noise and the order of the prompts, 0 to 2**64 - 1
     device:str|None = None # cuda, mps or cpu; None = the best there is
@@ -163,6 +165,7 @@ def plan_settings(
 )->dict: # Field -> value; shift is a number, or (T+1,) noise levels
     "Settings of a run's plans: the configuration's, and the model's own schedule where no shift is named."
     settings = asdict(config)
+    if config.explore == 'all': settings['top'] = config.num_steps # what predictions count
     if config.shift is not None: return settings
     own = model_sigmas(config.model, config.num_steps, config.resolution) if sigmas is None else sigmas
     papers = own is None or torch.allclose(own, flow_sigmas(config.num_steps, SHIFT), rtol=0, atol=1e-6)
@@ -185,7 +188,7 @@ def same_schedule(
     return len(was) == len(now) and torch.allclose(was, now, rtol=0, atol=1e-6)
 
 # %% ../nbs/24_trainer.ipynb #42eb527b
-FREE = ('iterations', 'budget', 'eval_every', 'device', 'micro_batch', 'gradient_checkpointing', 'text_encoders', 'embeddings',
+FREE = ('iterations', 'budget', 'eval_every', 'eval_at', 'device', 'micro_batch', 'gradient_checkpointing', 'text_encoders', 'embeddings',
         'checkpoint_every', 'tracker', 'out', 'resume', 'profile_cache')
 
 def _check_least(
@@ -235,6 +238,17 @@ def _kind_of(field):
     "A field's annotation as the command line has it, such as int|None."
     return str(field.type).replace(' ', '') if isinstance(field.type, UnionType) else field.type.__name__
 
+def evaluation_is_due(
+    config:TrainConfig, # Gives iterations, eval_every and eval_at
+    iteration:int, # Iterations done, >= 0
+)->bool: # Always before the first iteration and after the last
+    "Return whether the configuration wants an evaluation after so many iterations."
+    named = (config.eval_at or '').split()
+    if not all(word.isdecimal() for word in named):
+        raise ValueError(f"eval_at must be numbers of iterations such as '59 100', got {config.eval_at!r}")
+    if iteration in (0, config.iterations) or str(iteration) in named: return True
+    return config.eval_every > 0 and iteration % config.eval_every == 0
+
 def check_config(
     config:TrainConfig, # The configuration
 ):
@@ -249,6 +263,7 @@ def check_config(
         if not 0 <= getattr(config, name) < 1: raise ValueError(f"{name} must be >= 0 and < 1, got {getattr(config, name)}")
     if config.resolution is not None and config.resolution < 1: raise ValueError(f"resolution must be > 0 pixels, got {config.resolution}")
     check_seed(config.seed)
+    evaluation_is_due(config, 0)
     _check_choices(config)
     check_settings(config.lora_rank, config.micro_batch, config.guidance, config.lora_from, config.text_encoders, config.embeddings)
     if config.ema_decay >= 1: raise ValueError(f"ema_decay must be < 1, got {config.ema_decay}: 0.99 averages over about 100 iterations")
@@ -810,9 +825,8 @@ class Trainer:
         return tqdm(range(self.iteration, c.iterations), initial=self.iteration, total=c.iterations, desc=c.method, disable=hidden)
 
     def _evaluation_is_due(self)->bool:
-        "Is this an iteration after which the configuration wants an evaluation?"
-        c, i = self.config, self.iteration
-        return i in (0, c.iterations) or self.spent() or (c.eval_every > 0 and i % c.eval_every == 0)
+        "Return whether to evaluate now."
+        return self.spent() or evaluation_is_due(self.config, self.iteration)
 
     def _save_and_evaluate(self,
         stopped:bool, # Is this the end before its time?

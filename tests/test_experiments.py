@@ -340,7 +340,7 @@ def test_budgets_are_equal(name, rates):
             assert abs(spent - budget) <= ex.iteration_nfe(c, c.iterations), (setting, spent, budget)
 
 
-@pytest.mark.parametrize('scale', ['smoke', 'mini'])
+@pytest.mark.parametrize('scale', ['smoke', 'mini', 'confirm', 'gpu'])
 def test_every_cell_is_a_run_that_starts(scale, rates, monkeypatch):
     "All settings that a scale gives its cells are accepted, those that a method has no use for are left out."
     class Started(Exception): pass
@@ -351,9 +351,31 @@ def test_every_cell_is_a_run_that_starts(scale, rates, monkeypatch):
         raise Started
 
     monkeypatch.setattr(ex, 'Trainer', start)
-    for experiment in ex.EXPERIMENTS.values():
-        for cells in experiment.cells(get_scale(scale)).values():
+    grids = ex.registered(scale) if get_scale(scale).registered else {k: ex.cells_of(k, get_scale(scale)) for k in ex.EXPERIMENTS}
+    for grid in grids.values():
+        for cells in grid.values():
             with pytest.raises(Started): ex.run_cell(cells[0])
+
+
+@pytest.mark.parametrize('scale', ['confirm', 'gpu'])
+def test_registered_runs_share_an_evaluation_with_their_rivals(scale):
+    "Fresh seeds, no run twice; a pair that no evaluation joins could not be compared at equal iterations."
+    grids = ex.registered(scale)
+    for g in ex.DESIGN:
+        runs = {k: cells[0] for k, cells in grids[g.experiment].items()}
+        for rival in g.rivals:
+            places = [{*map(int, (runs[k].eval_at or '').split()), *([] if runs[k].budget else [runs[k].iterations])} for k in (g.best, rival)]
+            assert set.intersection(*places), (g, rival)
+    configs = {ex.cell_key(c): c for grid in grids.values() for cells in grid.values() for c in cells}
+    assert len(configs) == 266 and min(c.seed for c in configs.values()) == 100
+    with pytest.raises(ValueError, match='experiment must be a registered one at scale'): ex.cells_of('kernels', get_scale(scale))
+
+
+def test_an_evaluation_is_named_by_its_iteration():
+    config = TrainConfig(iterations=9, eval_every=4, eval_at='3 7')
+    assert [i for i in range(10) if ex.evaluation_is_due(config, i)] == [0, 3, 4, 7, 8, 9]
+    with pytest.raises(ValueError, match="eval_at must be numbers of iterations such as '59 100', got '3,7'"):
+        check_config(TrainConfig(eval_at='3,7'))
 
 
 def test_default_is_one_cell_everywhere(rates):
@@ -371,7 +393,7 @@ def test_learning_rates_come_from_their_record(tmp_path, monkeypatch):
         name='lr', data=dict(chosen=dict(egrpo=2e-4)), scale='mini', seeds=[100], wall_time=1., nfe=1, command='egrpo reproduce lr',
         device='cpu', versions=dict(python='', torch='', egrpo=''))))
     assert ex.learning_rate('egrpo', get_scale('mini')) == 2e-4
-    with pytest.raises(ValueError, match='no lr is chosen for egrpo at scale gpu'): ex.learning_rate('egrpo', get_scale('gpu'))
+    with pytest.raises(ValueError, match='no lr is chosen for egrpo at scale flux'): ex.learning_rate('egrpo', get_scale('flux'))
 
 
 def test_partial_reproduction_runs_nothing(tmp_path, monkeypatch):
