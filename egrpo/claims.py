@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIRMING', 'NOT_MEASURED', 'MARGINS', 'TABLE_1', 'TABLE_1_MARGINS', 'SCORES', 'PAPER_BEFORE', 'PAPER', 'NAMES',
-           'ALONE', 'JOINT', 'RIVALS', 'CLAIMS', 'MARKS', 'COLUMNS', 'PAGE', 'Finding', 'Claim', 'judged', 'margins_of',
-           'quoted', 'scaled', 'margins_text', 'best', 'moves', 'training_best', 'explores', 'ambiguous',
+           'ALONE', 'JOINT', 'CLAIMS', 'MARKS', 'COLUMNS', 'PAGE', 'Finding', 'Claim', 'records_of', 'judged',
+           'margins_of', 'quoted', 'scaled', 'margins_text', 'best', 'moves', 'training_best', 'explores', 'ambiguous',
            'entropy_falls', 'merging_raises', 'hacked', 'predicts', 'pays', 'faster', 'overhead', 'joint_prevents',
            'claims_table', 'counts_text', 'verdict_lines', 'claims_text', 'claims_json', 'claims_markdown',
            'claims_summary', 'papers_markdown']
@@ -23,6 +23,7 @@ from scipy import stats
 from .experiments import EXPERIMENTS, rewards_of, seeds_of
 from .intervals import Estimate, holm, judge
 from .records import SEEDS_NEEDED, load_record, negative, record_path, show_interval, verdict
+from .registered import RIVALS
 
 # %% ../nbs/33_claims.ipynb #04ab3f3a
 CONFIRMING = 100 # the first seed of runs that confirm
@@ -58,6 +59,7 @@ class Claim:
     record:str # Name of the experiment whose record decides
     judge:Callable # The record's data -> `Finding`
     notebook:str='' # Where it is told; '' = where the record is
+    registered:bool=False # Is it decided by the registered runs (`egrpo.registered`), once they are there?
 
 def _exploratory(
     record:dict, # A record
@@ -66,19 +68,36 @@ def _exploratory(
     seeds = record['seeds'] or record['data'].get('seeds', [])
     return bool(seeds) and max(seeds) < CONFIRMING
 
+def _decides(
+    record:dict, # A record of a registered scale
+)->bool: # At scale gpu, where time ends a grid, with five seeds of every setting
+    "Return whether the runs of a registered grid are all there."
+    seeds = min(map(len, record['data']['seeds_finished'].values()))
+    return record['data']['complete'] or (record['scale'] == 'gpu' and seeds >= SEEDS_NEEDED)
+
+def records_of(
+    claim:Claim, # A claim
+)->list: # The first one decides; empty where nothing is measured
+    "Load the records that judge a claim: registered ones that are complete, then the exploratory one."
+    names = [f'{scale}/{claim.record}' for scale in ('confirm', 'gpu')] if claim.registered else []
+    registered = [load_record(name) for name in names if record_path(name).exists()]
+    own = [load_record(claim.record)] if record_path(claim.record).exists() else []
+    return [r for r in registered if _decides(r)] + own
+
 def judged(
     claim:Claim, # A claim
-)->dict: # A row of `claims_table`; `found` is the `Finding`
-    "A claim and what its record says about it, where training runs are compared also at equal iterations."
-    record = load_record(claim.record) if record_path(claim.record).exists() else None
+)->dict: # A row of `claims_table`; `found` is the `Finding`, `beside` the verdict of each further record by its scale
+    "Judge a claim by its record, where training runs are compared also at equal iterations."
+    record, *others = records_of(claim) or [None]
     found = claim.judge(record['data']) if record else Finding('', NOT_MEASURED)
+    beside = {r['scale']: claim.judge(r['data']).verdict for r in others}
     equal = found.equal or Finding('', '')
-    said = found.verdict if record else f'{NOT_MEASURED} yet: egrpo reproduce {claim.record}'
+    missing = f'{NOT_MEASURED} yet: egrpo reproduce {claim.record}' + ' --scale confirm' * claim.registered
     exploratory, scale = (_exploratory(record), record['scale']) if record else (False, '')
     notebook = claim.notebook or EXPERIMENTS[claim.record].notebook
-    return dict(place=claim.place, claim=claim.text, paper=claim.paper, ours=found.seen, verdict=said, word=found.word,
-                ours_iterations=equal.seen, verdict_iterations=equal.verdict, scale=scale, exploratory=exploratory,
-                notebook=notebook, found=found)
+    return dict(place=claim.place, claim=claim.text, paper=claim.paper, ours=found.seen, verdict=found.verdict if record else missing,
+                word=found.word, ours_iterations=equal.seen, verdict_iterations=equal.verdict, scale=scale,
+                exploratory=exploratory, registered=claim.registered, beside=beside, notebook=notebook, found=found)
 
 NOT_MEASURED = 'not measured'
 
@@ -370,7 +389,6 @@ def joint_prevents(
 # %% ../nbs/33_claims.ipynb #6a121db7
 ALONE = 'trained on HPS' # the column of Table 1
 JOINT = 'trained on HPS and CLIP'
-RIVALS = 'dance_grpo', 'mix_grpo', 'g2rpo', 'branch_grpo', 'tempflow_grpo' # those of the paper
 
 def _leads_in(
     where:str, # Figure or table
@@ -378,9 +396,18 @@ def _leads_in(
     record:str, # Name of the experiment
     place:int=0, # Which score
     over:tuple|None=None, # Which other settings; None = all
+    registered:bool=False, # Is it among the registered ones?
 )->Claim: # With the paper's numbers
     "A claim that a setting has the best score."
-    return Claim(where, text, quoted(record, place, over), record, best(place, over, record))
+    return Claim(where, text, quoted(record, place, over), record, best(place, over, record), registered=registered)
+
+def _ours(
+    text:str, # What is gained
+    place:int, # Which score
+)->Claim: # On the weights of E-GRPO's steps
+    "Claim that steps weighted by std/Δ gain more than plain ones."
+    return Claim('Ours', f'E-GRPO with steps weighted by std/Δ gains {text}', 'not in it', 'step_weights', best(place, ('plain',)),
+                 registered=True)
 
 CLAIMS = (
     Claim('Fig. 1a', 'one early stochastic step (2) varies the result more than a late one (6)', 'variance of CLIP scores, a picture',
@@ -398,33 +425,34 @@ CLAIMS = (
     Claim('Fig. 8', 'training on HPS alone is hacked: a part of what is gained in it comes without a gain in truth', 'pictures',
           'reward_hacking', hacked),
     Claim('Fig. 8', 'a second reward, CLIP, lessens the hacking', 'pictures', 'reward_hacking', joint_prevents),
-    _leads_in('Table 1', f'E-GRPO has the best HPS, {ALONE}', 'methods', 0, RIVALS),
-    _leads_in('Table 1', f'E-GRPO has the best PickScore, {ALONE}', 'methods', 2, RIVALS),
-    _leads_in('Table 1', f'E-GRPO has the best ImageReward, {ALONE}', 'methods', 3, RIVALS),
+    _leads_in('Table 1', f'E-GRPO has the best HPS, {ALONE}', 'methods', 0, RIVALS, registered=True),
+    _leads_in('Table 1', f'E-GRPO has the best PickScore, {ALONE}', 'methods', 2, RIVALS, registered=True),
+    _leads_in('Table 1', f'E-GRPO has the best ImageReward, {ALONE}', 'methods', 3, RIVALS, registered=True),
     Claim('Table 1', f'CLIP falls with every method, {ALONE}', '.388 before; .355 to .375 after', 'methods',
-          moves(1, False, ('egrpo', *RIVALS), 'methods')),
-    _leads_in('Table 1', f'E-GRPO has the best HPS, {JOINT}', 'methods_clip', 0, RIVALS),
-    _leads_in('Table 1', f'E-GRPO has the best CLIP, {JOINT}', 'methods_clip', 1, RIVALS),
-    _leads_in('Table 1', f'E-GRPO has the best PickScore, {JOINT}', 'methods_clip', 2, RIVALS),
-    _leads_in('Table 1', f'E-GRPO has the best ImageReward, {JOINT}', 'methods_clip', 3, RIVALS),
+          moves(1, False, ('egrpo', *RIVALS), 'methods'), registered=True),
+    _leads_in('Table 1', f'E-GRPO has the best HPS, {JOINT}', 'methods_clip', 0, RIVALS, registered=True),
+    _leads_in('Table 1', f'E-GRPO has the best CLIP, {JOINT}', 'methods_clip', 1, RIVALS, registered=True),
+    _leads_in('Table 1', f'E-GRPO has the best PickScore, {JOINT}', 'methods_clip', 2, RIVALS, registered=True),
+    _leads_in('Table 1', f'E-GRPO has the best ImageReward, {JOINT}', 'methods_clip', 3, RIVALS, registered=True),
     Claim('Table 1', f"E-GRPO's CLIP rises, {JOINT}", '.388 before, .401 after', 'methods_clip',
-          moves(1, True, ('egrpo',), 'methods_clip')),
+          moves(1, True, ('egrpo',), 'methods_clip'), registered=True),
     _leads_in('Table 2', 'adaptive merging is best', 'merge_length'),
     _leads_in('Table 2', 'the longest fixed merge, 6 steps, is worse than adaptive merging', 'merge_length', over=('6',)),
     _leads_in('Table 3', 'training the first 8 steps is best', 'active_steps'),
     _leads_in('Table 3', 'the first 8 are better than the second 8', 'active_steps', over=('second 8',)),
-    _leads_in('Table 4', 'merging helps: τ = 2.2 is better than none', 'tau', over=('0',)),
+    _leads_in('Table 4', 'merging helps: τ = 2.2 is better than none', 'tau', over=('0',), registered=True),
     _leads_in('Table 4', 'τ = 2.2 is best', 'tau'),
     Claim('AEGPO 1', 'ΔEntropy predicts what a prompt will learn', 'not read', 'learning_value', predicts),
     Claim('AEGPO 2', 'peaks of Entropy(t) mark the steps that explore (variance of the reward)', 'not read', 'peaks', pays('variance')),
     Claim('AEGPO 2', 'peaks of Entropy(t) mark the steps whose update gains', 'not read', 'peaks', pays('gain')),
-    _leads_in('AEGPO 3', '16/8 by ΔEntropy beats 12 for all', 'allocation', over=('uniform 12',)),
-    _leads_in('AEGPO 3', '16/8 by ΔEntropy beats the inverted and a random split', 'allocation', over=('inverted 8/16', 'random 16/8')),
+    _leads_in('AEGPO 3', '16/8 by ΔEntropy beats 12 for all', 'allocation', over=('uniform 12',), registered=True),
+    _leads_in('AEGPO 3', '16/8 by ΔEntropy beats the inverted and a random split', 'allocation', over=('inverted 8/16', 'random 16/8'),
+              registered=True),
     _leads_in('AEGPO 4', 'the 4 peaks of Entropy(t) beat the first 4, 4 random and all steps', 'explored',
-              over=('all', 'first 4', 'random 4')),
+              over=('all', 'first 4', 'random 4'), registered=True),
     Claim('AEGPO 4', 'the 4 peaks beat the last 4 steps, which need no probe: a control of ours', 'not in it', 'explored',
-          best(over=('last 4',))),
-    _leads_in('AEGPO 5', 'both levels together beat each alone and neither', 'aegpo'),
+          best(over=('last 4',)), registered=True),
+    _leads_in('AEGPO 5', 'both levels together beat each alone and neither', 'aegpo', registered=True),
     Claim('AEGPO 6', 'it reaches the base method\'s score in fewer iterations', 'up to 5 times', 'aegpo', faster('both', 'iterations')),
     Claim('AEGPO 6', 'it reaches that score with fewer network evaluations', 'not read', 'aegpo', faster('both')),
     Claim('AEGPO 6', 'it reaches that score in a fifth of the iterations', 'up to 5 times', 'aegpo', faster('both', 'iterations', 5.)),
@@ -432,7 +460,12 @@ CLAIMS = (
           overhead('both', .111, 'iteration'), 'nbs/57_overhead.ipynb'),
     Claim('AEGPO 7', 'its probes add at most 11.1 % to the rest of an iteration', 'not read', 'aegpo', overhead('both', .111, 'seconds'),
           'nbs/57_overhead.ipynb'),
-    Claim('AEGPO', 'on E-GRPO it is better than E-GRPO: a question of ours', 'not in it', 'on_egrpo', best()),
+    Claim('AEGPO', 'on E-GRPO it is better than E-GRPO: a question of ours', 'not in it', 'on_egrpo', best(), registered=True),
+    _ours('more of the truth: the verifier\'s graded score', 2),
+    _ours('more of the truth: the strict score', 3),
+    _ours('more of the preference that is trained on', 0),
+    Claim('Ours', 'with steps weighted by std/Δ merging helps: τ = 2.2 is better than none', 'not in it', 'step_weights',
+          best(0, ('velocity, τ = 0',)), registered=True),
 )
 
 # %% ../nbs/33_claims.ipynb #b5be1304
@@ -468,11 +501,17 @@ def verdict_lines(
     return '\n'.join([head, *(f'  better than {k}: {find((k,))}' for k in data['comparisons']['end'])])
 
 # %% ../nbs/33_claims.ipynb #b5be1306
+def _beside(
+    row, # A row of `claims_table`
+)->str: # e.g. ' (mini: open)'
+    "Verdicts of the other records on a claim."
+    return f" ({'; '.join(f'{k}: {v}' for k, v in row.beside.items())})" if row.beside else ''
+
 def claims_text()->str: # Lines
     "The claims for a terminal: the count of each verdict, then what is claimed, its verdict and the numbers."
     def lines(row):
         "Two or three lines of one claim."
-        notes = ', exploratory' * row.exploratory + ', survives Holm' * row.survives
+        notes = ', exploratory' * row.exploratory + ', survives Holm' * row.survives + _beside(row)
         equal = f'; at equal iterations: {row.verdict_iterations}' * bool(row.ours_iterations)
         yield f'{row.place:<8} {row.claim}: {row.verdict}{notes}{equal}'
         yield f"{'':<9}paper {row.paper}" + f" | ours {row.ours} ({row.scale})" * bool(row.ours) + f" | {row.notebook}"
@@ -494,8 +533,9 @@ def claims_json()->str: # A list with an object per claim
     def one(row):
         "Of one claim."
         equal = _numbers(row.found.equal) if row.found.equal else None
-        return dict(place=row.place, claim=row.claim, **_numbers(row.found), paper=row.paper, ours=row.ours, exploratory=row.exploratory,
-                    survives_holm=row.survives, equal_iterations=equal, scale=row.scale or None, notebook=row.notebook)
+        rests = dict(exploratory=row.exploratory, registered=row.registered, beside=row.beside, survives_holm=row.survives)
+        return dict(place=row.place, claim=row.claim, **_numbers(row.found), paper=row.paper, ours=row.ours, **rests,
+                    equal_iterations=equal, scale=row.scale or None, notebook=row.notebook)
     return json.dumps([one(row) for row in claims_table().itertuples()], indent=1, ensure_ascii=False)
 
 COLUMNS = 'verdict', 'where', 'claim', 'ours', 'at equal iterations', 'paper', 'seeds', 'p', 'notebook'
@@ -510,7 +550,7 @@ def _cells(
     seeds = '' if found.seeds is None else str(found.seeds) + ', exploratory' * row.exploratory
     p = '' if found.p is None else ('< .0001' if found.p < 1e-4 else _short(found.p, 4)) + ', survives' * row.survives
     link = f'[{notebook.stem}]({notebook.name})'
-    return f'{MARKS[row.word]} {row.verdict}', row.place, row.claim, row.ours, same, paper, seeds, p, link
+    return f'{MARKS[row.word]} {row.verdict}{_beside(row)}', row.place, row.claim, row.ours, same, paper, seeds, p, link
 
 def claims_markdown()->str: # A table in Markdown, with links as they work from nbs/
     "The claims as a table."

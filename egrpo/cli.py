@@ -1260,6 +1260,7 @@ COMMANDS['demo'] = Command(run_demo, add_demo, 'Train E-GRPO on the miniature fo
 def findings(
     name:str, # A name in `egrpo.experiments.EXPERIMENTS`
     data:dict, # Its record's data
+    registered:bool=False, # Only on claims that registered runs decide?
 )->list: # Lines; none for what has neither claims nor times
     "What a record says: how long its contenders take, or the verdicts on its claims."
     from egrpo.benchmark import time_ratio
@@ -1274,7 +1275,7 @@ def findings(
         found = claim.judge(data)
         equal = f' | at equal iterations: {found.equal.verdict} | {found.equal.seen}' if found.equal else ''
         return f'{claim.text}: {found.verdict} | {found.seen}{equal}'
-    return times + [line(c) for c in CLAIMS if c.record == name]
+    return times + [line(c) for c in CLAIMS if c.record == name and c.registered >= registered]
 
 def run_reproduce(
     args, # Parsed arguments
@@ -1291,7 +1292,7 @@ def run_reproduce(
     check_file(path, 'record')
     only = [o.strip() for o in args.only.split(',')] if args.only else None
     reproduce(args.name, scale.name, args.workers, path=path, partial=args.partial, only=only)
-    found = [] if only or scale.name == 'smoke' else findings(args.name, load_record(path)['data'])
+    found = [] if only or scale.name == 'smoke' else findings(args.name, load_record(path)['data'], scale.registered)
     say(fold('\n'.join([*found, f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}'])))
     if dist.is_initialized(): dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ from egrpo.records import load_record, save_record
 
 ROOT = Path(__file__).parent.parent
 PLACES = 'Fig. 1a, Fig. 1b, Fig. 1c, Fig. 3, Fig. 4, Fig. 8, Table 1, Table 2, Table 3, Table 4'.split(', ')
-PLACES += [*(f'AEGPO {i}' for i in range(1, 8)), 'AEGPO']
+PLACES += [*(f'AEGPO {i}' for i in range(1, 8)), 'AEGPO', 'Ours']
 
 
 def test_no_figure_or_table_is_missing():
@@ -31,10 +31,10 @@ def table(): return claims.claims_table()
 
 
 def test_verdicts_on_the_committed_records(table):
-    measured = {p.stem for p in (ROOT/'figures').glob('*.json')}
     for claim, row in zip(claims.CLAIMS, table.itertuples()):
-        assert row.verdict.startswith('not measured') == (claim.record not in measured)
-        assert bool(row.ours) <= (claim.record in measured)
+        measured = bool(claims.records_of(claim))
+        assert row.verdict.startswith('not measured') == (not measured)
+        assert bool(row.ours) <= measured
         assert row.word in claims.MARKS and row.verdict.startswith(row.word)
         if row.found.margin is not None: assert row.found.margin in claims.margins_of(claim.record).values()
 
@@ -50,6 +50,31 @@ def test_a_verdict_is_not_written_by_hand(tmp_path, monkeypatch):
     frame['data']['entropy'] = {k: v[::-1] for k, v in entropy.items()}
     (tmp_path/'entropy_by_step.json').write_text(json.dumps(frame))
     assert verdicts()[0] == 'does not hold'
+
+
+def test_registered_runs_decide_once_they_are_there(tmp_path, monkeypatch):
+    "An incomplete registered record says nothing; a complete one goes before the exploratory one, which stands beside it."
+    monkeypatch.setenv('EGRPO_FIGURES', str(tmp_path))
+    claim = next(c for c in claims.CLAIMS if c.registered and c.record == 'tau')
+    def write(name, scale, lead, first, **progress):
+        "A record in which the best setting leads by so much."
+        e = dict(mean=lead, se=.001, df=20., seeds=6, per_seed=1e-5, rest=1e-8)
+        known = dict(end={'0': dict(preference=e)}, equal={}, gain={})
+        gained = {k: dict(preference=dict(before=[.55, .55, .55], after=[.58, .58, .58], gain=[.03, .03, .03])) for k in ('2.2', '0')}
+        seeds = dict.fromkeys(gained, list(range(first, first + 6)))
+        data = dict(best='2.2', settings=gained, comparisons=known, seeds_finished=seeds, seeds_planned=6, **progress)
+        made = dict(wall_time=1., nfe=1, command='made up', device='a made-up device')
+        save_record(tmp_path/f'{name}.json', data, scale=scale, seeds=seeds['0'], **made)
+    write('tau', 'mini', -.01, 0)
+    assert claims.judged(claim)['word'] == 'does not hold' and claims.judged(claim)['exploratory']
+    write('confirm/tau', 'confirm', .01, 100, complete=False)
+    assert claims.judged(claim)['word'] == 'does not hold'
+    write('gpu/tau', 'gpu', .01, 100, complete=False) # time ends it: six seeds are enough
+    row = claims.judged(claim)
+    assert (row['word'], row['scale'], row['exploratory'], row['beside']) == ('holds', 'gpu', False, dict(mini='does not hold'))
+    write('confirm/tau', 'confirm', 0., 100, complete=True)
+    row = claims.judged(claim)
+    assert row['scale'] == 'confirm' and row['word'] != 'holds' and list(row['beside']) == ['gpu', 'mini']
 
 
 def test_partial_record_is_open():
