@@ -1283,16 +1283,17 @@ def run_reproduce(
     "egrpo reproduce: run an experiment, write its record and say what it says, or list what there is."
     from torch import distributed as dist
 
-    from egrpo.experiments import EXPERIMENTS, reproduce
+    from egrpo.experiments import EXPERIMENTS, record_name, reproduce
     from egrpo.records import get_scale, load_record, record_path
     if args.name is None: return say(fold('\n'.join(f'{k:<16}  {o.title}  ({o.notebook})' for k, o in EXPERIMENTS.items())))
     if args.workers < 0: raise ValueError(f"workers must be >= 0, got {args.workers}: 0 runs in this process")
     scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini')
-    path = Path('runs/smoke', f'{args.name}.json') if scale.name == 'smoke' else record_path(scale.record(args.name))
+    name = record_name(args.name, scale)
+    path = Path('runs/smoke', f'{args.name}.json') if scale.name == 'smoke' else record_path(name)
     check_file(path, 'record')
     only = [o.strip() for o in args.only.split(',')] if args.only else None
     reproduce(args.name, scale.name, args.workers, path=path, partial=args.partial, only=only)
-    found = [] if only or scale.name == 'smoke' else findings(args.name, load_record(path)['data'], scale.registered)
+    found = [] if only or scale.name == 'smoke' else findings(args.name, load_record(path)['data'], registered=name != args.name)
     say(fold('\n'.join([*found, f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}'])))
     if dist.is_initialized(): dist.destroy_process_group()
 

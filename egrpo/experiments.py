@@ -9,9 +9,9 @@ __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERG
            'load_strip', 'load_cell', 'save_cell', 'own_gpu', 'run_cells', 'iterations_for', 'with_budget',
            'evaluation_texts', 'summarize', 'paired_seeds', 'contrast', 'held_out_curve', 'training_curve',
            'training_rise', 'run_cost', 'shared_iteration', 'grid_data', 'Experiment', 'planned_iterations',
-           'registered', 'cells_of', 'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking', 'contrast_hacking',
-           'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said', 'rewards_of', 'seeds_of',
-           'find_record']
+           'registered', 'cells_of', 'record_name', 'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking',
+           'contrast_hacking', 'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said',
+           'rewards_of', 'seeds_of', 'find_record']
 
 # %% ../nbs/32_experiments.ipynb #40922409
 import json
@@ -694,6 +694,13 @@ def cells_of(
     if name in grids: return grids[name]
     raise ValueError(f"experiment must be a registered one at scale {scale.name} ({', '.join(grids)}), got {name!r}")
 
+def record_name(
+    name:str, # A name in `EXPERIMENTS`
+    scale, # A `Scale`
+)->str: # To be given to `record_path`
+    "Name the record of an experiment; registered grids have a folder of their own, by their scale."
+    return f'{scale.name}/{name}' if scale.registered and _find(name).cells(scale) else name
+
 def reproduce(
     name:str, # A name in `EXPERIMENTS`
     scale:str|None=None, # A name in `egrpo.records.SCALES`; None = EGRPO_SCALE, else smoke
@@ -706,7 +713,7 @@ def reproduce(
     "Run what is missing of an experiment and write its record."
     experiment, scale = _find(name), get_scale(scale)
     planned = cells_of(name, scale)
-    path = path or scale.record(name)
+    path = path or record_name(name, scale)
     if partial and not planned: raise ValueError(f"partial is for experiments of several runs; {name} is one measurement: leave it out")
     chosen = _choose(planned, only)
     cells = _there(planned, {} if partial else chosen, store)

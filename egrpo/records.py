@@ -33,12 +33,6 @@ class Scale:
     demo:dict # Further ones for `egrpo demo`
     registered:bool=False # Are its grids those of `egrpo.registered`, and its records in a folder of their own?
 
-    def record(self,
-        name:str, # Name of an experiment
-    )->str: # To be given to `record_path`
-        "Name the record of an experiment at this scale."
-        return f'{self.name}/{name}' if self.registered else name
-
 # %% ../nbs/30_records.ipynb #ef2b4369
 MINI = dict(shift=3., iterations=100, num_generations=8, stride=2, eval_every=25, dtype='fp32')
 REGISTERED_SEEDS = tuple(range(100, 112)) # none below 100 is used for anything that confirms
