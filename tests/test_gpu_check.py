@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import gpu_check
@@ -17,6 +18,7 @@ from egrpo.records import load_record
 SCRIPT = Path(gpu_check.__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER or torch.cuda.is_available(), reason='needs a C++ compiler, and no GPU')
 def test_rehearsal(tmp_path):
     "All that is to come back is there, whole; a stage that is over its limit and a job that fails stop nothing."
@@ -38,7 +40,7 @@ def check_figures(stages):
     "What stages have found."
     about, flux, speed, jobs = (stages[name]['found'] for name in ('about', 'flux', 'speed', 'jobs'))
     assert about['matmul_tflops_bf16'] > 0 and not speed['tf32_once_a_policy_is_loaded']['convolutions']
-    assert flux['iteration']['nfe_gradient'] == 8 and flux['iteration']['peak_bytes'] > flux['held_bytes']
+    assert flux['iteration']['nfe_gradient'] == 2 and flux['iteration']['peak_bytes'] > flux['held_bytes']
     assert flux['recording'].keys() == {'plain', 'every_1', 'every_4', 'every_16'}
     assert speed['2 prompts, fp32, micro-batch 256']['nfe'] == 24
     assert (jobs['planned'], jobs['done'], jobs['left']) == (4, 3, 0)
@@ -72,7 +74,7 @@ def test_files_are_packed_by_their_limit(tmp_path, monkeypatch):
 
 def test_a_job_that_cannot_end_in_time_is_not_begun(tmp_path):
     "By the slowest of its kind; others are."
-    crew = gpu_check.Crew([], 0, gpu_check.Stage('tiny', tmp_path, tmp_path, 0, 0, None), gpu_check.time.time() + 60)
+    crew = gpu_check.Crew(gpu_check.Stage('tiny', tmp_path, tmp_path, 0, 0, None), time.time() + 60)
     slow, new = (gpu_check.Job(kind, kind) for kind in ('slow', 'new'))
     crew.todo, crew.durations = [slow, new], dict(slow=[10., 90.])
     assert [crew.next_job() for _ in range(2)] == [new, None] and crew.todo == [slow]
