@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# what an image with torch and transformers mostly lacks
+WHEELS ?= diffusers==0.42.1 fastcore==1.14.5
+# where `make gpu-check` writes
+OUT ?= runs/gpu_check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test trials lab notebooks readme
+.PHONY: help demo test trials gpu-check wheels lab notebooks readme
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## /  make \1: /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
 demo: $(READY) ## train E-GRPO on the miniature, then show before and after (options: make demo ARGS="--scale smoke")
 	$(BIN)/egrpo demo $(ARGS)
@@ -19,6 +23,13 @@ test: $(READY) ## everything that must hold: notebooks, tests, lint
 
 trials: $(READY) ## faults of machines, files and requests, by hand (some: make trials ARGS="server inputs")
 	@$(BIN)/python tests/trials $(ARGS)
+
+gpu-check: ## what a borrowed GPU is asked, by its machine's own Python (some: make gpu-check ARGS="--stages about,flux")
+	$(PYTHON) tests/gpu_check.py --out $(OUT) $(ARGS)
+
+wheels: ## into .whl, packages for a machine without network (others: make wheels WHEELS="NAME==VERSION")
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  $(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) --dest .whl $(WHEELS)
 
 lab: $(READY) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
 	$(BIN)/jupyter lab nbs $(ARGS)

@@ -93,7 +93,10 @@ static c10::IValue changed(const c10::IValue& v, const Change& f) { // all tenso
   auto type = v.toList().elementType()->str();
   if (type == "Tensor?") {
     c10::List<std::optional<Tensor>> out;
-    for (const c10::IValue& e : v.toListRef()) out.push_back(e.isNone() ? std::optional<Tensor>() : f(e.toTensor()));
+    for (const c10::IValue& e : v.toListRef()) {
+      bool none = e.isNone() || !e.toTensor().defined(); // a slice beside indices is an undefined tensor
+      out.push_back(none ? std::optional<Tensor>() : f(e.toTensor()));
+    }
     return out;
   }
   if (type == "Tensor[]") {
