@@ -7,7 +7,7 @@ __all__ = ['SKETCH_SIZE', 'CountSketch', 'TrainedStep', 'trained_steps', 'step_s
            'batch_gradients', 'gram_matrix', 'weighted_products', 'jackknife_interval', 'SignalEstimate',
            'signal_estimate', 'signal_lead', 'best_weights', 'cross_validated', 'steps_nfe', 'step_weights',
            'SignalReport', 'signal_report', 'show_estimate', 'signal_rows', 'weighting_rows', 'signal_answer',
-           'signal_json', 'signal_of']
+           'signal_json', 'read_signal', 'signal_of']
 
 # %% ../nbs/26_gradient_signal.ipynb #79015b6d
 from dataclasses import dataclass
@@ -362,7 +362,7 @@ def show_estimate(
     interval:tuple, # (value, low, high)
 )->str: # e.g. .0155 [.0115, .0195]
     "A small number with its interval."
-    value, low, high = (f'{x:.4f}'.replace('0.', '.', 1) for x in interval)
+    value, low, high = (f'{x:.4f}'.replace('0.', '.', 1).replace('-.0000', '.0000') for x in interval)
     return f'{value} [{low}, {high}]'
 
 def signal_rows(
@@ -457,6 +457,14 @@ def signal_json(
         batches=report.batches, prompts=plain.prompts, nfe=plain.nfe,
         steps=[vars(s) | _numbers(e) for s, e in report.steps], weightings=weightings,
         chosen=dict(steps=starts, **_numbers(chosen)), ratios=[float(f'{x:.8g}') for x in plain.ratios])
+
+def read_signal(
+    found:dict, # From `signal_json`, perhaps by way of a file
+)->SignalEstimate: # Of the plain loss
+    "The estimate of the plain loss that a report holds."
+    plain = found['weightings']['plain']
+    ratios = np.array(found['ratios'])
+    return SignalEstimate(tuple(plain['signal']), tuple(plain['noise']), ratios, found['nfe'], found['prompts'])
 
 def signal_of(
     trainer:Trainer, # Gives policy, method, reward and configuration; its weights do not change
