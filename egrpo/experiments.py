@@ -1045,9 +1045,10 @@ def _signal_tables()->dict: # Record -> setting -> fields of `TrainConfig`
     return dict(methods=methods) | grids | {k: upon(settings) for k, settings in chosen.items()}
 
 def signal_settings(
-    scale, # A `Scale`: smoke, mini or gpu
+    scale, # A `Scale`, or its name: smoke, mini or gpu
 )->dict: # 'record: setting', or 'after N: method' -> `TrainConfig`
     "Every setting whose signal is measured."
+    if isinstance(scale, str): scale = get_scale(scale)
     if scale.name not in SIGNAL_BATCHES:
         raise ValueError(f"scale must be one of {', '.join(SIGNAL_BATCHES)} for signal, got {scale.name!r}")
     smoke = scale.name == 'smoke'
@@ -1107,7 +1108,7 @@ def signal_of_setting(
     store=None, # Folder of finished cells; None = `store_dir()`
 )->dict: # What `_measure_signal` gives, and what is in its file
     "Measure a setting's signal, or read what was measured; several processes may measure different settings."
-    scale = get_scale(scale) if isinstance(scale, str) else scale
+    if isinstance(scale, str): scale = get_scale(scale)
     settings, store = signal_settings(scale), Path(store or store_dir())
     if name not in settings: raise ValueError(f"name must be one of {', '.join(settings)}, got {name!r}")
     config = settings[name]
