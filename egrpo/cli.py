@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COST_OPTIONS', 'SECONDS', 'TUNE_OPTIONS',
-           'SAMPLE_OPTIONS', 'DEMO_FILES', 'NEXT', 'SECONDS_TO_FINISH', 'Option', 'config_options', 'yes_or_no',
-           'converter', 'show_default', 'add_option', 'add_fields', 'add_own', 'option_groups', 'Parser', 'Command',
-           'make_parser', 'explain', 'set_environment', 'complain', 'main', 'table', 'category_rows', 'score_names',
-           'show_mean', 'category_table', 'change_table', 'ends', 'overlap_text', 'change_tables', 'given',
-           'check_file', 'check_picture', 'save_picture', 'try_reward', 'check_device', 'say', 'fold', 'run_methods',
-           'own_methods', 'read_images', 'run_rewards', 'add_rewards', 'plan_lengths', 'plan_table', 'steps_table',
-           'preset', 'published', 'plan_cost', 'entered_seconds', 'memory_text', 'time_text', 'schedule_text',
-           'run_text', 'asked_schedule', 'run_plan', 'add_plan', 'run_tune', 'add_tune', 'load_sampler',
-           'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample', 'run_evaluate', 'save_scores',
-           'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out', 'check_model', 'check_run',
-           'check_fields', 'begun_settings', 'train_config', 'prompts_text', 'try_own_rewards', 'run_train',
-           'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command', 'run_report', 'add_train',
-           'time_is_up', 'check_demo', 'clear_demo', 'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo',
-           'demo_config', 'run_demo', 'report_demo', 'add_demo', 'findings', 'run_reproduce', 'add_reproduce',
-           'run_claims', 'add_claims', 'stopped_by_sigterm', 'served_name', 'serve_reward', 'leave', 'run_serve',
-           'add_serve']
+           'SAMPLE_OPTIONS', 'SIGNAL_GROUPS', 'SIGNAL_OPTIONS', 'DEMO_FILES', 'NEXT', 'SECONDS_TO_FINISH', 'Option',
+           'config_options', 'yes_or_no', 'converter', 'show_default', 'add_option', 'add_fields', 'add_own',
+           'option_groups', 'Parser', 'Command', 'make_parser', 'explain', 'set_environment', 'complain', 'main',
+           'table', 'category_rows', 'score_names', 'show_mean', 'category_table', 'change_table', 'ends',
+           'overlap_text', 'change_tables', 'given', 'check_file', 'check_picture', 'save_picture', 'try_reward',
+           'check_device', 'say', 'fold', 'run_methods', 'own_methods', 'read_images', 'run_rewards', 'add_rewards',
+           'plan_lengths', 'plan_table', 'steps_table', 'preset', 'published', 'plan_cost', 'entered_seconds',
+           'memory_text', 'time_text', 'schedule_text', 'run_text', 'asked_schedule', 'run_plan', 'add_plan',
+           'run_tune', 'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options',
+           'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder',
+           'check_out', 'check_model', 'check_run', 'check_fields', 'begun_settings', 'train_config', 'prompts_text',
+           'try_own_rewards', 'run_train', 'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command',
+           'run_report', 'add_train', 'run_signal', 'add_signal', 'time_is_up', 'check_demo', 'clear_demo',
+           'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo',
+           'add_demo', 'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'add_claims', 'stopped_by_sigterm',
+           'served_name', 'serve_reward', 'leave', 'run_serve', 'add_serve']
 
 # %% ../nbs/35_cli.ipynb #be0fc233
 import argparse
@@ -170,7 +170,7 @@ class Command:
     text:str # What it does, in a sentence
     example:str # A line that works
 
-COMMANDS = dict.fromkeys(['demo', 'train', 'evaluate', 'sample', 'methods', 'rewards', 'plan', 'tune', 'reproduce', 'claims', 'serve'])
+COMMANDS = dict.fromkeys('demo train evaluate sample methods rewards plan tune signal reproduce claims serve'.split())
 
 def make_parser()->Parser: # The parser of the whole command line
     "All commands with their options."
@@ -1081,6 +1081,46 @@ def add_train(
 
 COMMANDS['train'] = Command(run_train, add_train, 'Train a model with a method, a reward and prompts of your choice.',
                             'egrpo train --iterations 100 --tau 1.8 --reward preference --out runs/tau18')
+
+# %% ../nbs/35_cli.ipynb #5a16b0c2
+SIGNAL_GROUPS = 'model', 'device and memory', 'method', 'attention entropy', 'prompts and rewards'
+SIGNAL_OPTIONS = 'clip_range beta weigh seed'.split()
+
+def run_signal(
+    args, # Parsed arguments
+):
+    "egrpo signal: measure signal and noise of the gradient and print the tables."
+    from egrpo import gradient_signal as gs
+    from egrpo.files import write_text
+    from egrpo.trainer import Trainer, describe_run
+    out = check_file(vars(args).pop('out'), '--out') # no folder of a run
+    gs.check_batches(args.batches)
+    with tempfile.TemporaryDirectory() as folder:
+        config = replace(train_config(args), iterations=args.batches, eval_size=2, out=f'{folder}/run')
+        say(describe_run(check_run(config)))
+        trainer = ready(Trainer(config))
+        report = gs.signal_of(trainer, args.batches, progress=True)
+    say(f'\n{table(gs.signal_rows(report))}\n\n{table(gs.weighting_rows(report))}\n')
+    say(fold('\n'.join(gs.signal_answer(report))))
+    if out:
+        write_text(out, to_json(gs.signal_json(report), indent=1))
+        say(f'numbers: {out}')
+
+def add_signal(
+    parser:Parser, # The command's parser
+):
+    "Options of egrpo signal: those of a training that matter before its first update."
+    scale = 'Settings of a scale, smoke, mini, gpu or flux (default: EGRPO_SCALE, else none)'
+    add_own(parser.add_argument_group('measurement'),
+            Option('batches', 'int', 128, 'Batches to draw, each an iteration of a training, >= 3'),
+            Option('out', 'str', None, 'JSON file for all numbers', 'FILE'),
+            Option('scale', 'str', None, scale, 'NAME'))
+    groups = option_groups()
+    for title in SIGNAL_GROUPS: add_fields(parser.add_argument_group(title), groups[title])
+    add_fields(parser.add_argument_group('loss and seed'), SIGNAL_OPTIONS)
+
+COMMANDS['signal'] = Command(run_signal, add_signal, 'Measure how much of the gradient is signal: which steps to train, how large a batch.',
+                             'egrpo signal --reward preference --batches 32 --out signal.json')
 
 # %% ../nbs/35_cli.ipynb #b13d7d70
 def time_is_up(

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERGE_LENGTH', 'ACTIVE_STEPS', 'WEIGHTS', 'KERNELS',
-           'TABLE_1', 'LEARNING_RATES', 'AEGPO', 'ALLOCATION', 'EXPLORED', 'ON_EGRPO', 'PAPER_COLUMNS', 'EXPERIMENTS',
-           'cell_key', 'fixed_places', 'hacked_places', 'images_at', 'run_cell', 'store_dir', 'cell_path', 'save_strip',
-           'load_strip', 'load_cell', 'save_cell', 'own_gpu', 'run_cells', 'iterations_for', 'with_budget',
-           'evaluation_texts', 'summarize', 'paired_seeds', 'contrast', 'held_out_curve', 'training_curve',
-           'training_rise', 'run_cost', 'shared_iteration', 'grid_data', 'Experiment', 'planned_iterations',
-           'registered', 'cells_of', 'record_name', 'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking',
-           'contrast_hacking', 'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said',
-           'rewards_of', 'seeds_of', 'find_record']
+           'TABLE_1', 'LEARNING_RATES', 'AEGPO', 'ALLOCATION', 'EXPLORED', 'ON_EGRPO', 'PAPER_COLUMNS',
+           'SIGNAL_BATCHES', 'MORE_BATCHES', 'AFTER', 'BEST', 'EXPERIMENTS', 'cell_key', 'fixed_places',
+           'hacked_places', 'images_at', 'run_cell', 'store_dir', 'cell_path', 'save_strip', 'load_strip', 'load_cell',
+           'save_cell', 'own_gpu', 'run_cells', 'iterations_for', 'with_budget', 'evaluation_texts', 'summarize',
+           'paired_seeds', 'contrast', 'held_out_curve', 'training_curve', 'training_rise', 'run_cost',
+           'shared_iteration', 'grid_data', 'Experiment', 'planned_iterations', 'registered', 'cells_of', 'record_name',
+           'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking', 'contrast_hacking', 'aegpo_grid', 'speed_up',
+           'score_table', 'difference_table', 'cost_table', 'said', 'rewards_of', 'seeds_of', 'find_record',
+           'signal_settings', 'signal_of_setting', 'trained_gains', 'signal_correlation', 'signal_data']
 
 # %% ../nbs/32_experiments.ipynb #40922409
 import json
@@ -34,9 +35,12 @@ import torch
 from accelerate.utils import gather_object
 from filelock import FileLock
 from PIL import Image
+from scipy.stats import bootstrap
 from torch import Tensor, distributed
 from tqdm.auto import tqdm
 
+from . import gradient_signal as gs
+from .attention_signal import rank_correlation
 from .benchmark import one_thread
 from .checkpoint import code_of, find_checkpoint
 from .entropy import merge_lengths, step_entropy
@@ -1080,6 +1084,170 @@ def find_record(
     if record_path(name).exists(): return load_record(name)
     print(f'no record of {name} yet: run `egrpo reproduce {name} --scale mini`')
 
+# %% ../nbs/32_experiments.ipynb #5a32b0c2
+SIGNAL_BATCHES = dict(smoke=(3, 4), mini=(128, 256), gpu=(512, 512)) # of every setting; of those in MORE_BATCHES
+MORE_BATCHES = ('methods: egrpo', 'methods: g2rpo', 'methods: mix_grpo', 'tau: 0')
+AFTER = ('egrpo', 'g2rpo', 'tempflow_grpo', 'mix_grpo') # measured after training, too
+BEST = dict(methods='egrpo', tau='2.2', merge_length='adaptive', active_steps='first 8', kernels='flow', aegpo='both',
+            allocation='16/8 by ΔEntropy', explored='4 peaks', on_egrpo='AEGPO on E-GRPO') # as the papers have it
+
+def _signal_tables()->dict: # Record -> setting -> fields of `TrainConfig`
+    "Every setting whose signal is measured, by the record of its runs."
+    grids = dict(tau=TAU, merge_length=MERGE_LENGTH, active_steps=ACTIVE_STEPS, kernels=KERNELS)
+    chosen = dict(aegpo=AEGPO, allocation=ALLOCATION, explored=EXPLORED, on_egrpo=ON_EGRPO)
+    methods = {name: dict(PUBLISHED[name], method=name) for name in TABLE_1}
+    def upon(settings): return {k: dict(method='aegpo', num_generations=12) | fields for k, fields in settings.items()}
+    return dict(methods=methods) | grids | {k: upon(settings) for k, settings in chosen.items()}
+
+def signal_settings(
+    scale, # A `Scale`, or its name: smoke, mini or gpu
+)->dict: # 'record: setting', or 'after N: method' -> `TrainConfig`
+    "Every setting whose signal is measured."
+    if isinstance(scale, str): scale = get_scale(scale)
+    if scale.name not in SIGNAL_BATCHES:
+        raise ValueError(f"scale must be one of {', '.join(SIGNAL_BATCHES)} for signal, got {scale.name!r}")
+    smoke = scale.name == 'smoke'
+    base = _base(scale if smoke else SCALES['mini'])
+    base |= dict(eval_rewards=base['reward'], eval_size=2, eval_every=0)
+    if not smoke: base |= dict(prompts_per_iteration=4, iterations=100)
+    tables = _signal_tables()
+    fields = {f'{record}: {name}': f for record, settings in tables.items() for name, f in settings.items()}
+    fields |= {f"after {base['iterations']}: {name}": tables['methods'][name] for name in AFTER}
+    few = ('methods: egrpo', 'methods: mix_grpo', 'tau: 0', 'after 2: egrpo')
+    return {k: _signal_config(base, f) for k, f in fields.items() if not smoke or k in few}
+
+def _signal_config(
+    base:dict, # Fields of all settings
+    fields:dict, # Those of one
+)->TrainConfig: # Without what its method does not take
+    "The configuration of a setting."
+    method = fields.get('method', TrainConfig.method)
+    return TrainConfig(**taken({**base, **fields}, method, fields.get('base')))
+
+# %% ../nbs/32_experiments.ipynb #5a32b0c5
+def _trained_model(
+    config:TrainConfig, # Gives sizes, iterations and seed
+    store, # Folder of finished cells
+)->str: # Folder of the model
+    "Train E-GRPO once, and keep its model beside the cells; it is no record."
+    config = replace(config, method='egrpo', lr=1e-4, checkpoint_every=CHECKPOINT_EVERY)
+    run = Path(store)/f'{cell_key(config)}.run'
+    with _alone(run.with_suffix('.json')):
+        if not (run/'model').exists():
+            resume = find_checkpoint(run/'checkpoint') is not None
+            Trainer(replace(config, out=str(run), resume=resume)).fit()
+    return str(run/'model')
+
+def _measure_signal(
+    config:TrainConfig, # The setting
+    batches:int, # n, all batches
+    common:int, # The first so many are compared with other settings'
+)->dict: # As `egrpo.gradient_signal.signal_json` has it; common: ratios and nfe of the first batches; seconds
+    "Measure one setting, on a CPU with one thread."
+    began = time.perf_counter()
+    threads = one_thread() if best_device(config.device).type == 'cpu' else nullcontext()
+    with threads, tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(replace(config, out=folder))
+        gradients = gs.batch_gradients(trainer, batches)
+        first = gs.gram_matrix(gradients.sketches[:common])
+        products = gs.weighted_products(first, np.ones(first.shape[1]))
+        both = gs.signal_estimate(products, gradients.nfe[:common])
+        found = gs.signal_json(gs.signal_report(gradients, config.prompts_per_iteration))
+        device = device_name(trainer.policy.device)
+    shared = dict(ratios=[float(f'{x:.8g}') for x in both.ratios], nfe=both.nfe)
+    return found | dict(common=shared, seconds=round(time.perf_counter() - began, 1), device=device)
+
+def signal_of_setting(
+    name:str, # As in `signal_settings`
+    scale, # A `Scale`, or its name
+    store=None, # Folder of finished cells; None = `store_dir()`
+    **where, # Fields of `TrainConfig` that change no result, such as device and micro_batch
+)->dict: # What `_measure_signal` gives, and what is in its file
+    "Measure a setting's signal, or read what was measured; several processes may measure different settings."
+    if isinstance(scale, str): scale = get_scale(scale)
+    settings, store = signal_settings(scale), Path(store or store_dir())
+    if name not in settings: raise ValueError(f"name must be one of {', '.join(settings)}, got {name!r}")
+    config = settings[name]
+    common, more = SIGNAL_BATCHES[scale.name]
+    same = {cell_key(settings[k]) for k in MORE_BATCHES if k in settings}
+    batches = more if cell_key(config) in same and not name.startswith('after') else common
+    after = name.startswith('after')
+    path = store/'signal'/f"{digest(f'{cell_key(config)} {batches} {common} {after}'.encode())}.json"
+    with _alone(path):
+        if not path.exists():
+            if after: config = replace(config, model=_trained_model(settings[name.split(': ')[0] + ': egrpo'], store))
+            found = _measure_signal(replace(config, **where), batches, common)
+            write_text(path, json.dumps(dict(setting=name, **found), ensure_ascii=False, separators=(',', ':')))
+    return read_object(path) | dict(key=path.stem)
+
+# %% ../nbs/32_experiments.ipynb #5a32b0c8
+def trained_gains(
+    reward:str='preference', # Which reward, the one that was trained on
+)->dict: # 'record: setting' -> (mean, low, high)
+    "What training has gained in every setting whose record is there."
+    records = {name: load_record(name)['data'] for name in _signal_tables() if record_path(name).exists()}
+    return {f'{name}: {k}': s[reward]['gain'] for name, data in records.items() for k, s in data['settings'].items()}
+
+def signal_correlation(
+    signal, # (N,) signal of N configurations
+    gain, # (N,) what training gained in each
+)->tuple|None: # (Spearman's correlation, low, high); None for fewer than 4
+    "Rank correlation over configurations with its 95 % interval."
+    if len(signal) < 4: return None
+    def statistic(a, b, axis): return rank_correlation(a, b)
+    rng = np.random.default_rng(0)
+    found = bootstrap((signal, gain), statistic, paired=True, n_resamples=2000, method='percentile', rng=rng)
+    low, high = found.confidence_interval
+    return float(rank_correlation(signal, gain)), float(low), float(high)
+
+def _signal_points(
+    found:dict, # 'record: setting' -> what `signal_of_setting` returned
+    gains:dict, # 'record: setting' -> (mean, low, high)
+)->list: # A dict per distinct configuration: settings, per_thousand, gain (mean over their runs)
+    "Pair signal and gain; settings that are one configuration are one point."
+    groups = {}
+    for name in found.keys() & gains.keys(): groups.setdefault(found[name]['key'], []).append(name)
+    def point(names):
+        "One configuration."
+        gain = float(np.mean([gains[k][0] for k in names]))
+        signal = found[names[0]]['weightings']['plain']['per_thousand']
+        return dict(settings=sorted(names), gain=gain, per_thousand=signal)
+    return sorted(map(point, groups.values()), key=lambda p: p['settings'])
+
+def _signal_leads(
+    found:dict, # 'record: setting' -> what `signal_of_setting` returned
+)->dict: # record -> setting -> (value, low, high) per 1,000 evaluations, of the best as published minus it
+    "Compare each setting with the one that its paper finds best, on common batches."
+    def estimate(name):
+        "Of the common batches."
+        common = found[name]['common']
+        return gs.SignalEstimate((), (), np.array(common['ratios']), common['nfe'], found[name]['prompts'])
+    leads = {}
+    for name in found:
+        record, _, setting = name.partition(': ')
+        best = f"{record}: {BEST.get(record, 'egrpo')}"
+        if best not in found or name == best: continue
+        leads.setdefault(record, {})[setting] = gs.signal_lead(estimate(best), estimate(name))
+    return leads
+
+def signal_data(
+    results:dict, # Empty: nothing is trained for a record
+    scale, # A `Scale`
+    store=None, # Folder of finished cells; None = `store_dir()`, at scale smoke a temporary one
+)->dict: # The record's data
+    "Signal and noise of every setting, and how well they predict what training gained."
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = store or (scratch if scale.name == 'smoke' else store_dir())
+        names = tqdm(signal_settings(scale), desc='settings', disable=not _is_first())
+        found = {name: signal_of_setting(name, scale, folder) for name in names}
+    points = _signal_points(found, trained_gains())
+    x, y = [p['per_thousand'][0] for p in points], [p['gain'] for p in points]
+    distinct = {f['key']: f for f in found.values()}.values()
+    nfe = round(sum(f['nfe'] * f['batches'] for f in distinct))
+    kept = {k: {n: v for n, v in f.items() if n not in ('ratios', 'common', 'setting')} for k, f in found.items()}
+    return dict(settings=kept, leads=_signal_leads(found), points=points, correlation=signal_correlation(x, y),
+                seconds=sum(f['seconds'] for f in distinct), nfe=nfe)
+
 # %% ../nbs/32_experiments.ipynb #8375bf1d
 def _compared_with(
     best:str, # A setting
@@ -1123,6 +1291,7 @@ EXPERIMENTS = {
                            lambda scale: aegpo_grid(scale, EXPLORED), _aegpo_data('4 peaks', 'all')),
     'on_egrpo': Experiment('Beyond both papers: AEGPO on E-GRPO', 'nbs/56_aegpo_on_egrpo.ipynb',
                            lambda scale: aegpo_grid(scale, ON_EGRPO, 'egrpo'), _aegpo_data('AEGPO on E-GRPO', 'E-GRPO')),
+    'signal': Experiment('Beyond both: signal and noise of the gradient', 'nbs/70_gradient_signal.ipynb', lambda scale: {}, signal_data),
     'attention_benchmark': Experiment('Beyond AEGPO: what attention entropy costs', 'nbs/62_attention_cost.ipynb',
                                       lambda scale: {}, _attention_data),
     **{name: Experiment(title, notebook, lambda scale: {}, data) for name, (title, notebook, data) in MEASUREMENTS.items()},
