@@ -951,7 +951,8 @@ def aegpo_grid(
         budget = training_nfe(TrainConfig(**_base(scale)))
         every = 0 if scale.registered else 40
         iterations = 5 * iterations_for(TrainConfig(**base), budget)
-        base |= dict(num_generations=12, eval_every=every, budget=budget, iterations=iterations)
+        groups = 3 * base.get('num_generations', 8) // 2 # on average
+        base |= dict(num_generations=groups, eval_every=every, budget=budget, iterations=iterations)
     return {name: [TrainConfig(**{**base, **fields, 'seed': seed}) for seed in scale.seeds] for name, fields in settings.items()}
 
 # %% ../nbs/32_experiments.ipynb #25be2413

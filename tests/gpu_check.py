@@ -412,15 +412,53 @@ def cell(
     return Job(cell_key(config), kind, config.seed, config)
 
 
+# (grid, seeds) in the order of `egrpo.registered`; what is there already is not done again
+ORDER = (('step_weights', 8), ('methods', 8), ('aegpo', 6), ('allocation', 6), ('explored', 6), ('on_egrpo', 8),
+         ('step_weights', 12), ('methods', 12), ('methods_clip', 8), ('aegpo', 8), ('allocation', 8), ('explored', 8),
+         ('on_egrpo', 12), ('methods_clip', 12))
+TOGETHER = dict(methods='step_weights', allocation='aegpo', explored='aegpo') # done in step, seed by seed
+
+
+def registered_jobs()->list: # Jobs
+    "Cells of the registered grids at scale gpu."
+    from egrpo.experiments import registered
+    grids, found = registered('gpu'), {}
+    phases = {}
+    for name, seeds in ORDER:
+        phase = phases.setdefault((TOGETHER.get(name, name), seeds), 1000 * (len(phases) + 1))
+        for setting, configs in grids[name].items():
+            for config in configs:
+                job = cell(f'{name}: {setting}', config)
+                first = found.get(job.name)
+                if config.seed < 100 + seeds and first is None: found[job.name] = replace(job, seed=phase + config.seed)
+    return [*found.values()]
+
+
+def record_of(
+    name:str, # A measurement's, in `egrpo.experiments.EXPERIMENTS`
+    scale:str, # Name of the scale
+)->dict: # Its record
+    "Measure, and return the record."
+    from egrpo.experiments import reproduce
+    from egrpo.records import load_record
+    with tempfile.TemporaryDirectory() as folder:
+        return load_record(reproduce(name, scale, 0, path=f'{folder}/{name}.json'))
+
+
 def jobs(
     size:str, # tiny or full
 )->list: # Jobs; smaller seeds are done first, and else the order is kept
-    "THE LIST OF WHAT THE GPU COMPUTES: the one place to fill in."
-    from egrpo.experiments import EXPERIMENTS
+    "List what the GPU computes: probes, the gradient's signal, then the registered grids."
+    from egrpo.experiments import signal_settings
     from egrpo.records import get_scale
     if size == 'tiny': return rehearsal()
-    cells = EXPERIMENTS['tau'].cells(get_scale('gpu'))
-    return [cell(f'tau {name}', config) for name, configs in cells.items() for config in configs]
+    probes = [Job(f'record_{name}', name, 0, call='gpu_check:record_of', arguments=dict(name=name, scale='mini'))
+              for name in ('peaks', 'learning_value')]
+    where = dict(device='cuda', micro_batch=MICRO_BATCH)
+    names = list(signal_settings(get_scale('mini')))
+    signal = [Job(f'signal_{i}', f'signal {name}', 1, call='egrpo.experiments:signal_of_setting',
+                  arguments=dict(name=name, scale='mini', **where)) for i, name in enumerate(names)]
+    return probes + signal + registered_jobs()
 
 
 def rehearsal()->list: # Jobs: two cells, a function, and one that fails
