@@ -53,7 +53,7 @@ def test_a_verdict_is_not_written_by_hand(tmp_path, monkeypatch):
 
 
 def test_partial_record_is_open():
-    data = dict(best='egrpo', comparisons=dict(end={}), rise_against_best={}, seeds_finished=dict(egrpo=[0], mix_grpo=[]))
+    data = dict(best='egrpo', comparisons=dict(end={}), seeds_finished=dict(egrpo=[0], mix_grpo=[]))
     for judge in (claims.best(), claims.training_best(('mix_grpo',))): assert judge(data).verdict == 'open (0 of 5 seeds)'
 
 
