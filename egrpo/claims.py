@@ -266,7 +266,7 @@ def training_best(
 
 
 # %% ../nbs/33_claims.ipynb #d92846b4
-def _ratio_text(ratio): return 'variance × {:.2f} [{:.2f}, {:.2f}], mean of logarithms'.format(*ratio)
+def _ratio_text(ratio): return 'variance × {:.2f} [{:.2f}, {:.2f}] (geometric mean)'.format(*ratio)
 
 def explores(
     *names:str, # Comparisons in the record of Fig. 1a
@@ -332,10 +332,10 @@ def pays(
     "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which AEGPO builds on, and E-GRPO's."
     def find(data):
         "The lead of the peaks under each kernel."
-        lead = {k: data['kernels'][k]['statistics'][value]['chosen']['attention peaks'] for k in ('dance', 'flow')}
+        leads = {k: Estimate(**data['kernels'][k]['statistics'][value]['lead']) for k in ('dance', 'flow')}
         def text(v): return _ratio_text(np.exp(v)) if value == 'variance' else '{:+.5f} [{:+.5f}, {:+.5f}]'.format(*v)
-        seen = '; '.join(f'{k}: {text(v)}' for k, v in lead.items())
-        return _found(f'peaks against other steps, kernel {seen}', lead)
+        seen = '; '.join(f'{k}: {text(e.interval())}' for k, e in leads.items())
+        return _found(f'peaks against other steps, kernel {seen}', leads)
     return find
 
 def faster(

@@ -394,18 +394,19 @@ def _step_statistics(
     rules:dict, # Rule -> P lists of steps
     texts=None, # (P,) the prompts' texts; None = all distinct
     logs:bool=False, # Choose by the logarithm? Of variances
-)->dict: # mean by step; along, across, chosen, over_rules: intervals
+)->dict: # mean by step; along, across, chosen, over_rules: intervals; lead: fields of an `Estimate`, of the peaks over the rest
     "What attention entropy and step entropy say about one value of the steps."
     values, attention, step = (np.asarray(o, dtype=float) for o in (values, attention, np.broadcast_to(entropy, values.shape)))
     along = {'attention entropy': rank_correlation(attention, values), 'step entropy': rank_correlation(step, values)}
     level = log_variance(values) if logs else values
     chosen = {name: chosen_minus_rest(level, steps) for name, steps in rules.items()}
     peaks = chosen['attention peaks']
+    lead = difference(peaks, None, texts)
     over = {name: peaks - c for name, c in chosen.items() if name != 'attention peaks'}
     def by_text(found): return {name: difference(v, None, texts).interval() for name, v in found.items()}
     return dict(mean=[bootstrap_interval(o) for o in values.T], along={n: bootstrap_interval(o) for n, o in along.items()},
                 along_lead=paired_interval(along['step entropy'], along['attention entropy']), over_rules=by_text(over),
-                chosen=by_text(chosen), across=draws_interval(correlation_draws(attention.T[None], values.T[None])))
+                chosen=by_text(chosen), lead=asdict(lead), across=draws_interval(correlation_draws(attention.T[None], values.T[None])))
 
 def kernel_statistics(
     values:dict, # Value -> (P,B) of every step

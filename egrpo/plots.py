@@ -534,7 +534,7 @@ def plot_training(
     data:dict, # A record's data: training -> setting -> list of (iteration, mean, low, high); cost -> setting -> iterations, nfe, seconds
     x:str='iterations', # iterations, nfe or seconds
     settings=None, # Which settings, in which order; all if not given
-    reward:str|None=None, # A held-out score, its change since the start; None = the training samples' reward, minus the base model's if known
+    reward:str|None=None, # A held-out score, its change since the start; None = the training reward, as the record has it
     band:bool=True, # Show how far the mean may be off? Of many settings the bands hide the lines
     smooth:int=1, # Neighbouring points that are averaged, >= 1, of the training samples' reward
     ax=None, # Axes to draw on; None makes a figure

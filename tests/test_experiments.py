@@ -181,10 +181,10 @@ def base_scores(tmp_path, monkeypatch):
     monkeypatch.setenv('EGRPO_FIGURES', str(tmp_path))
     texts = list(dict.fromkeys(ex.load_prompts('shapes')))
     scores = (.5 + .1 * np.random.default_rng(0).normal(size=len(texts))).tolist()
-    def save(digest=ex.digest(json.dumps(texts).encode())):
-        data = dict(prompts=4096, digest=digest, scores=dict(preference=scores))
+    def save(texts):
+        data = dict(prompts=4096, digest=ex.digest(json.dumps(texts).encode()), scores=dict(preference=scores))
         ex.save_record('base_scores', data, scale='mini', seeds=[], wall_time=1, nfe=1, command='egrpo reproduce base_scores')
-    save()
+    save(texts)
     return dict(zip(texts, scores)), save
 
 
@@ -234,7 +234,7 @@ def test_runs_without_base_scores_are_left_alone(base_scores, config):
 
 def test_base_scores_of_other_prompts_are_refused(base_scores):
     known, save = base_scores
-    save('0' * 16)
+    save(['another'])
     with pytest.raises(ValueError, match='is of other prompts: make it again with `egrpo reproduce base_scores`'):
         ex.training_rise([trained(0, known, 0.)])
 

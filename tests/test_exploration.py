@@ -193,7 +193,8 @@ def test_one_step_record_agrees_with_itself():
     for reward, v in data['variance'].items():
         early, late = (v[where[o]] for o in (measurements.EARLY, measurements.LATE))
         again = measurements.log_ratio(early, late, texts)
-        assert Estimate(**data['contrasts'][reward]['step 2 over step 6']['log_ratio']).interval() == pytest.approx(again.interval(), abs=1e-3)
+        found = Estimate(**data['contrasts'][reward]['step 2 over step 6']['log_ratio'])
+        assert found.interval() == pytest.approx(again.interval(), abs=1e-3)
 
 
 # ---- variances as logarithms
