@@ -22,7 +22,7 @@ from scipy import stats
 
 from .experiments import EXPERIMENTS, rewards_of, seeds_of
 from .intervals import Estimate, holm, judge
-from .records import SEEDS_NEEDED, load_record, negative, record_path, show_interval, verdict
+from .records import SEEDS_NEEDED, load_record, record_path, show_interval, verdict
 from .registered import RIVALS
 
 # %% ../nbs/33_claims.ipynb #04ab3f3a
@@ -167,27 +167,37 @@ def margins_text()->str: # A sentence
             "a quarter to a third in the others.")
 
 # %% ../nbs/33_claims.ipynb #7b03416f
+def _tails(
+    lead, # `Estimate`, or (mean, low, high), of what is claimed to be positive
+)->tuple: # p-values of above 0 and of below 0, one-sided
+    "One-sided p-values; of an interval as if its half towards 0 came from a normal distribution."
+    if isinstance(lead, Estimate): return lead.p_above(), lead.p_below()
+    mean, low, high = lead
+    half = max(mean - low if mean > 0 else high - mean, 1e-12)
+    z = mean / half * stats.norm.ppf(.975)
+    return stats.norm.sf(z), stats.norm.cdf(z)
+
 def _p_value(
     word:str, # The verdict
-    intervals:list, # (mean, low, high) of what is claimed to be positive
+    leads:list, # As for `_tails`
 )->float|None: # None where nothing is decided
-    "p-value of a verdict, as if the interval's half towards 0 came from a normal distribution."
-    half = [max(mean - low if mean > 0 else high - mean, 1e-12) for mean, low, high in intervals]
-    z = [mean / o * stats.norm.ppf(.975) for (mean, *_), o in zip(intervals, half)]
-    if word == 'holds': return float(max(2 * stats.norm.sf(z)))
-    if word == 'does not hold': return float(min(1., 2 * len(z) * min(stats.norm.cdf(z))))
+    "p-value of a verdict, corrected over the rivals."
+    above, below = zip(*map(_tails, leads))
+    if word == 'holds': return float(2 * max(above))
+    if word == 'does not hold': return float(min(1., 2 * len(below) * min(below)))
     return None
 
 def _found(
     seen:str, # Our numbers, in words
-    intervals:dict, # Rival or comparison -> (mean, low, high) of what is claimed to be positive
+    leads:dict, # Rival or comparison -> `Estimate`, or (mean, low, high), of what is claimed to be positive
     seeds:int|None=None, # How many they rest on; None = no training runs
 )->Finding: # With the one that speaks most against the claim
     "Judge by 95 % intervals alone."
-    if not intervals or (seeds is not None and seeds < SEEDS_NEEDED): return Finding(seen, 'open', seeds=seeds or 0)
+    if not leads or (seeds is not None and seeds < SEEDS_NEEDED): return Finding(seen, 'open', seeds=seeds or 0)
+    intervals = {k: e.interval() if isinstance(e, Estimate) else tuple(e) for k, e in leads.items()}
     word = verdict(*intervals.values())
     rival = min(intervals, key=lambda k: (min(intervals[k][2], 0), intervals[k][1]))
-    return Finding(seen, word, _p_value(word, list(intervals.values())), rival, tuple(intervals[rival]), seeds=seeds)
+    return Finding(seen, word, _p_value(word, list(leads.values())), rival, intervals[rival], seeds=seeds)
 
 def _estimates(
     known:dict, # setting -> reward -> fields of an `Estimate`
@@ -258,30 +268,34 @@ def training_best(
     "The training reward of the setting claimed to be best rises most."
     def find(data):
         "How far it rises, and its lead over the rival that decides."
-        own, equal = data['best'], data.get('equal_iterations', {})
-        leads = {k: negative(v) for k, v in data['rise_against_best'].items() if k in over}
-        same = {k: negative(equal[k]['rise']) for k in leads if 'rise' in equal.get(k, {})}
-        if not leads: return Finding('', 'open', seeds=0)
+        own, known = data['best'], data['comparisons']
+        def leads(kind): return {k: Estimate(**e) for k, e in known.get(kind, {}).items() if k in over}
+        end, same = leads('rise'), leads('rise_equal')
+        if not end: return Finding('', 'open', seeds=0)
         def one(leads):
             "At one kind of equality."
-            found = _found('', leads, seeds_of(data, (own, *over), paired=True))
+            found = _found('', leads, seeds_of(data, (own, *over)))
             if not found.rival: return found
             return replace(found, seen=_lead_text(own, found))
-        end = one(leads)
+        found = one(end)
         rise = f"{_name(own)} rises by {show_interval(data['training_rise'][own], '+')}"
-        return replace(end, seen=f'{rise}; {end.seen}', equal=one(same) if len(same) == len(leads) else None)
+        unlike = '' if data['minus_base'] else ' (the base model is not subtracted)'
+        return replace(found, seen=f'{rise}{unlike}; {found.seen}', equal=one(same) if len(same) == len(end) else None)
     return find
 
+
 # %% ../nbs/33_claims.ipynb #d92846b4
+def _ratio_text(ratio): return 'variance × {:.2f} [{:.2f}, {:.2f}] (geometric mean)'.format(*ratio)
+
 def explores(
     *names:str, # Comparisons in the record of Fig. 1a
 )->Callable: # A judge
     "The CLIP score varies more after one kind of step than after another."
     def find(data):
-        "Ratios of variance; judged are the differences."
+        "Ratios of variance; judged are their logarithms."
         pairs = {n: data['contrasts']['clip'][n] for n in names}
-        seen = '; '.join(f"{n}: variance × {p['ratio'][0]:.2f} [{p['ratio'][1]:.2f}, {p['ratio'][2]:.2f}]" for n, p in pairs.items())
-        return _found(seen, {n: p['difference'] for n, p in pairs.items()})
+        seen = '; '.join(f"{n}: {_ratio_text(p['ratio'])}" for n, p in pairs.items())
+        return _found(seen, {n: Estimate(**p['log_ratio']) for n, p in pairs.items()})
     return find
 
 def ambiguous(
@@ -337,9 +351,10 @@ def pays(
     "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which AEGPO builds on, and E-GRPO's."
     def find(data):
         "The lead of the peaks under each kernel."
-        lead = {k: data['kernels'][k]['statistics'][value]['chosen']['attention peaks'] for k in ('dance', 'flow')}
-        seen = '; '.join('{}: {:+.5f} [{:+.5f}, {:+.5f}]'.format(k, *v) for k, v in lead.items())
-        return _found(f'peaks minus other steps, kernel {seen}', lead)
+        leads = {k: Estimate(**data['kernels'][k]['statistics'][value]['lead']) for k in ('dance', 'flow')}
+        def text(v): return _ratio_text(np.exp(v)) if value == 'variance' else '{:+.5f} [{:+.5f}, {:+.5f}]'.format(*v)
+        seen = '; '.join(f'{k}: {text(e.interval())}' for k, e in leads.items())
+        return _found(f'peaks against other steps, kernel {seen}', leads)
     return find
 
 def faster(

@@ -8,11 +8,12 @@ __all__ = ['WHERE', 'FALL', 'CHECKPOINT_EVERY', 'TAUS', 'HELD_OUT', 'TAU', 'MERG
            'SIGNAL_BATCHES', 'MORE_BATCHES', 'AFTER', 'BEST', 'EXPERIMENTS', 'cell_key', 'fixed_places',
            'hacked_places', 'images_at', 'run_cell', 'store_dir', 'cell_path', 'save_strip', 'load_strip', 'load_cell',
            'save_cell', 'own_gpu', 'run_cells', 'iterations_for', 'with_budget', 'evaluation_texts', 'summarize',
-           'paired_seeds', 'contrast', 'held_out_curve', 'training_curve', 'training_rise', 'run_cost',
-           'shared_iteration', 'grid_data', 'Experiment', 'planned_iterations', 'registered', 'cells_of', 'record_name',
-           'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking', 'contrast_hacking', 'aegpo_grid', 'speed_up',
-           'score_table', 'difference_table', 'cost_table', 'said', 'rewards_of', 'seeds_of', 'find_record',
-           'signal_settings', 'signal_of_setting', 'trained_gains', 'signal_correlation', 'signal_data']
+           'paired_seeds', 'contrast', 'held_out_curve', 'base_reward', 'training_rewards', 'training_curve',
+           'training_rise', 'run_cost', 'shared_iteration', 'grid_data', 'Experiment', 'planned_iterations',
+           'registered', 'cells_of', 'record_name', 'reproduce', 'grid', 'learning_rate', 'real_share', 'hacking',
+           'contrast_hacking', 'aegpo_grid', 'speed_up', 'score_table', 'difference_table', 'cost_table', 'said',
+           'rewards_of', 'seeds_of', 'find_record', 'signal_settings', 'signal_of_setting', 'trained_gains',
+           'signal_correlation', 'signal_data']
 
 # %% ../nbs/32_experiments.ipynb #40922409
 import json
@@ -49,7 +50,7 @@ from .intervals import Estimate, difference, pooled_training
 from .measurements import MEASUREMENTS
 from .methods import METHODS, PUBLISHED, method_settings, taken
 from .policy import best_device, default_dtype, model_sigmas
-from .prompts import load_prompts
+from .prompts import load_prompts, prompt_batch
 from egrpo.records import (
     SCALES,
     bootstrap_interval,
@@ -518,16 +519,59 @@ def _evaluations(
     scores = [np.stack([r['scores'][reward][i] for r, i in zip(results, at)]) for at in zip(*places)]
     return np.mean(places, axis=0), scores
 
+
+# %% ../nbs/32_experiments.ipynb #3d0c5b02
+@lru_cache
+def _training_texts(
+    source:str, # As `load_prompts` takes it
+)->tuple: # The prompts
+    "Training prompts, read once."
+    return tuple(load_prompts(source))
+
+@lru_cache
+def _base_scores(
+    path:Path, # A record
+    changed:int, # When its file was written, ns
+)->dict: # reward -> text -> score before training
+    "Scores of the training prompts before training."
+    data = load_record(path)['data']
+    texts = list(dict.fromkeys(_training_texts('shapes')[:data['prompts']]))
+    if digest(json.dumps(texts).encode()) != data['digest']:
+        raise ValueError(f"{path.name} is of other prompts: make it again with `egrpo reproduce base_scores`")
+    return {reward: dict(zip(texts, scores)) for reward, scores in data['scores'].items()}
+
+def base_reward(
+    result:dict, # A result
+)->np.ndarray|None: # (I,) per iteration; None where it is not known
+    "Mean reward of the untrained model on the prompts of each iteration."
+    config, path = result['config'], record_path('base_scores')
+    if (config.get('model'), config.get('prompts')) != ('miniature', 'shapes') or not path.exists(): return None
+    scores, weights = _base_scores(path, path.stat().st_mtime_ns), get_reward(config['reward']).weights
+    if not weights.keys() <= scores.keys(): return None
+    prompts, n, seed = _training_texts('shapes'), config['prompts_per_iteration'], config['seed']
+    seen = [text for i in range(len(result['reward'])) for text in prompt_batch(prompts, n, i, seed)]
+    if not scores[next(iter(weights))].keys() >= {*seen}: return None
+    total = sum(weight * np.array([scores[reward][text] for text in seen]) for reward, weight in weights.items())
+    return total.reshape(-1, n).mean(1)
+
+def training_rewards(
+    results:list, # Results of one setting, a seed each
+)->list: # (I,) per result: its reward per iteration
+    "Training reward minus the untrained model's on the same prompts, or as it is where that is not known of all."
+    rewards, base = [np.array(r['reward'], dtype=float) for r in results], [base_reward(r) for r in results]
+    return rewards if any(b is None for b in base) else [r - b for r, b in zip(rewards, base)]
+
 def training_curve(
     results:list, # Results of one setting, a seed each
     parts:int=20, # Points
 )->list: # (iteration, mean, low, high) of each part of the run, at its middle
-    "Mean training reward over the parts of a run."
-    parts = min(parts, *(len(r['reward']) for r in results))
-    def means(x): return [c.mean() for c in np.array_split(np.asarray(x, dtype=float), parts)]
-    middles = np.mean([means(np.arange(len(r['reward'])) + .5) for r in results], axis=0)
-    rewards = np.array([means(r['reward']) for r in results])
-    return [(float(i), *bootstrap_interval(y[:, None])) for i, y in zip(middles, rewards.T)]
+    "Mean of `training_rewards` over the parts of a run, with intervals over seeds."
+    rewards = training_rewards(results)
+    parts = min(parts, *map(len, rewards))
+    def means(x): return [c.mean() for c in np.array_split(x, parts)]
+    middles = np.mean([means(np.arange(len(r)) + .5) for r in rewards], axis=0)
+    levels = np.array([means(r) for r in rewards])
+    return [(float(i), *difference(y[:, None], None).interval()) for i, y in zip(middles, levels.T)]
 
 def training_rise(
     results:list, # Results of one setting, a seed each
@@ -537,8 +581,8 @@ def training_rise(
     def rise(reward):
         "Of one run."
         quarter = max(1, len(reward) // 4)
-        return np.mean(reward[-quarter:]) - np.mean(reward[:quarter])
-    return np.array([[rise(r['reward'][:iterations])] for r in results])
+        return reward[-quarter:].mean() - reward[:quarter].mean()
+    return np.array([[rise(r[:iterations])] for r in training_rewards(results)])
 
 def run_cost(
     results:list, # Results of one setting, a seed each
@@ -583,13 +627,13 @@ def _fields(
     "Estimates as a record keeps them."
     return {k: {reward: asdict(e) for reward, e in es.items()} for k, es in leads.items()}
 
-def _rise_against(
+def _rise_lead(
     best:list, # Results of the setting compared with
     results:list, # Results of another setting
     iterations:int|None=None, # As in `training_rise`
-)->tuple: # (mean, low, high) of results minus `best`
-    "How much further the training reward rises."
-    return paired_interval(*(training_rise(rs, iterations) for rs in paired_seeds(best, results)))
+)->Estimate: # Of `best` minus results
+    "How much further the training reward rises; seeds are not paired (Welch)."
+    return difference(training_rise(best, iterations), training_rise(results, iterations))
 
 def shared_iteration(
     results:list, # Results of one setting
@@ -607,22 +651,24 @@ def grid_data(
     if best not in results: raise ValueError(f"no cell of the setting {best!r}, with which all are compared, is finished: run more cells")
     rewards = list(results[best][0]['scores'])
     others = {k: rs for k, rs in results.items() if k != best}
-    own = {r['config']['seed'] for r in results[best]}
-    paired = {k: rs for k, rs in others.items() if own & {r['config']['seed'] for r in rs}}
     shared = {k: i for k, rs in others.items() if (i := shared_iteration(rs, results[best]))}
     end = {k: _leads(results, best, k, None, pool) for k in others}
     equal = {k: _leads(results, best, k, i, pool) for k, i in shared.items()}
     gains = {k: {r: _gain(rs, r) for r in rewards} for k, rs in results.items()}
-    rises = {k: dict(rise=_rise_against(results[best], paired[k], i)) for k, i in shared.items() if k in paired}
+    rises = {k: _rise_lead(results[best], rs) for k, rs in others.items()}
+    equal_rises = {k: _rise_lead(results[best], others[k], i) for k, i in shared.items()}
+    def at(k): return dict(iteration=shared[k], against_best=_against(equal[k]), rise=(-equal_rises[k]).interval())
     return dict(
         best=best, settings={k: summarize(rs) for k, rs in results.items()},
         against_best={k: _against(leads) for k, leads in end.items()},
-        equal_iterations={k: dict(iteration=shared[k], against_best=_against(leads)) | rises.get(k, {}) for k, leads in equal.items()},
-        comparisons=dict(end=_fields(end), equal=_fields(equal), gain=_fields(gains)),
+        equal_iterations={k: at(k) for k in shared},
+        comparisons=dict(end=_fields(end), equal=_fields(equal), gain=_fields(gains), rise={k: asdict(e) for k, e in rises.items()},
+                         rise_equal={k: asdict(e) for k, e in equal_rises.items()}),
+        minus_base=all(base_reward(r) is not None for rs in results.values() for r in rs),
         held_out={k: {r: held_out_curve(rs, r) for r in rewards} for k, rs in results.items()},
         training={k: training_curve(rs) for k, rs in results.items()},
-        training_rise={k: bootstrap_interval(training_rise(rs)) for k, rs in results.items()},
-        rise_against_best={k: _rise_against(results[best], rs) for k, rs in paired.items()},
+        training_rise={k: difference(training_rise(rs), None).interval() for k, rs in results.items()},
+        rise_against_best={k: (-e).interval() for k, e in rises.items()},
         cost={k: run_cost(rs) for k, rs in results.items()},
         ratio_error=max(r['ratio_error'] for rs in results.values() for r in rs),
         cells={k: {r['config']['seed']: r['key'] for r in rs} for k, rs in results.items()})

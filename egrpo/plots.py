@@ -534,7 +534,7 @@ def plot_training(
     data:dict, # A record's data: training -> setting -> list of (iteration, mean, low, high); cost -> setting -> iterations, nfe, seconds
     x:str='iterations', # iterations, nfe or seconds
     settings=None, # Which settings, in which order; all if not given
-    reward:str|None=None, # A held-out score, its change since the start; None = the training samples' reward
+    reward:str|None=None, # A held-out score, its change since the start; None = the training reward, as the record has it
     band:bool=True, # Show how far the mean may be off? Of many settings the bands hide the lines
     smooth:int=1, # Neighbouring points that are averaged, >= 1, of the training samples' reward
     ax=None, # Axes to draw on; None makes a figure
@@ -550,7 +550,8 @@ def plot_training(
         ax.plot(at, mean, label=name, **look)
         if band: ax.fill_between(at, low, high, color=look['color'], alpha=.15, lw=0)
     if x == 'nfe': ax.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=''))
-    ax.set(xlabel=COSTS[x], ylabel=f'change of {reward}, held-out' if reward else 'reward of the training samples')
+    own = 'training reward minus base model' if data.get('minus_base') else 'reward of the training samples'
+    ax.set(xlabel=COSTS[x], ylabel=f'change of {reward}, held-out' if reward else own)
     ax.legend()
     return ax
 

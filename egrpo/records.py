@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MINI', 'REGISTERED_SEEDS', 'SCALES', 'FIELDS', 'SEEDS_NEEDED', 'Scale', 'get_scale', 'figures_dir', 'check_record',
            'code_commit', 'versions', 'device_name', 'record_path', 'save_record', 'load_record', 'bootstrap_means',
-           'bootstrap_interval', 'paired_interval', 'negative', 'verdict', 'show_interval']
+           'bootstrap_interval', 'paired_interval', 'verdict', 'show_interval']
 
 # %% ../nbs/30_records.ipynb #77d8228b
 import json
@@ -258,13 +258,6 @@ def paired_interval(
 
 # %% ../nbs/30_records.ipynb #366d9ffa
 SEEDS_NEEDED = 5
-
-def negative(
-    interval:tuple, # (mean, low, high)
-)->tuple: # (mean, low, high) of the opposite sign
-    "Minus an interval."
-    mean, low, high = interval
-    return -mean, -high, -low
 
 def verdict(
     *intervals:tuple, # (mean, low, high) of what is claimed to be positive

@@ -78,7 +78,7 @@ def test_registered_runs_decide_once_they_are_there(tmp_path, monkeypatch):
 
 
 def test_partial_record_is_open():
-    data = dict(best='egrpo', comparisons=dict(end={}), rise_against_best={}, seeds_finished=dict(egrpo=[0], mix_grpo=[]))
+    data = dict(best='egrpo', comparisons=dict(end={}), seeds_finished=dict(egrpo=[0], mix_grpo=[]))
     for judge in (claims.best(), claims.training_best(('mix_grpo',))): assert judge(data).verdict == 'open (0 of 5 seeds)'
 
 

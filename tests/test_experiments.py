@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from egrpo import experiments as ex
 from egrpo.claims import verdict_lines
@@ -164,11 +165,78 @@ def test_a_damaged_cell_is_named(tmp_path):
 
 
 # ---- statistics
-def test_rises_are_paired_by_seed():
-    "By place in the list the interval would be wider, and off."
+def test_rises_are_compared_without_pairing_seeds():
+    "Welch's interval, whichever seeds the runs have."
     a = [cell(([0, 0], [1, 1]), s, (0., s)) for s in (0, 1, 2)]
-    b = [cell(([0, 0], [1, 1]), s, (0., s + .5)) for s in (2, 0, 1, 7)]
-    assert ex._rise_against(a, b) == (.5, .5, .5)
+    b = [cell(([0, 0], [1, 1]), s, (0., 2 * s)) for s in (2, 0, 1, 7)]
+    e, rises = ex._rise_lead(a, b), [(0., 1., 2.), (4., 0., 2., 14.)]
+    welch = stats.ttest_ind(*rises, equal_var=False)
+    assert e.mean == -4 and e.mean / e.se == pytest.approx(welch.statistic) and e.df == pytest.approx(max(welch.df, 1))
+    assert e.p_below() * 2 == pytest.approx(welch.pvalue)
+
+
+@pytest.fixture
+def base_scores(tmp_path, monkeypatch):
+    "A record of base scores with a spread of .1 over prompts; text -> score."
+    monkeypatch.setenv('EGRPO_FIGURES', str(tmp_path))
+    texts = list(dict.fromkeys(ex.load_prompts('shapes')))
+    scores = (.5 + .1 * np.random.default_rng(0).normal(size=len(texts))).tolist()
+    def save(texts):
+        data = dict(prompts=4096, digest=ex.digest(json.dumps(texts).encode()), scores=dict(preference=scores))
+        ex.save_record('base_scores', data, scale='mini', seeds=[], wall_time=1, nfe=1, command='egrpo reproduce base_scores')
+    save(texts)
+    return dict(zip(texts, scores)), save
+
+
+def trained(seed, known, gain, noise=.01, iterations=60, **config):
+    "A run whose reward is the prompts' base score, what is learnt, and noise of its own."
+    rng, prompts = np.random.default_rng((seed, round(gain * 1e4))), ex.load_prompts('shapes')
+    base = [np.mean([known[text] for text in ex.prompt_batch(prompts, 4, i, seed)]) for i in range(iterations)]
+    reward = base + gain * np.linspace(0, 1, iterations) + noise * rng.normal(size=iterations)
+    settings = dict(model='miniature', prompts='shapes', eval_size=2, reward='preference', prompts_per_iteration=4, seed=seed)
+    return cell(([0, 0], [1, 1]), seed, reward.tolist()) | dict(config=settings | config)
+
+
+def test_base_scores_take_the_prompts_out_of_the_training_reward(base_scores, monkeypatch, tmp_path):
+    "Less spread over seeds, the same expectation; a lead that the raw reward cannot show is found."
+    known, _ = base_scores
+    runs = {gain: [trained(s, known, gain) for s in range(24)] for gain in (0., .02)}
+    fair = {gain: ex.training_rise(rs) for gain, rs in runs.items()}
+    lead = ex._rise_lead(runs[.02][:5], runs[0.][12:17])
+    data = ex.grid_data({str(k): rs for k, rs in runs.items()}, '0.02')
+    monkeypatch.setenv('EGRPO_FIGURES', str(tmp_path/'none'))
+    raw = {gain: ex.training_rise(rs) for gain, rs in runs.items()}
+    rise = .02 * 45 / 59 # between the middles of the first and the last quarter
+    for gain, planted in ((0., 0.), (.02, rise)):
+        assert fair[gain].std() < raw[gain].std() / 3
+        for found in (fair, raw): assert abs(found[gain].mean() - planted) < 4 * found[gain].std() / 24**.5
+    assert lead.p_above() < .01 and lead.interval()[1] < rise < lead.interval()[2]
+    assert data['minus_base'] and data['training_rise']['0.02'][0] == pytest.approx(fair[.02].mean())
+    assert not ex.grid_data({str(k): rs for k, rs in runs.items()}, '0.02')['minus_base']
+
+
+def test_prompts_of_another_seed_would_be_noticed(base_scores):
+    "With the wrong order of prompts the spread grows instead."
+    known, _ = base_scores
+    runs = [trained(s, known, 0.) for s in range(12)]
+    wrong = [r | dict(config=r['config'] | dict(seed=s + 1)) for s, r in enumerate(runs)]
+    assert ex.training_rise(wrong).std() > 3 * ex.training_rise(runs).std()
+
+
+@pytest.mark.parametrize('config', [dict(prompts='hpd'), dict(model='a/b'), dict(reward='verifier'), dict(reward='preference + verifier')])
+def test_runs_without_base_scores_are_left_alone(base_scores, config):
+    "One such run is enough: a setting is treated as one."
+    known, _ = base_scores
+    runs = [trained(0, known, 0.), trained(1, known, 0., **config)]
+    assert ex.base_reward(runs[0]) is not None and ex.base_reward(runs[1]) is None
+    for kept, r in zip(ex.training_rewards(runs), runs): assert kept.tolist() == r['reward']
+
+
+def test_base_scores_of_other_prompts_are_refused(base_scores):
+    known, save = base_scores
+    save(['another'])
+    with pytest.raises(ValueError, match='is of other prompts: make it again with `egrpo reproduce base_scores`'):
+        ex.training_rise([trained(0, known, 0.)])
 
 
 def test_scores_are_compared_without_pairing_seeds():
@@ -195,10 +263,10 @@ def test_the_distinct_texts_are_counted():
     assert 1.2 < np.ptp(by_text) / np.ptp(by_image) < 2
 
 
-def test_partial_grid_leaves_out_what_cannot_be_compared():
+def test_a_partial_grid_compares_other_seeds():
     data = ex.grid_data(dict(a=[cell(([0, 0], [1, 1]))], b=[cell(([0, 0], [1, 1]), seed=3)]), 'a')
-    assert data['rise_against_best'] == {} and 'rise' not in data['equal_iterations']['b']
-    assert set(data['against_best']) == {'b'} and set(data['settings']) == {'a', 'b'}
+    assert set(data['rise_against_best']) == set(data['against_best']) == {'b'} and set(data['settings']) == {'a', 'b'}
+    assert not data['minus_base'] # runs that name no prompts
 
 
 def test_verdict_follows_the_intervals():

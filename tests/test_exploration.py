@@ -27,8 +27,10 @@ from egrpo.exploration import (
     sign_flips,
     spread,
 )
+from egrpo.intervals import Estimate
 from egrpo.plan import rollout_nfe
-from egrpo.records import bootstrap_interval, get_scale, load_record
+from egrpo.prompts import load_prompts
+from egrpo.records import get_scale, load_record
 from egrpo.reward import RewardSet
 from egrpo.rollout import rollout
 from egrpo.sde import sde_step
@@ -171,7 +173,8 @@ def test_spread_is_unbiased_for_any_group():
 def test_sizes_name_the_scales():
     with pytest.raises(ValueError, match='smoke, mini, gpu for one_step'): measurements.measurement_size('one_step', get_scale('flux'))
     for name, sizes in measurements.SIZES.items():
-        smoke, mini, gpu = (sizes[o]['rounds' if name == 'speed' else 'prompts'] for o in ('smoke', 'mini', 'gpu')) # timed
+        what = dict(speed='rounds', base_scores='noises').get(name, 'prompts')
+        smoke, mini, gpu = (sizes[o][what] for o in ('smoke', 'mini', 'gpu'))
         assert smoke < mini < gpu, name
 
 
@@ -179,16 +182,62 @@ def test_sizes_name_the_scales():
 def test_record_is_of_a_size_that_says_something(name):
     record = load_record(name)
     assert record['scale'] != 'smoke' and record['nfe'] > 0
-    assert record['data']['prompts'] == measurements.SIZES[name][record['scale']]['prompts']
+    has, wanted = record['data']['prompts'], measurements.SIZES[name][record['scale']]['prompts']
+    assert has <= wanted and (has < wanted) == bool(measurements.size_note(record))
 
 
 def test_one_step_record_agrees_with_itself():
     data = load_record('one_step')['data']
     where = {tuple(o): i for i, o in enumerate(data['steps'])}
+    texts = load_prompts('shapes', 'held_out', data['prompts'])
     for reward, v in data['variance'].items():
-        early, late = (np.array(v[where[o]]) for o in (measurements.EARLY, measurements.LATE))
-        found = data['contrasts'][reward]['step 2 over step 6']['difference']
-        np.testing.assert_allclose(found, bootstrap_interval(early - late), atol=1e-6)
+        early, late = (v[where[o]] for o in (measurements.EARLY, measurements.LATE))
+        again = measurements.log_ratio(early, late, texts)
+        found = Estimate(**data['contrasts'][reward]['step 2 over step 6']['log_ratio'])
+        assert found.interval() == pytest.approx(again.interval(), abs=1e-3)
+
+
+# ---- variances as logarithms
+
+def skewed(rng, prompts=200): return rng.lognormal(sigma=2, size=prompts)
+
+
+def test_a_planted_log_ratio_is_found():
+    "In 95 of 100 worlds, about; the ratio of the means is anything."
+    rng = np.random.default_rng(0)
+    found, means = [], []
+    for _ in range(100):
+        u = skewed(rng)
+        v = 1.4 * u * rng.lognormal(sigma=1, size=200)
+        found.append(measurements.as_ratio(measurements.log_ratio(v, u)))
+        means.append(v.mean() / u.mean())
+    assert 88 <= sum(low < 1.4 < high for _, low, high in found) <= 99
+    assert np.std(np.log(means)) > 2 * np.std(np.log([o[0] for o in found]))
+
+
+def test_a_text_that_repeats_counts_once():
+    rng = np.random.default_rng(1)
+    u, v = skewed(rng, 40), skewed(rng, 40)
+    one = measurements.log_ratio(v, u)
+    copied = measurements.log_ratio(np.tile(v, 5), np.tile(u, 5), list(range(40)) * 5)
+    fooled = measurements.log_ratio(np.tile(v, 5), np.tile(u, 5))
+    assert copied.se == pytest.approx(one.se) and fooled.se < .6 * one.se
+
+
+def test_floor_of_a_variance():
+    "A hundredth of the median positive variance, one for both sides; what is above it is left alone."
+    rng = np.random.default_rng(2)
+    u = skewed(rng)
+    u[:30] = 0
+    floor = .01 * np.median(u[30:])
+    np.testing.assert_allclose(measurements.log_variance(u), np.log(np.maximum(u, floor)))
+    assert measurements.log_ratio(u, u).interval() == pytest.approx((0, 0, 0), abs=1e-9)
+    half = measurements.log_ratio(u / 2, u)
+    both = np.median(np.concatenate([u[u > 0] / 2, u[u > 0]])) * .01
+    assert half.mean == pytest.approx(np.mean(np.log(np.maximum(u / 2, both)) - np.log(np.maximum(u, both))))
+    silent = measurements.log_ratio([0, 0, 0, 1.], [1, 1, 1, 1.])
+    assert silent.mean == pytest.approx(3 * np.log(.01) / 4) # no infinity
+    assert not measurements.log_variance(np.zeros(5)).any()
 
 
 def test_credit_record_agrees_with_itself():
