@@ -70,8 +70,10 @@ def trained_steps(
     out = {}
     for s in (s for b in plan.branches for s in b.steps if s.weight):
         sigma, sigma_next = plan.sigmas[s.start], plan.sigmas[s.end]
-        std = float(step_std(sigma, sigma_next, plan.noise_level, plan.kernel, plan.sigma_max))
-        out.setdefault(s.start, TrainedStep(s.start, s.end, std, float(sigma - sigma_next), float(s.weight)))
+        std = step_std(sigma, sigma_next, plan.noise_level, plan.kernel, plan.sigma_max)
+        delta = sigma - sigma_next
+        step = TrainedStep(s.start, s.end, float(std), float(delta), float(s.weight))
+        out.setdefault(s.start, step)
     return out
 
 def step_sketches(
@@ -106,7 +108,7 @@ class BatchGradients:
 
     @property
     def trained(self)->np.ndarray: # (n,K) bool
-        "Which batch trains which step?"
+        "Mark the steps that each batch trains."
         starts = [{s for p in plans for s in trained_steps(p)} for plans in self.plans]
         return np.array([[s.start in own for s in self.steps] for own in starts])
 
@@ -128,13 +130,16 @@ def batch_gradients(
     if processes > 1: raise ValueError(f"processes must be 1 for this measurement, got {processes}: start one")
     sketch = CountSketch(trainer.parameters.values(), size)
     bar = tqdm(range(batches), desc='batches', disable=not progress)
-    found, plans, nfe = zip(*(step_sketches(trainer, i, sketch) for i in bar))
+    drawn = [step_sketches(trainer, i, sketch) for i in bar]
+    found, plans, nfe = zip(*drawn)
     steps = {}
     for p in (p for batch in plans for p in batch): steps = trained_steps(p) | steps
     starts = sorted(steps)
-    empty = torch.zeros(size, device=sketch.places[0].device)
-    sketches = torch.stack([torch.stack([f.get(k, empty) for k in starts]) for f in found])
-    return BatchGradients(sketches, [steps[k] for k in starts], list(plans), np.array(nfe, dtype=float))
+    sketches = torch.zeros(batches, len(starts), size, device=sketch.places[0].device)
+    for b, own in enumerate(found):
+        for start, sketched in own.items(): sketches[b, starts.index(start)] = sketched
+    ordered = [steps[k] for k in starts]
+    return BatchGradients(sketches, ordered, list(plans), np.array(nfe, dtype=float))
 
 # %% ../nbs/26_gradient_signal.ipynb #0d3af7d1
 def gram_matrix(
@@ -143,15 +148,17 @@ def gram_matrix(
     "Inner products of all batches and steps."
     n, K, _ = sketches.shape
     flat = sketches.flatten(0, 1)
-    return (flat @ flat.T).cpu().double().numpy().reshape(n, K, n, K)
+    products = flat @ flat.T
+    return products.cpu().double().numpy().reshape(n, K, n, K)
 
 def weighted_products(
     gram:np.ndarray, # (n,K,n,K) from `gram_matrix`
     weights, # (K,) weights of the steps, on top of those in the plan
 )->np.ndarray: # (n,n)
     "Inner products of the batches' gradients for a loss with step weights."
-    half = np.tensordot(gram, np.asarray(weights, dtype=float), (3, 0))
-    return np.tensordot(half, np.asarray(weights, dtype=float), (1, 0))
+    weights = np.asarray(weights, dtype=float)
+    half = np.tensordot(gram, weights, (3, 0))
+    return np.tensordot(half, weights, (1, 0))
 
 # %% ../nbs/26_gradient_signal.ipynb #332ff6cd
 def _moments(
@@ -160,7 +167,8 @@ def _moments(
     "Signal and noise, and the same without each batch."
     n, own = len(products), np.diag(products)
     count = np.array([n] + [n - 1] * n)
-    total = products.sum() - np.array([0., *(2 * products.sum(1) - own)])
+    crossed = 2 * products.sum(1) - own # a batch's row and column
+    total = products.sum() - np.array([0., *crossed])
     energy = own.sum() - np.array([0., *own])
     signal = (total - energy) / (count * (count - 1))
     return signal, energy / count - signal
@@ -178,7 +186,8 @@ def jackknife_interval(
     "A statistic with its 95 % interval by the jackknife."
     value, without = values[0], np.asarray(values[1:])
     n = len(without)
-    error = ((n - 1) / n * ((without - without.mean())**2).sum())**.5
+    apart = without - without.mean()
+    error = ((n - 1) / n * (apart**2).sum())**.5
     half = t.ppf(.975, n - 1) * error
     return float(value), float(value - half), float(value + half)
 
@@ -225,13 +234,15 @@ def signal_lead(
     other:SignalEstimate, # Another; with as many batches it is taken to be of the same prompts and noise
 )->tuple: # (value, low, high) of one minus the other, per 1,000 network evaluations
     "Difference of two ratios per 1,000 evaluations."
-    a, b = (1000 / o.nfe * o.ratios for o in (one, other))
+    a = 1000 / one.nfe * one.ratios
+    b = 1000 / other.nfe * other.ratios
     if len(a) == len(b): return jackknife_interval(a - b)
-    halves = [x - low for x, low, _ in map(jackknife_interval, (a, b))]
-    lead, half = float(a[0] - b[0]), float(np.hypot(*halves))
+    halves = [value - low for value, low, _ in (one.per_thousand, other.per_thousand)]
+    lead = float(a[0] - b[0])
+    half = float(np.hypot(*halves))
     return lead, lead - half, lead + half
 
-# %% ../nbs/26_gradient_signal.ipynb #3ee5cf56
+# %% ../nbs/26_gradient_signal.ipynb #7e38f8ca
 def _step_matrices(
     gram:np.ndarray, # (n,K,n,K) from `gram_matrix`
 )->tuple: # (K,K) between different batches, (K,K) covariance within a batch
@@ -239,7 +250,7 @@ def _step_matrices(
     n = len(gram)
     within = np.einsum('bkbl->kl', gram) / n
     between = (gram.sum((0, 2)) - n * within) / (n * (n - 1))
-    between, within = (between + between.T) / 2, (within + within.T) / 2
+    between = (between + between.T) / 2
     return between, within - between
 
 def best_weights(
@@ -248,9 +259,12 @@ def best_weights(
     "Weights that maximise signal over noise on these batches."
     between, noise = _step_matrices(gram)
     if not noise.any(): return np.ones(len(noise)) # no gradient at all
-    noise += 1e-6 * np.trace(noise) / len(noise) * np.eye(len(noise)) # a step without noise has no gradient
-    vector = eigh(between, noise)[1][:, -1]
-    vector = np.maximum(vector * np.sign(vector.sum() or 1), 0)
+    least = 1e-6 * np.trace(noise) / len(noise)
+    noise += least * np.eye(len(noise)) # a step without noise has no gradient
+    _, vectors = eigh(between, noise)
+    vector = vectors[:, -1]
+    if vector.sum() < 0: vector = -vector
+    vector = vector.clip(0)
     return vector / (vector @ noise @ vector)**.5
 
 def cross_validated(
@@ -260,17 +274,19 @@ def cross_validated(
 )->SignalEstimate: # Of loss weights that were fitted to other batches than those they are judged on
     "Judge the best weights on batches that they were not fitted to."
     if len(gram) < 6: raise ValueError(f"gram must be of >= 6 batches, got {len(gram)}: each half needs 3")
-    halves = [gram[i::2, :, i::2] for i in (0, 1)]
-    judged = [weighted_products(g, best_weights(other)) for g, other in zip(halves, halves[::-1])]
-    ratios = [_ratios(products) for products in judged]
-    both = (ratios[0][0] + ratios[1][0]) / 2
-    without = np.empty(len(gram))
-    for i in (0, 1): without[i::2] = (ratios[i][1:] + ratios[1 - i][0]) / 2
-    moments = np.mean([[jackknife_interval(x) for x in _moments(p)] for p in judged], axis=0)
-    signal, noise = map(tuple, moments.tolist())
-    return SignalEstimate(signal, noise, np.array([both, *without]), float(np.mean(nfe)), prompts)
+    n = len(gram)
+    ratios, moments = np.zeros(1 + n), []
+    for first, second in ((0, 1), (1, 0)): # judged, fitted
+        fitted = best_weights(gram[second::2, :, second::2])
+        products = weighted_products(gram[first::2, :, first::2], fitted)
+        own = _ratios(products)
+        ratios += own[0] / 2 # a batch moves the half that it is in
+        ratios[1 + first::2] += (own[1:] - own[0]) / 2
+        moments.append([jackknife_interval(x) for x in _moments(products)])
+    signal, noise = np.mean(moments, axis=0).tolist()
+    return SignalEstimate(tuple(signal), tuple(noise), ratios, float(np.mean(nfe)), prompts)
 
-# %% ../nbs/26_gradient_signal.ipynb #a7240cb9
+# %% ../nbs/26_gradient_signal.ipynb #b7f25b2d
 @cache
 def _branch_nfe(
     plan:Plan, # A plan; equal by identity
@@ -288,18 +304,22 @@ def steps_nfe(
     steps, # Starts of the steps that are trained; the others become ODE steps
 )->float: # Network evaluations of a batch, over the batches that have any of the steps
     "Cost of a batch with some of the steps alone, in the proportion that was measured for all."
-    planned = np.array([sum(_branch_nfe(p, None) for p in plans) for plans in gradients.plans])
-    some = np.array([sum(_branch_nfe(p, tuple(steps)) for p in plans) for plans in gradients.plans])
-    return float(some[some > 0].mean() / planned[some > 0].mean() * gradients.nfe[some > 0].mean())
+    def planned(steps):
+        "Of every batch."
+        return np.array([sum(_branch_nfe(p, steps) for p in plans) for plans in gradients.plans])
+    some, whole = planned(tuple(steps)), planned(None)
+    has = some > 0
+    return float(some[has].sum() / whole[has].sum() * gradients.nfe[has].mean())
 
-# %% ../nbs/26_gradient_signal.ipynb #8af9d644
+# %% ../nbs/26_gradient_signal.ipynb #2f99acf2
 def step_weights(
     gradients:BatchGradients, # From `batch_gradients`
     gram:np.ndarray, # (n,K,n,K) of its sketches
 )->dict: # Name -> (K,) weights on top of the plan's
     "Weights of the steps that are known without a fit."
     std, delta, weight = np.array([(s.std, s.delta, s.weight) for s in gradients.steps]).T
-    norm = np.sqrt(np.einsum('bkbk->k', gram) / np.maximum(gradients.trained.sum(0), 1))
+    energy = np.einsum('bkbk->k', gram)
+    norm = np.sqrt(energy / gradients.trained.sum(0))
     equal = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
     plain = np.ones(len(std))
     return {'plain': plain, 'std/Δ': std / delta / weight, 'std': std / weight, 'equal norm': equal}
@@ -339,7 +359,8 @@ def _step_estimate(
     rows = np.flatnonzero(gradients.trained[:, k])
     if len(rows) < 3: return None
     cost = steps_nfe(gradients, [gradients.steps[k].start])
-    return signal_estimate(gram[:, k, :, k][np.ix_(rows, rows)], cost, prompts)
+    products = gram[:, k, :, k]
+    return signal_estimate(products[np.ix_(rows, rows)], cost, prompts)
 
 def _chosen(
     gradients:BatchGradients, # From `batch_gradients`
@@ -357,7 +378,7 @@ def _chosen(
         candidates.append((starts, signal_estimate(products, steps_nfe(gradients, starts), prompts)))
     return max(candidates, key=lambda o: o[1].per_thousand[0])
 
-# %% ../nbs/26_gradient_signal.ipynb #72de2391
+# %% ../nbs/26_gradient_signal.ipynb #6fc56bee
 def show_estimate(
     interval:tuple, # (value, low, high)
 )->str: # e.g. .0155 [.0115, .0195]
@@ -373,9 +394,13 @@ def signal_rows(
     rows = [['step', 'std', 'signal', 'noise', 'ratio per batch', 'per 1,000 evaluations', 'nfe alone']]
     for s, e in report.steps:
         numbers = ['in under 3 batches', '', '', '', '']
-        if e: numbers = [f'{e.signal[0]:.2e}', f'{e.noise[0]:.2e}', *_both(e), f'{e.nfe / nfe:.0%}']
-        rows.append([f'{s.start}→{s.end}', f'{s.std:.3f}', *numbers])
+        if e:
+            moments = [f'{x[0]:.2e}' for x in (e.signal, e.noise)]
+            numbers = [*moments, *_both(e), f'{e.nfe / nfe:.0%}']
+        rows.append([_arrow(s), f'{s.std:.3f}', *numbers])
     return rows
+
+def _arrow(step): return f'{step.start}→{step.end}'
 
 def _both(
     estimate:SignalEstimate, # Of a step or of the whole loss
@@ -392,15 +417,17 @@ def weighting_rows(
     for name, (w, e) in report.weightings.items():
         more = '' if name == 'plain' else show_estimate(signal_lead(e, plain))
         title = 'best, cross-validated' if name == 'best' else name
-        rows.append([title, *_both(e), more, ' '.join(f'{x:.2g}' for x in w)])
+        weights = ' '.join(f'{x:.2g}' for x in w)
+        rows.append([title, *_both(e), more, weights])
     return rows
 
-# %% ../nbs/26_gradient_signal.ipynb #6fc56bee
+# %% ../nbs/26_gradient_signal.ipynb #e95d73ef
 def _count(
-    value:float|None, # A number; None = beyond any
+    value:float, # A number
 )->str: # e.g. 12,300
     "A number to three digits."
-    return 'no number' if value is None else f'{float(f"{value:.3g}"):,.0f}'
+    rounded = float(f'{value:.3g}')
+    return f'{rounded:,.0f}'
 
 def _batch_answer(
     plain:SignalEstimate, # Of the whole loss
@@ -423,7 +450,7 @@ def _steps_answer(
     starts, chosen = report.chosen
     lead = signal_lead(chosen, report.weightings['plain'][1])
     if lead[1] <= 0: return 'steps: no choice of them is clearly better per evaluation than the whole plan'
-    names = ', '.join(f'{s.start}→{s.end}' for s, _ in report.steps if s.start in starts)
+    names = ', '.join(_arrow(s) for s, _ in report.steps if s.start in starts)
     return f'steps: {names} alone give more per 1,000 evaluations than all, by {show_estimate(lead)}'
 
 def signal_answer(
@@ -435,9 +462,10 @@ def signal_answer(
     better = [k for k, lead in leads.items() if lead[1] > 0]
     weights = "weights: none is clearly better than the plan's"
     if better: weights = f"weights: clearly better than the plan's: {', '.join(better)}"
-    return [_batch_answer(plain, report.batches), _steps_answer(report), weights]
+    batch = _batch_answer(plain, report.batches)
+    return [batch, _steps_answer(report), weights]
 
-# %% ../nbs/26_gradient_signal.ipynb #8500b8bc
+# %% ../nbs/26_gradient_signal.ipynb #2d40c24f
 def _numbers(
     estimate:SignalEstimate|None, # An estimate, if there is one
 )->dict: # Name -> number or (value, low, high)
@@ -453,18 +481,19 @@ def signal_json(
     weightings = {}
     for name, (w, e) in report.weightings.items():
         weightings[name] = dict(weights=w.tolist(), over_plain=signal_lead(e, plain), **_numbers(e))
-    return dict(
-        batches=report.batches, prompts=plain.prompts, nfe=plain.nfe,
-        steps=[vars(s) | _numbers(e) for s, e in report.steps], weightings=weightings,
-        chosen=dict(steps=starts, **_numbers(chosen)), ratios=[float(f'{x:.8g}') for x in plain.ratios])
+    steps = [vars(s) | _numbers(e) for s, e in report.steps]
+    best = dict(steps=starts, **_numbers(chosen))
+    ratios = [float(f'{x:.8g}') for x in plain.ratios]
+    sizes = dict(batches=report.batches, prompts=plain.prompts, nfe=plain.nfe)
+    return dict(sizes, steps=steps, weightings=weightings, chosen=best, ratios=ratios)
 
 def read_signal(
     found:dict, # From `signal_json`, perhaps by way of a file
 )->SignalEstimate: # Of the plain loss
     "The estimate of the plain loss that a report holds."
     plain = found['weightings']['plain']
-    ratios = np.array(found['ratios'])
-    return SignalEstimate(tuple(plain['signal']), tuple(plain['noise']), ratios, found['nfe'], found['prompts'])
+    signal, noise = (tuple(plain[k]) for k in ('signal', 'noise'))
+    return SignalEstimate(signal, noise, np.array(found['ratios']), found['nfe'], found['prompts'])
 
 def signal_of(
     trainer:Trainer, # Gives policy, method, reward and configuration; its weights do not change
