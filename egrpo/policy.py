@@ -105,6 +105,10 @@ def _exact_convolutions():
     kinds = [getattr(torch.backends.cudnn, kind, None) for kind in ('conv', 'rnn')]
     for kind in filter(None, kinds): kind.fp32_precision = 'ieee'
 
+def _finite_attention():
+    "Leave cuDNN out of attention, for the whole process: its backward pass is not to be trusted."
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
 def _check_dtype(
     dtype:str|None, # 'fp32', 'bf16' or 'fp16'; None = `default_dtype`
     device:torch.device, # Where the network runs
@@ -1021,6 +1025,7 @@ class Policy:
         if self.device.type == 'cuda' and self.device.index is not None: torch.cuda.set_device(self.device) # what else says `cuda` means it
         self.dtype = _check_dtype(dtype, self.device)
         if self.dtype == torch.float32: _exact_convolutions()
+        if self.device.type == 'cuda': _finite_attention()
         self.pipeline, self.network, self.text_encoders = pipeline, _network_name(pipeline), text_encoders or 'keep'
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
         self.nfe, self.compiled, self._frozen, self._start, self._empty, self._scale = 0, compiled, None, {}, None, {'factor': 1.}

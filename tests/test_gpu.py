@@ -69,6 +69,12 @@ def test_fp32_is_computed_in_fp32():
     assert error.abs().max() < 1e-3 * a.shape[0]**.5 / 10
 
 
+def test_attention_is_not_cudnns():
+    "Whose backward pass gave NaN in bf16."
+    load_policy(device='cuda', lora_rank=None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_training_is_that_of_the_cpu(tmp_path, measured):
     "The first rollout's images and rewards, before anything is trained, and the ratio at the first update."
     runs = {device: Trainer(TrainConfig(**SMALL | dict(device=device), out=str(tmp_path/device))) for device in ('cpu', 'cuda')}
