@@ -1298,7 +1298,8 @@ class Policy:
         "Decode latents to images, in slices of a micro-batch."
         vae = self.pipeline.vae
         scaled = (latents / vae.config.scaling_factor + (vae.config.get('shift_factor') or 0)).to(vae.dtype)
-        images = [vae.decode(x, return_dict=False)[0].float().cpu() for x in scaled.split(min(self.micro_batch, 32))]
+        fit = 32 if self.device.type == 'cpu' else max(32, 2**20 // self.resolution**2) # small images: many, or a GPU is idle
+        images = [vae.decode(x, return_dict=False)[0].float().cpu() for x in scaled.split(min(self.micro_batch, fit))]
         return (torch.cat(images) / 2 + .5).clamp(0, 1)
 
     # ---- before training

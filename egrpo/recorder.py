@@ -168,7 +168,7 @@ class _Session:
         self.model, self.layers, self.out = model, layers, AttentionEntropy(list(layers))
         self.every, self.start, self.keys, self.normalize, self.path = every, start, keys, normalize, path
         self.text, self.found = 0, None # tokens of text; within a forward pass, name -> (mean, error)
-        self.layer = None # within an attention layer, its name and whether it got text
+        self.layer, self.watch = None, None # within an attention layer: its name and whether it got text; what sees its calls
 
     def begin(self, module, args, kwargs):
         "Before a forward pass of the model."
@@ -180,12 +180,15 @@ class _Session:
         def hook(module, args, kwargs):
             "Note the name and whether the layer got text, within a forward pass of the model only."
             joint = kwargs.get('encoder_hidden_states', args[1] if len(args) > 1 else None) is not None
-            if self.found is not None: self.layer = name, joint
+            if self.found is None: return
+            self.layer, self.watch = (name, joint), _Watch(self.look)
+            self.watch.__enter__()
         return hook
 
     def leave(self, module, args, output):
         "After an attention layer, also when it failed."
-        self.layer = None
+        if self.watch: self.watch.__exit__(None, None, None)
+        self.layer, self.watch = None, None
 
     def look(self, query, key, value=None, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         "At a call of `F.scaled_dot_product_attention`: the first in a layer that is recorded."
@@ -270,7 +273,7 @@ def record_attention_entropy(
     handles = _hooks(session)
     _RECORDED.add(model)
     try:
-        with torch.compiler.set_stance('force_eager'), _Watch(session.look): yield session.out
+        with torch.compiler.set_stance('force_eager'): yield session.out
     finally:
         _RECORDED.discard(model)
         for h in handles: h.remove()
