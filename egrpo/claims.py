@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONFIRMING', 'NOT_MEASURED', 'MARGINS', 'TABLE_1', 'TABLE_1_MARGINS', 'SCORES', 'PAPER_BEFORE', 'PAPER', 'NAMES',
-           'ALONE', 'JOINT', 'CLAIMS', 'MARKS', 'COLUMNS', 'PAGE', 'Finding', 'Claim', 'records_of', 'judged',
-           'margins_of', 'quoted', 'scaled', 'margins_text', 'best', 'moves', 'training_best', 'explores', 'ambiguous',
-           'entropy_falls', 'merging_raises', 'hacked', 'predicts', 'pays', 'faster', 'overhead', 'joint_prevents',
-           'claims_table', 'counts_text', 'verdict_lines', 'claims_text', 'claims_json', 'claims_markdown',
-           'claims_summary', 'papers_markdown']
+           'ROUNDED', 'ALONE', 'JOINT', 'CLAIMS', 'MARKS', 'UNDECIDED', 'COLUMNS', 'PAGE', 'Finding', 'Claim',
+           'records_of', 'judged', 'margins_of', 'quoted', 'scaled', 'margins_text', 'best', 'moves', 'training_best',
+           'explores', 'ambiguous', 'entropy_falls', 'merging_raises', 'hacked', 'predicts', 'pays', 'faster',
+           'overhead', 'joint_prevents', 'claims_table', 'counts_text', 'verdict_lines', 'claims_text', 'claims_json',
+           'claims_markdown', 'claims_summary', 'papers_markdown']
 
 # %% ../nbs/33_claims.ipynb #98ab00bc
 import json
@@ -68,13 +68,6 @@ def _exploratory(
     seeds = record['seeds'] or record['data'].get('seeds', [])
     return bool(seeds) and max(seeds) < CONFIRMING
 
-def _decides(
-    record:dict, # A record of a registered scale
-)->bool: # At scale gpu, where time ends a grid, with five seeds of every setting
-    "Return whether the runs of a registered grid are all there."
-    seeds = min(map(len, record['data']['seeds_finished'].values()))
-    return record['data']['complete'] or (record['scale'] == 'gpu' and seeds >= SEEDS_NEEDED)
-
 def records_of(
     claim:Claim, # A claim
 )->list: # The first one decides; empty where nothing is measured
@@ -82,7 +75,7 @@ def records_of(
     names = [f'{scale}/{claim.record}' for scale in ('confirm', 'gpu')] if claim.registered else []
     registered = [load_record(name) for name in names if record_path(name).exists()]
     own = [load_record(claim.record)] if record_path(claim.record).exists() else []
-    return [r for r in registered if _decides(r)] + own
+    return [r for r in registered if r['data']['complete']] + own
 
 def judged(
     claim:Claim, # A claim
@@ -146,25 +139,36 @@ def quoted(
     shown = [f'{_short(v[place])} ({_name(k)})' for k, v in others if over is None or k in over]
     return f"{_short(best[place])}; {', '.join(shown)}"
 
+ROUNDED = .001 # the last digit of the paper's numbers
+
 def scaled(
     data:dict, # A record's data
     record:str, # Its name
     place:int=0, # Which of `SCORES`
 )->dict: # setting -> the paper's lead of the best over it; empty where it, or we, have no gain
-    "The paper's differences, scaled to our gain."
+    "The paper's differences, scaled to our gain; none where the paper's own gain is lost in rounding."
     if record not in PAPER: return {}
     best, before = data['best'], PAPER_BEFORE[place]
     gain = data['settings'][best][rewards_of(data)[place]]['gain'][0]
     top = PAPER[record][best][place]
-    if gain <= 0 or top <= before: return {}
+    if gain <= 0 or top - before < 5 * ROUNDED: return {}
     return {k: (top - v[place]) / (top - before) * gain for k, v in PAPER[record].items() if k != best}
+
+def _share_of_gain(
+    record:str, # Name of an experiment
+)->str: # e.g. '17 to 40 %'
+    "Margins as shares of what the setting claimed to be best gains in each score."
+    data = load_record(record)['data']
+    shares = [margins_of(record)[k] / s['gain'][0] for k, s in data['settings'][data['best']].items()]
+    return f'{min(shares):.0%} to {max(shares):.0%}'.replace('%', ' %')
 
 def margins_text()->str: # A sentence
     "The margins in words."
     shown = [f'{MARGINS[k]:g} in `{k}`'.lstrip('0') for k in ('preference', 'clip', 'verifier', 'verifier_strict')]
     shown[0] += f" ({TABLE_1_MARGINS['preference']:g} in Table 1)".replace('0.', '.')
-    return (f"A difference matters from {', '.join(shown)} on: a sixth of what training gains in the first, "
-            "a quarter to a third in the others.")
+    grids = {name: table for name, table in dict(tau='Table 4', methods='Table 1').items() if record_path(name).exists()}
+    parts = [f'{_share_of_gain(name)} in {table}' for name, table in grids.items()]
+    return f"A difference matters from {', '.join(shown)} on. As shares of what E-GRPO gains: {'; '.join(parts)}."
 
 # %% ../nbs/33_claims.ipynb #7b03416f
 def _tails(
@@ -196,6 +200,7 @@ def _found(
     if not leads or (seeds is not None and seeds < SEEDS_NEEDED): return Finding(seen, 'open', seeds=seeds or 0)
     intervals = {k: e.interval() if isinstance(e, Estimate) else tuple(e) for k, e in leads.items()}
     word = verdict(*intervals.values())
+    if word == 'does not hold' and _p_value(word, [*intervals.values()]) >= .05: word = 'open' # among several
     rival = min(intervals, key=lambda k: (min(intervals[k][2], 0), intervals[k][1]))
     return Finding(seen, word, _p_value(word, list(leads.values())), rival, intervals[rival], seeds=seeds)
 
@@ -221,6 +226,13 @@ def _by_margin(
 
 def _lead_text(own:str, found:Finding): return f"{_name(own)} minus {_name(found.rival)} {show_interval(found.interval, '+')}"
 
+def _known_before(
+    data:dict, # A record's data
+    record:str, # Its name
+)->dict: # The same, or the exploratory record's data where these are of registered runs
+    "Find the gain by which the paper's differences are scaled; registered runs do not choose it."
+    return load_record(record)['data'] if 'commits' in data and record_path(record).exists() else data
+
 def best(
     place:int=0, # By which reward: 0 the one trained on, then the paper's CLIP, PickScore and ImageReward
     over:tuple|None=None, # Which other settings; None = all
@@ -234,7 +246,7 @@ def best(
         reward = rewards_of(data)[place]
         leads = _estimates(known['end'], reward, over)
         if not leads: return Finding('', 'open', seeds=0)
-        paper, seeds = scaled(data, record, place), seeds_of(data, over and (own, *over))
+        paper, seeds = scaled(_known_before(data, record), record, place), seeds_of(data, over and (own, *over))
         def one(leads):
             "At one kind of equality."
             found = _by_margin(leads, margins_of(record)[reward], seeds, paper)
@@ -487,10 +499,12 @@ CLAIMS = (
 MARKS = {'holds': '✓', 'does not hold': '✗', 'equivalent': '≈', 'not better': '≤', 'open': '○', "paper's effect too small": '·',
          NOT_MEASURED: '–'}
 
+UNDECIDED = 'open', "paper's effect too small" # tested, and nothing was found
+
 def claims_table()->pd.DataFrame: # A row per claim, as `judged` gives it, and whether it survives
-    "Every claim with its verdict, from the records in `egrpo.records.figures_dir()`."
+    "Every claim with its verdict, from the records in `egrpo.records.figures_dir()`; what found nothing counts in the correction."
     rows = [judged(c) for c in CLAIMS]
-    survives = holm({i: r['found'].p for i, r in enumerate(rows)})
+    survives = holm({i: 1. if r['word'] in UNDECIDED else r['found'].p for i, r in enumerate(rows)})
     return pd.DataFrame([r | dict(survives=survives[i]) for i, r in enumerate(rows)])
 
 def counts_text(
@@ -576,13 +590,15 @@ def claims_markdown()->str: # A table in Markdown, with links as they work from 
 def claims_summary()->str: # Five items of a list in Markdown, with links as they work from nbs/
     "The claims in five lines."
     table = claims_table()
-    aegpo = table.place.str.startswith('AEGPO')
+    aegpo, ours = table.place.str.startswith('AEGPO'), table.place == 'Ours'
+    egrpo = ~(aegpo | ours)
     equal = [r.found.equal.word for r in table.itertuples() if r.found.equal]
     known = sum(r.found.p is not None for r in table.itertuples())
-    lines = [f'E-GRPO, {sum(~aegpo)} claims: {counts_text(table.word[~aegpo])}.',
-             f'AEGPO, {sum(aegpo)} claims: {counts_text(table.word[aegpo])}.',
+    tested = known + sum(table.word.isin(UNDECIDED))
+    lines = [f'E-GRPO, {sum(egrpo)} claims: {counts_text(table.word[egrpo])}.',
+             f'AEGPO, {sum(aegpo)} claims: {counts_text(table.word[aegpo])}. Of ours, {sum(ours)}: {counts_text(table.word[ours])}.',
              f'At equal iterations, as the papers compare, {len(equal)} claims: {counts_text(equal)}.',
-             f'Corrected over all claims (Holm), {sum(table.survives)} of the {known} verdicts with a p-value stand. '
+             f'Corrected over all {tested} tested claims (Holm), {sum(table.survives)} of the {known} verdicts with a p-value stand. '
              f'{sum(table.exploratory)} claims rest on exploratory training runs (seeds below {CONFIRMING}).',
              f'{margins_text()} Numbers, intervals and notebooks: [PAPERS.md](../PAPERS.md).']
     return '\n'.join(f'- {line}' for line in lines)
@@ -598,7 +614,8 @@ Every verdict is computed from the records in [figures](../figures) by `egrpo cl
 - Training runs are compared at equal network evaluations, and at equal iterations, as the papers do.
 - With fewer than five seeds nothing is decided. Runs with seeds below {confirming} are exploratory.
 - p is corrected over the rivals of a claim; *survives* says that the verdict stands when all claims are corrected together (Holm).
-- An open claim says how many seeds per setting would tell. "More prompts" means that no number of seeds would, with 256 prompts.
+- An open claim says how many seeds per setting would tell. "More prompts" means that no number of seeds would, with as many prompts as its
+  record has.
 - The paper's numbers are HPS-v2.1 where no other score is named. *Scaled to our gain* is its lead over the rival that decides here.
 - Ours are the miniature's stand-ins: `preference` for HPS, `clip` for CLIP, the verifier's graded and strict scores for PickScore and
   ImageReward. Of AEGPO only the abstract and a reader's notes could be read.

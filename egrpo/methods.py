@@ -34,7 +34,7 @@ def _check_lengths(
 def velocity_weights(
     plan:Plan, # Any plan
 )->Plan: # The same with other weights; their mean over the trained steps is as before
-    "Weight every trained step by std/Δ, so that a change of its velocity counts as much as at any other step."
+    "Weight every trained step by std/Δ: a change of velocity counts the same at all steps of the flow kernel below σ = 1."
     def weight(s):
         sigma, sigma_next = plan.sigmas[s.start], plan.sigmas[s.end]
         std = step_std(sigma, sigma_next, plan.noise_level, plan.kernel, plan.sigma_max)

@@ -119,13 +119,14 @@ def check_record(
 
 # %% ../nbs/30_records.ipynb #4e910020
 def code_commit()->str|None: # None where there is none to be known
-    "Return the commit of the code that runs: EGRPO_COMMIT if set, else that of its checkout."
+    "Return the commit of the code that runs, with + where it was changed: EGRPO_COMMIT if set, else that of its checkout."
     import egrpo
     folder = Path(egrpo.__file__).parent
     if os.environ.get('EGRPO_COMMIT'): return os.environ['EGRPO_COMMIT']
     try: asked = subprocess.run(['git', 'rev-parse', '--short=10', 'HEAD'], cwd=folder, capture_output=True, text=True)
     except OSError: return None
-    return asked.stdout.strip() or None
+    changed = subprocess.run(['git', 'status', '--porcelain', '.'], cwd=folder, capture_output=True, text=True).stdout.strip()
+    return asked.stdout.strip() + '+' * bool(changed) or None
 
 # %% ../nbs/30_records.ipynb #2f18a58e
 def versions()->dict: # Package -> version, of those that are installed

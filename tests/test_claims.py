@@ -69,12 +69,20 @@ def test_registered_runs_decide_once_they_are_there(tmp_path, monkeypatch):
     assert claims.judged(claim)['word'] == 'does not hold' and claims.judged(claim)['exploratory']
     write('confirm/tau', 'confirm', .01, 100, complete=False)
     assert claims.judged(claim)['word'] == 'does not hold'
-    write('gpu/tau', 'gpu', .01, 100, complete=False) # time ends it: six seeds are enough
+    write('gpu/tau', 'gpu', .01, 100, complete=True)
     row = claims.judged(claim)
     assert (row['word'], row['scale'], row['exploratory'], row['beside']) == ('holds', 'gpu', False, dict(mini='does not hold'))
     write('confirm/tau', 'confirm', 0., 100, complete=True)
     row = claims.judged(claim)
     assert row['scale'] == 'confirm' and row['word'] != 'holds' and list(row['beside']) == ['gpu', 'mini']
+
+
+@pytest.mark.parametrize('tested, survives', [(1, True), (20, False)])
+def test_claims_that_found_nothing_count_in_the_correction(monkeypatch, tested, survives):
+    def judged(i): return dict(found=claims.Finding('', 'holds', .04) if i == 0 else claims.Finding('', 'open'), word='open' if i else 'holds')
+    monkeypatch.setattr(claims, 'CLAIMS', range(tested))
+    monkeypatch.setattr(claims, 'judged', judged)
+    assert claims.claims_table().survives.any() == survives
 
 
 def test_partial_record_is_open():
