@@ -79,7 +79,9 @@ def test_registered_runs_decide_once_they_are_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('tested, survives', [(1, True), (20, False)])
 def test_claims_that_found_nothing_count_in_the_correction(monkeypatch, tested, survives):
-    def judged(i): return dict(found=claims.Finding('', 'holds', .04) if i == 0 else claims.Finding('', 'open'), word='open' if i else 'holds')
+    def judged(i):
+        found = claims.Finding('', 'open') if i else claims.Finding('', 'holds', .04)
+        return dict(found=found, word=found.word)
     monkeypatch.setattr(claims, 'CLAIMS', range(tested))
     monkeypatch.setattr(claims, 'judged', judged)
     assert claims.claims_table().survives.any() == survives

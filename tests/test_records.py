@@ -60,7 +60,7 @@ def test_environment(monkeypatch, tmp_path):
     monkeypatch.setenv('EGRPO_SCALE', 'mini')
     assert get_scale().name == 'mini'
     monkeypatch.setenv('EGRPO_SCALE', 'mega')
-    with pytest.raises(ValueError, match='smoke, mini, gpu, flux'): get_scale()
+    with pytest.raises(ValueError, match='smoke, mini, confirm, gpu, flux'): get_scale()
 
 
 def test_interval_over_prompts_is_wider_than_over_their_images():
