@@ -22,6 +22,7 @@ from scipy import stats
 
 from .experiments import EXPERIMENTS, rewards_of, seeds_of
 from .intervals import Estimate, holm, judge
+from .measurements import SIZES, size_note
 from .records import SEEDS_NEEDED, load_record, record_path, show_interval, verdict
 from .registered import RIVALS
 
@@ -83,6 +84,8 @@ def judged(
     "Judge a claim by its record, where training runs are compared also at equal iterations."
     record, *others = records_of(claim) or [None]
     found = claim.judge(record['data']) if record else Finding('', NOT_MEASURED)
+    note = size_note(record) if record and claim.record in SIZES else ''
+    found = replace(found, seen='; '.join(filter(None, [found.seen, note])))
     beside = {r['scale']: claim.judge(r['data']).verdict for r in others}
     equal = found.equal or Finding('', '')
     missing = f'{NOT_MEASURED} yet: egrpo reproduce {claim.record}' + ' --scale confirm' * claim.registered

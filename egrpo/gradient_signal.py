@@ -451,7 +451,7 @@ def _steps_answer(
     lead = signal_lead(chosen, report.weightings['plain'][1])
     if lead[1] <= 0: return 'steps: no choice of them is clearly better per evaluation than the whole plan'
     names = ', '.join(_arrow(s) for s, _ in report.steps if s.start in starts)
-    return f'steps: {names} alone give more per 1,000 evaluations than all, by {show_estimate(lead)}'
+    return f'steps: {names} alone give more per 1,000 evaluations than all, by {show_estimate(lead)} (chosen on these batches)'
 
 def signal_answer(
     report:SignalReport, # From `signal_report`

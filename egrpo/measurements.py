@@ -107,23 +107,25 @@ FLOOR = .01 # share of the median positive variance: a group with less counts as
 
 def log_variance(
     variance, # Variances, >= 0, of all that is compared
+    floor:float=FLOOR, # Share of the median positive variance, > 0
 )->np.ndarray: # Of the same shape; 0 where no group has spread
     "Logarithms of variances, those below the floor as the floor."
     variance = np.asarray(variance, dtype=float)
     positive = variance[variance > 0]
     if not positive.size: return np.zeros_like(variance)
-    return np.log(np.maximum(variance, FLOOR * np.median(positive)))
+    return np.log(np.maximum(variance, floor * np.median(positive)))
 
 def log_ratio(
     over, # (P,) variances; (K,P) of K steps, whose logarithms are averaged
     under, # Others of the same prompts, of the same shape
     texts=None, # (P,) the prompts' texts; None = all distinct
+    floor:float=FLOOR, # As in `log_variance`
 )->Estimate: # Of log(over / under)
     "Mean log ratio of variances over prompts."
     over, under = np.asarray(over, dtype=float), np.asarray(under, dtype=float)
     if over.shape != under.shape:
         raise ValueError(f"under must be as many variances as over, {over.shape}, got {under.shape}: give the same prompts")
-    logs = log_variance(np.stack([over, under]))
+    logs = log_variance(np.stack([over, under]), floor)
     each = logs[0] - logs[1]
     return difference(each.reshape(-1, each.shape[-1]).mean(0), None, texts)
 
