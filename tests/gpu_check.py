@@ -106,9 +106,9 @@ def about(
     began = time.perf_counter()
     import torch
     imported = time.perf_counter()
-    import egrpo.experiments  # noqa: F401
+    import egrpo.paper.experiments  # noqa: F401
     stage.results.add(import_seconds=dict(torch=imported - began, egrpo=time.perf_counter() - imported))
-    from egrpo.records import versions
+    from egrpo.paper.records import versions
     index = torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
     stage.results.add(
@@ -137,7 +137,7 @@ def matmul_tflops(
     "Speed of a matrix product on random numbers."
     import torch
 
-    from egrpo.benchmark import time_in_turns
+    from egrpo.train.timing import time_in_turns
     a, b = (torch.randn(side, side, device='cuda', dtype=dtype) for _ in range(2))
     seconds = time_in_turns(dict(product=lambda: a @ b), 7, 'cuda')['product']
     return 2 * side**3 / sorted(seconds)[3] / 1e12
@@ -177,7 +177,7 @@ def attention(
     "Attention entropy beside attention, in the shape of FLUX.1-dev at 1024 px."
     import torch
 
-    from egrpo import benchmark
+    from egrpo.paper import attention_cost as benchmark
     shape = (1, 2, 128, 32) if stage.tiny else (1, 24, 4608, 128)
     results = stage.results
     results.measure('attention', lambda: benchmark._attention_part(shape, 7, 'cuda', torch.bfloat16))
@@ -191,8 +191,8 @@ def subset_seconds(
     "Time attention beside its entropy of all queries and of some."
     import torch
 
-    from egrpo import benchmark
-    from egrpo.attention import attention_entropy, query_subset
+    from egrpo.core.attention import attention_entropy, query_subset
+    from egrpo.paper import attention_cost as benchmark
     q, k, v = benchmark._inputs(shape, 'cuda', torch.bfloat16)
     contenders = dict(plain=benchmark.attention_contenders(q, k, v)['plain'])
     for every in (1, 4, 16):
@@ -205,7 +205,7 @@ def attention_memory(
     tokens:tuple, # Numbers of tokens
 )->dict: # contender -> tokens -> bytes
     "Memory of attention, of its entropy and of the matrix, above the inputs."
-    from egrpo import benchmark
+    from egrpo.paper import attention_cost as benchmark
     found = {}
     for name in ('plain', 'entropy', 'matrix'):
         few = [n for n in tokens if name != 'matrix' or n <= benchmark.MATRIX_LIMIT]
@@ -218,8 +218,8 @@ def flux_pipeline(): # A FluxPipeline on the GPU, in bf16
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    from egrpo.cost import architecture
-    from egrpo.small_pipelines import small_clip, small_clip_tokenizer, small_t5, small_t5_tokenizer
+    from egrpo.testing.pipelines import small_clip, small_clip_tokenizer, small_t5, small_t5_tokenizer
+    from egrpo.train.cost import architecture
     known = architecture('flux.1-dev')
     text = [small_clip(768, False), small_clip_tokenizer(), small_t5(4096), small_t5_tokenizer(512)]
     for encoder in text[::2]: encoder.to(torch.bfloat16)
@@ -236,8 +236,8 @@ def flux_policy(
     stage:Stage, # What it is given
 )->tuple: # The policy, the settings of `TrainConfig` that it has
     "A policy of FLUX.1-dev's size with a LoRA; of a small one where all is tiny."
-    from egrpo.policy import FluxPolicy
-    from egrpo.small_pipelines import small_pipeline
+    from egrpo.models.policy import FluxPolicy
+    from egrpo.testing.pipelines import small_pipeline
     model, resolution, rank = 'flux.1-dev', 720, 32
     if stage.tiny:
         model, resolution, rank = str(stage.work/'flux'), 32, 4
@@ -262,8 +262,8 @@ def flux(
     "E-GRPO on FLUX.1-dev's size: seconds, memory beside the prediction, what recording and compiling change."
     import torch
 
-    from egrpo.cost import iteration_seconds, probe, run_memory
-    from egrpo.trainer import TrainConfig, Trainer, iteration_nfe
+    from egrpo.train.cost import iteration_seconds, probe, run_memory
+    from egrpo.train.trainer import TrainConfig, Trainer, iteration_nfe
     began = time.perf_counter()
     policy, settings = flux_policy(stage)
     stage.results.add(build_seconds=time.perf_counter() - began, held_bytes=torch.cuda.memory_allocated(),
@@ -304,9 +304,9 @@ def recording_seconds(
     policy, # A policy
 )->dict: # plain, every_1, every_4, every_16 -> seconds of a forward pass of one latent
     "Time a forward pass with and without recording attention entropy."
-    from egrpo.benchmark import time_in_turns
-    from egrpo.cost import _batch
-    from egrpo.recorder import record_attention_entropy
+    from egrpo.models.recorder import record_attention_entropy
+    from egrpo.train.cost import _batch
+    from egrpo.train.timing import time_in_turns
     batch = _batch(policy, 1)
     def recorded(every):
         "A recorded pass."
@@ -320,8 +320,8 @@ def without_checkpointing(
     policy, # A policy
 )->dict: # Seconds of one latent, and bytes above what is held
     "Measure a gradient without gradient checkpointing, one latent at a time."
-    from egrpo.benchmark import highest_rise
-    from egrpo.cost import probe
+    from egrpo.train.cost import probe
+    from egrpo.train.timing import highest_rise
     policy.transformer.disable_gradient_checkpointing()
     try: seconds, rise = highest_rise(lambda: probe(policy, 1, repeats=1), policy.device)
     finally: policy.transformer.enable_gradient_checkpointing()
@@ -333,8 +333,8 @@ def compiled_seconds(
     plain, # `Seconds` without
 )->dict: # first: seconds of compiling, forward, backward, image: of one latent, times as fast
     "Compile the network's blocks and measure again."
-    from egrpo.cost import probe
-    from egrpo.policy import compile_blocks
+    from egrpo.models.policy import compile_blocks
+    from egrpo.train.cost import probe
     began = time.perf_counter()
     compile_blocks(policy.transformer, policy.device)
     probe(policy, 4, repeats=1)
@@ -348,7 +348,7 @@ def speed(
     stage:Stage, # What it is given
 ):
     "The miniature: seconds of an iteration by prompts, dtype and micro-batch."
-    from egrpo.policy import load_policy
+    from egrpo.models.policy import load_policy
     latents = load_policy(lora_rank=None, device='cuda').micro_batch
     alone = [(1, 'fp32', 1)] # as public code does it, sample by sample
     cases = [(prompts, 'fp32', latents) for prompts in (4, 16, 64)]
@@ -369,7 +369,7 @@ def miniature_speed(
     "Time iterations of the miniature."
     import torch
 
-    from egrpo.trainer import TrainConfig, Trainer
+    from egrpo.train.trainer import TrainConfig, Trainer
     few = dict(num_generations=2, active_steps=1, num_steps=6) if stage.tiny else {}
     where = dict(device='cuda', out=str(stage.work/'speed'), eval_size=2)
     config = TrainConfig(**few, **where, prompts_per_iteration=prompts, dtype=dtype, micro_batch=micro_batch,
@@ -407,12 +407,12 @@ def cell(
     config, # A `TrainConfig`; computed in fp32 with TF32 off, as cells are on a CPU
 )->Job: # The job
     "A job that trains a cell."
-    from egrpo.experiments import cell_key
+    from egrpo.train.run import cell_key
     config = replace(config, dtype='fp32', device='cuda', micro_batch=MICRO_BATCH)
     return Job(cell_key(config), kind, config.seed, config)
 
 
-# (grid, seeds) in the order of `egrpo.registered`; what is there already is not done again
+# (grid, seeds) in the order of `egrpo.paper.registered`; what is there already is not done again
 ORDER = (('step_weights', 8), ('methods', 8), ('aegpo', 6), ('allocation', 6), ('explored', 6), ('on_egrpo', 8),
          ('step_weights', 12), ('methods', 12), ('methods_clip', 8), ('aegpo', 8), ('allocation', 8), ('explored', 8),
          ('on_egrpo', 12), ('methods_clip', 12))
@@ -421,7 +421,7 @@ TOGETHER = dict(methods='step_weights', allocation='aegpo', explored='aegpo') # 
 
 def registered_jobs()->list: # Jobs
     "Cells of the registered grids at scale gpu."
-    from egrpo.experiments import registered
+    from egrpo.paper.experiments import registered
     grids, found = registered('gpu'), {}
     phases = {}
     for name, seeds in ORDER:
@@ -435,12 +435,12 @@ def registered_jobs()->list: # Jobs
 
 
 def record_of(
-    name:str, # A measurement's, in `egrpo.experiments.EXPERIMENTS`
+    name:str, # A measurement's, in `egrpo.paper.experiments.EXPERIMENTS`
     scale:str, # Name of the scale
 )->dict: # Its record
     "Measure, and return the record."
-    from egrpo.experiments import reproduce
-    from egrpo.records import load_record
+    from egrpo.paper.experiments import reproduce
+    from egrpo.paper.records import load_record
     with tempfile.TemporaryDirectory() as folder:
         return load_record(reproduce(name, scale, 0, path=f'{folder}/{name}.json'))
 
@@ -449,26 +449,26 @@ def jobs(
     size:str, # tiny or full
 )->list: # Jobs; smaller seeds are done first, and else the order is kept
     "List what the GPU computes: probes, the gradient's signal, then the registered grids."
-    from egrpo.experiments import signal_settings
-    from egrpo.records import get_scale
+    from egrpo.paper.experiments import signal_settings
+    from egrpo.paper.records import get_scale
     if size == 'tiny': return rehearsal()
     probes = [Job(f'record_{name}', name, 0, call='gpu_check:record_of', arguments=dict(name=name, scale='mini'))
               for name in ('peaks', 'learning_value')]
     where = dict(device='cuda', micro_batch=MICRO_BATCH)
     names = list(signal_settings(get_scale('mini')))
-    signal = [Job(f'signal_{i}', f'signal {name}', 1, call='egrpo.experiments:signal_of_setting',
+    signal = [Job(f'signal_{i}', f'signal {name}', 1, call='egrpo.paper.experiments:signal_of_setting',
                   arguments=dict(name=name, scale='mini', **where)) for i, name in enumerate(names)]
     return probes + signal + registered_jobs()
 
 
 def rehearsal()->list: # Jobs: two cells, a function, and one that fails
     "The list of the size tiny."
-    from egrpo.trainer import TrainConfig
+    from egrpo.train.trainer import TrainConfig
     few = dict(num_steps=6, active_steps=1, num_generations=2, prompts_per_iteration=1, iterations=1, eval_size=2,
                eval_every=0, reward='preference')
     cells = [cell('small', TrainConfig(**few, seed=seed)) for seed in (1, 0)]
-    versions = Job('versions', 'versions', call='egrpo.records:versions')
-    return [*cells, versions, Job('failing', 'failing', seed=2, call='egrpo.records:get_scale', arguments=dict(name='huge'))]
+    versions = Job('versions', 'versions', call='egrpo.paper.records:versions')
+    return [*cells, versions, Job('failing', 'failing', seed=2, call='egrpo.paper.records:get_scale', arguments=dict(name='huge'))]
 
 
 # ---- jobs: their workers
@@ -478,8 +478,8 @@ def perform(
     folder:Path, # Of finished cells
 ):
     "Do a job and keep what it gives, whole or not at all."
-    from egrpo.experiments import run_cell, save_cell
-    from egrpo.files import write_text
+    from egrpo.base.files import write_text
+    from egrpo.paper.experiments import run_cell, save_cell
     path = folder/f'{job.name}.json'
     if job.config is not None: return save_cell(run_cell(job.config), path)
     module, name = job.call.split(':')
@@ -498,7 +498,7 @@ def work(
         begin()
         import torch
 
-        import egrpo.experiments  # noqa: F401
+        import egrpo.paper.experiments  # noqa: F401
         torch.set_num_threads(1)
         connection.send(('', time.perf_counter() - began, ''))
         for job in iter(connection.recv, None):
@@ -737,7 +737,7 @@ def write_all(
     path, data = args.out/'gpu_check.json', dict(size=args.size, stages=rows)
     wall_time = round(time.time() - began, 1)
     try:
-        from egrpo.records import save_record
+        from egrpo.paper.records import save_record
         save_record(path, data, scale=scale, seeds=[], nfe=0, wall_time=wall_time, command=command)
     except Exception: # rather no record than no numbers
         traceback.print_exc()

@@ -37,8 +37,10 @@ def copy(
         to = folder/nb.relative_to(root)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(nb, to)
-    (folder/'egrpo').mkdir()
-    for f in ('settings.ini', 'setup.py', 'egrpo/__init__.py'): shutil.copy(root/f, folder/f)
+    rooms = [p.relative_to(root) for p in (root/'egrpo').rglob('__init__.py')]
+    for f in (Path('settings.ini'), Path('setup.py'), *rooms):
+        (folder/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root/f, folder/f)
     return folder
 
 
@@ -46,7 +48,7 @@ def sources(
     folder:Path, # A project's top level
 )->dict: # Name from the top level → bytes
     "The files that nbdev writes: notebooks and modules."
-    files = notebooks(folder/'nbs') + sorted((folder/'egrpo').glob('*.py'))
+    files = notebooks(folder/'nbs') + sorted((folder/'egrpo').rglob('*.py'))
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
@@ -113,13 +115,13 @@ def readme_is_current()->bool: # True also before there is a front page
 def papers()->str: # Markdown
     "Every claim with its verdict, from the records, as PAPERS.md."
     sys.path.insert(0, str(root))
-    from egrpo.claims import papers_markdown
+    from egrpo.paper.claims import papers_markdown
     return '<!-- Written by `make notebooks` from the records in figures/. -->\n\n' + relink(papers_markdown())
 
 
 def papers_are_current()->bool: # True also before there are claims
     "Does PAPERS.md say what the records say?"
-    if not (root/'egrpo/claims.py').exists(): return True
+    if not (root/'egrpo/paper/claims.py').exists(): return True
     return (root/'PAPERS.md').exists() and (root/'PAPERS.md').read_text(encoding='utf-8') == papers()
 
 
@@ -138,7 +140,7 @@ def write()->None: # Rewrites what differs in nbs/, egrpo/*.py, README.md and PA
     for f, content in new.items():
         if ours.get(f) != content: (root/f).write_bytes(content)
     if (root/'nbs/index.ipynb').exists(): (root/'README.md').write_text(readme(), encoding='utf-8')
-    if (root/'egrpo/claims.py').exists(): (root/'PAPERS.md').write_text(papers(), encoding='utf-8')
+    if (root/'egrpo/paper/claims.py').exists(): (root/'PAPERS.md').write_text(papers(), encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from egrpo import trainer as trainer_module
-from egrpo.allocation import ALLOCATIONS, allocate, entropy_profiles, share_work
-from egrpo.methods import METHODS, explored, make_plan, stochastic_steps
-from egrpo.plan import count_leaves, gradient_nfe, rollout_nfe
-from egrpo.policy import load_policy
-from egrpo.rollout import rollout
-from egrpo.trainer import TrainConfig, Trainer, iteration_nfe, rows_loss
+from egrpo.core.plan import count_leaves, gradient_nfe, rollout_nfe
+from egrpo.core.rollout import rollout
+from egrpo.methods.aegpo import ALLOCATIONS, allocate, entropy_profiles, share_work
+from egrpo.methods.registry import METHODS, explored, make_plan, stochastic_steps
+from egrpo.models.policy import load_policy
+from egrpo.train import trainer as trainer_module
+from egrpo.train.trainer import TrainConfig, Trainer, iteration_nfe, rows_loss
 
 SMALL = dict(method='aegpo', top=2, num_steps=7, num_generations=6, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-4,
              ema_decay=0)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from egrpo.attention import (
+from egrpo.core.attention import (
     ATTENTION_PATHS,
     _chunked,
     _cpu,
@@ -23,8 +23,8 @@ from egrpo.attention import (
     mean_entropy,
     query_subset,
 )
-from egrpo.recorder import record_attention_entropy
-from egrpo.records import load_record
+from egrpo.models.recorder import record_attention_entropy
+from egrpo.paper.records import load_record
 
 DTYPES = {torch.float64: 2e-6, torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5} # CPU: half is widened
 CUDA = ['flash', 'cudnn', 'efficient', 'chunked']
@@ -81,7 +81,7 @@ def test_ends():
 
 
 def test_strided_input_and_several_chunks(monkeypatch):
-    monkeypatch.setattr('egrpo.attention.CHUNK_ELEMENTS', 500)
+    monkeypatch.setattr('egrpo.core.attention.CHUNK_ELEMENTS', 500)
     x = torch.randn(2, 40, 3, 16).transpose(1, 2) # as diffusers hands it over: heads are a view
     for path in ('cpu', 'chunked'): assert_close(attention_entropy(x, x, path=path).double(), matrix(x, x), rtol=0, atol=2e-5)
 
@@ -137,7 +137,8 @@ def test_path_is_said():
 
 
 def test_attention_needs_torch_only():
-    code = "import sys, egrpo.attention; print({m.split('.')[0] for m in sys.modules} & {'diffusers', 'transformers', 'peft', 'pandas'})"
+    heavy = {'diffusers', 'transformers', 'peft', 'pandas'}
+    code = f"import sys, egrpo.core.attention; print({{m.split('.')[0] for m in sys.modules}} & {heavy})"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'set()'
 
 
@@ -355,7 +356,7 @@ def test_the_record_counts_what_a_hand_counts():
 
 
 def test_chunked_is_bounded(monkeypatch):
-    monkeypatch.setattr('egrpo.attention.CHUNK_ELEMENTS', 300)
+    monkeypatch.setattr('egrpo.core.attention.CHUNK_ELEMENTS', 300)
     sizes, true = [], torch.special.entr
     monkeypatch.setattr(torch.special, 'entr', lambda x: sizes.append(x.numel()) or true(x))
     q, k = tensors(1, 2, 20, 30, 8)

@@ -9,9 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from egrpo import attention_signal, measurements
-from egrpo.allocation import entropy_profiles
-from egrpo.attention_signal import (
+from egrpo.core.rollout import rollout
+from egrpo.core.sigmas import flow_sigmas
+from egrpo.methods.aegpo import entropy_profiles
+from egrpo.models.policy import load_policy
+from egrpo.paper import attention_signal, measurements
+from egrpo.paper.attention_signal import (
     SIGNALS,
     LastScores,
     block_profiles,
@@ -28,13 +31,10 @@ from egrpo.attention_signal import (
     velocity_distance,
     watch,
 )
-from egrpo.exploration import all_steps, exploration_plan
-from egrpo.policy import load_policy
-from egrpo.records import get_scale, load_record
-from egrpo.reward import get_reward
-from egrpo.rollout import rollout
-from egrpo.sigmas import flow_sigmas
-from egrpo.trainer import TrainConfig, ode_plan
+from egrpo.paper.exploration import all_steps, exploration_plan
+from egrpo.paper.records import get_scale, load_record
+from egrpo.rewards.reward import get_reward
+from egrpo.train.trainer import TrainConfig, ode_plan
 
 PROMPTS = ['a red circle', 'two blue squares', 'a green cross']
 SMALL = TrainConfig(method='dance_grpo', num_steps=5, num_generations=3, prompts_per_iteration=3, eval_size=1, device='cpu', ema_decay=0,
@@ -143,7 +143,7 @@ def test_gradient_goes_up(policy):
 
     def surrogate():
         "The loss, as its definition says, at the weights of the moment; the clip is out of reach."
-        from egrpo.rollout import transition_log_prob
+        from egrpo.core.rollout import transition_log_prob
         sigma = flow_sigmas(5)[out.start]
         with torch.no_grad(): v = policy.velocity(out.parents, sigma, cond[out.prompt])
         new, *_ = transition_log_prob(v, out.parents, out.children, out.row, out.start, out.end, out.plan)

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from egrpo import claims
-from egrpo.cli import main
-from egrpo.experiments import EXPERIMENTS, grid_data
-from egrpo.records import load_record, save_record
+from egrpo.cli.commands import main
+from egrpo.paper import claims
+from egrpo.paper.experiments import EXPERIMENTS, grid_data
+from egrpo.paper.records import load_record, save_record
 
 ROOT = Path(__file__).parent.parent
 PLACES = 'Fig. 1a, Fig. 1b, Fig. 1c, Fig. 3, Fig. 4, Fig. 8, Table 1, Table 2, Table 3, Table 4'.split(', ')

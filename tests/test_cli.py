@@ -17,17 +17,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from egrpo import cli, plots
-from egrpo.claims import CLAIMS
-from egrpo.cli import COMMANDS, main
-from egrpo.entropy import merge_lengths
-from egrpo.experiments import EXPERIMENTS
-from egrpo.methods import METHODS, method_settings
-from egrpo.policy import load_pipeline, model_sigmas
-from egrpo.records import SCALES, load_record
-from egrpo.sigmas import flow_sigmas
-from egrpo.small_pipelines import small_pipeline
-from egrpo.trainer import TrainConfig, Trainer, check_config, check_method, sample_images
+from egrpo.cli import commands as cli
+from egrpo.cli.commands import COMMANDS, main
+from egrpo.core.entropy import merge_lengths
+from egrpo.core.sigmas import flow_sigmas
+from egrpo.methods.registry import METHODS, method_settings
+from egrpo.models.policy import load_pipeline, model_sigmas
+from egrpo.paper.claims import CLAIMS
+from egrpo.paper.experiments import EXPERIMENTS
+from egrpo.paper.records import SCALES, load_record
+from egrpo.show import plots
+from egrpo.testing.pipelines import small_pipeline
+from egrpo.train.trainer import TrainConfig, Trainer, check_config, check_method, sample_images
 
 command = Path(sys.executable).parent/'egrpo'
 small = shlex.split('--num-steps 6 --active-steps 2 --num-generations 4 --prompts-per-iteration 2 --eval-size 8 --device cpu')
@@ -64,7 +65,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
     code = '''
 import sys
 from contextlib import suppress
-from egrpo.cli import main
+from egrpo.cli.commands import main
 for words in ([], ['--help'], ['train', '--help'], ['--version']):
     with suppress(SystemExit): main(words)
 heavy = {'torch', 'numpy', 'pandas', 'matplotlib', 'diffusers', 'transformers', 'accelerate'} & {m.split('.')[0] for m in sys.modules}
@@ -361,8 +362,8 @@ def test_demo_shows_the_images_that_were_scored(here):
     with torch.no_grad(): # an average that differs from the weights is what is evaluated, and so what is shown
         for e in trainer.ema.values(): e.mul_(.98)
     places, frame = cli.shown_places(trainer.eval_prompts, 1), trainer.evaluate()
-    from egrpo.experiments import images_at
-    from egrpo.shapes import verify_batch
+    from egrpo.miniature.world import verify_batch
+    from egrpo.paper.experiments import images_at
     seen = [v.graded for v in verify_batch(images_at(trainer, places), [trainer.eval_prompts[i] for i in places])]
     np.testing.assert_allclose(seen, frame.verifier.iloc[places], atol=1e-3)
     assert len(places) == 6 and places != list(range(6))
@@ -450,7 +451,7 @@ def test_what_stands_on_a_base_is_published_as_its_base(monkeypatch):
 def test_a_method_of_ones_own_by_its_place(here, monkeypatch, capsys):
     "For plan, train and as a base; a run keeps the name."
     code = "METHODS['egrpo'](num_steps, tau=0, active_steps=2, num_generations=num_generations)"
-    head = 'from egrpo.methods import METHODS\nn = 3\ndef two(num_steps=16, num_generations=12, tau=0.): return '
+    head = 'from egrpo.methods.registry import METHODS\nn = 3\ndef two(num_steps=16, num_generations=12, tau=0.): return '
     (here/'mine.py').write_text(f'{head}{code}\n')
     known = dict(METHODS)
     try:
@@ -521,7 +522,7 @@ def test_every_method_at_every_scale(method, monkeypatch):
 
 def commands_of_the_guides():
     "Every `egrpo …` in the notebooks' blocks of shell: (notebook, words)."
-    for path in sorted((Path(__file__).parent.parent/'nbs').glob('*.ipynb')):
+    for path in sorted((Path(__file__).parent.parent/'nbs').rglob('*.ipynb')):
         for cell in json.loads(path.read_text())['cells']:
             if cell['cell_type'] != 'markdown': continue
             for block in re.findall(r'```(?:sh|bash)\n(.*?)```', ''.join(cell['source']), re.DOTALL):

@@ -14,16 +14,16 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from egrpo import cost, speed
-from egrpo import rollout as rollout_module
-from egrpo.cli import main
-from egrpo.plan import Branch, Plan, SDEStep, gradient_nfe, rollout_nfe
-from egrpo.policy import load_policy, swapped
-from egrpo.rollout import ab2_velocity, rollout
-from egrpo.sigmas import flow_sigmas
-from egrpo.small_pipelines import small_flux, small_pipeline, small_sd3
-from egrpo.suffix import group_agreement
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.cli.commands import main
+from egrpo.core import rollout as rollout_module
+from egrpo.core.plan import Branch, Plan, SDEStep, gradient_nfe, rollout_nfe
+from egrpo.core.rollout import ab2_velocity, rollout
+from egrpo.core.sigmas import flow_sigmas
+from egrpo.models.policy import load_policy, swapped
+from egrpo.paper.suffix import group_agreement
+from egrpo.testing.pipelines import small_flux, small_pipeline, small_sd3
+from egrpo.train import cost, speed
+from egrpo.train.trainer import TrainConfig, Trainer
 
 SMALL = dict(num_steps=6, active_steps=2, num_generations=3, prompts_per_iteration=2, tau=0., device='cpu', eval_size=2, reward='clip')
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import sync
 
-from egrpo.cli import COMMANDS, main
+from egrpo.cli.commands import COMMANDS, main
 
 ENCODINGS = ['cp1252', 'cp437', 'cp932', 'gbk', 'ascii']
 PRINTING = [['plan'], ['methods'], ['claims'], ['rewards'], ['train', '--dry-run'], *([name, '--help'] for name in COMMANDS)]
@@ -62,13 +62,13 @@ def text_files(tree):
             name = getattr(call.func, 'attr', None) or getattr(call.func, 'id', None)
             modes = [a.value for a in call.args if isinstance(a, ast.Constant) and re.fullmatch('[rwaxtb+]+', str(a.value))]
             binary = any('b' in mode for mode in modes)
-            method = isinstance(call.func, ast.Attribute) # `egrpo.files.write_text` is a function, and says its own
+            method = isinstance(call.func, ast.Attribute) # `egrpo.base.files.write_text` is a function, and says its own
             opens = (name in ('read_text', 'write_text') and method) or (name == 'open' and not binary and (modes or not method))
             if opens and not any(k.arg == 'encoding' for k in call.keywords): yield function.name, call.lineno
 
 
 def test_text_files_are_utf8():
-    modules = [p for p in (sync.root/'egrpo').glob('*.py') if p.name != '_modidx.py']
+    modules = [p for p in (sync.root/'egrpo').rglob('*.py') if p.name != '_modidx.py']
     assert len(modules) > 25
     for path in modules:
         found = [*text_files(ast.parse(path.read_text(encoding='utf-8')))]

@@ -14,11 +14,12 @@ import pytest
 import torch
 from scipy import stats
 
-from egrpo import experiments as ex
-from egrpo.claims import verdict_lines
-from egrpo.records import get_scale, load_record, verdict
-from egrpo.small_pipelines import small_pipeline
-from egrpo.trainer import TrainConfig, check_config, check_method
+from egrpo.paper import experiments as ex
+from egrpo.paper.claims import verdict_lines
+from egrpo.paper.records import get_scale, load_record, verdict
+from egrpo.testing.pipelines import small_pipeline
+from egrpo.train import run as run_module
+from egrpo.train.trainer import TrainConfig, check_config, check_method
 
 FIGURES = Path(__file__).parent.parent/'figures'
 CELLS = sorted((FIGURES/'cells').glob('*.json'))
@@ -117,8 +118,8 @@ def test_continues_where_it_stopped(tmp_path, monkeypatch):
 
 
 LONG = """
-from egrpo.experiments import run_cells
-from egrpo.trainer import TrainConfig
+from egrpo.paper.experiments import run_cells
+from egrpo.train.trainer import TrainConfig
 if __name__ == '__main__': run_cells([TrainConfig(**{settings!r}, seed=s) for s in (1, 2)], 2, {store!r})
 """
 
@@ -338,7 +339,7 @@ def test_another_dtype_is_another_cell(monkeypatch):
     "Of its own a GPU computes in bf16, the scale mini in fp32 on every machine."
     def keys(): return [ex.cell_key(TrainConfig(**o)) for o in (dict(), dict(dtype='fp32'), get_scale('mini').settings, dict(dtype='bf16'))]
     on_cpu = keys()
-    monkeypatch.setattr(ex, 'best_device', lambda device: torch.device('cuda'))
+    monkeypatch.setattr(run_module, 'best_device', lambda device: torch.device('cuda'))
     on_gpu = keys()
     assert on_cpu[0] == on_cpu[1] == on_gpu[1] and on_gpu[0] == on_gpu[3] == on_cpu[3] != on_cpu[0] and on_cpu[2] == on_gpu[2]
 

@@ -8,9 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from egrpo import exploration, measurements
-from egrpo.entropy import landing_noise, merge_lengths, step_entropy
-from egrpo.exploration import (
+from egrpo.core.entropy import landing_noise, merge_lengths, step_entropy
+from egrpo.core.plan import rollout_nfe
+from egrpo.core.rollout import rollout
+from egrpo.core.sde import sde_step
+from egrpo.core.sigmas import flow_sigmas
+from egrpo.paper import exploration, measurements
+from egrpo.paper.exploration import (
     add_noise,
     all_steps,
     chain_plan,
@@ -27,14 +31,10 @@ from egrpo.exploration import (
     sign_flips,
     spread,
 )
-from egrpo.intervals import Estimate
-from egrpo.plan import rollout_nfe
-from egrpo.prompts import load_prompts
-from egrpo.records import get_scale, load_record
-from egrpo.reward import RewardSet
-from egrpo.rollout import rollout
-from egrpo.sde import sde_step
-from egrpo.sigmas import flow_sigmas
+from egrpo.paper.intervals import Estimate
+from egrpo.paper.records import get_scale, load_record
+from egrpo.rewards.reward import RewardSet
+from egrpo.train.prompts import load_prompts
 
 
 class Conditions:

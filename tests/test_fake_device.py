@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from egrpo.cli import explain
-from egrpo.cost import free_bytes, network_dtype, policy_of, tune
-from egrpo.experiments import cell_key, own_gpu
-from egrpo.policy import DTYPES, default_dtype, load_policy
-from egrpo.small_pipelines import small_pipeline
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.cli.commands import explain
+from egrpo.models.policy import DTYPES, default_dtype, load_policy
+from egrpo.paper.experiments import own_gpu
+from egrpo.testing.pipelines import small_pipeline
+from egrpo.train.cost import free_bytes, network_dtype, policy_of, tune
+from egrpo.train.run import cell_key
+from egrpo.train.trainer import TrainConfig, Trainer
 
 FAKE = Path(__file__).with_name('fake_device.py')
 SMALL = dict(num_steps=6, num_generations=4, active_steps=2, prompts_per_iteration=2, iterations=1, eval_size=2)

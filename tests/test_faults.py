@@ -19,13 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from egrpo import checkpoint as checkpoint_module
-from egrpo import cli, policy
-from egrpo.checkpoint import load_checkpoint, read_state, save_checkpoint
-from egrpo.cli import main
-from egrpo.policy import load_policy
-from egrpo.reward import RewardError, get_reward
-from egrpo.trainer import TrainConfig, Trainer, training_nfe
+from egrpo.cli import commands as cli
+from egrpo.cli.commands import main
+from egrpo.models import policy
+from egrpo.models.policy import load_policy
+from egrpo.rewards.reward import RewardError, get_reward
+from egrpo.train import checkpoint as checkpoint_module
+from egrpo.train.checkpoint import load_checkpoint, read_state, save_checkpoint
+from egrpo.train.trainer import TrainConfig, Trainer, training_nfe
 
 command = Path(sys.executable).parent/'egrpo'
 small = '--num-steps 6 --active-steps 2 --num-generations 2 --prompts-per-iteration 1 --eval-size 2 --device cpu'

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from egrpo import cost
-from egrpo.benchmark import highest_rise
-from egrpo.policy import load_policy
-from egrpo.recorder import record_attention_entropy
-from egrpo.small_pipelines import small_pipeline
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.models.policy import load_policy
+from egrpo.models.recorder import record_attention_entropy
+from egrpo.testing.pipelines import small_pipeline
+from egrpo.train import cost
+from egrpo.train.timing import highest_rise
+from egrpo.train.trainer import TrainConfig, Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # deterministic matrix products

@@ -12,8 +12,8 @@ import pytest
 import torch
 from fake_device import COMPILER
 
-from egrpo.experiments import load_cell
-from egrpo.records import load_record
+from egrpo.paper.experiments import load_cell
+from egrpo.paper.records import load_record
 
 SCRIPT = Path(gpu_check.__file__)
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from egrpo import experiments as ex
-from egrpo import gradient_signal as gs
-from egrpo.cli import main
-from egrpo.methods import taken
-from egrpo.plan import gradient_nfe, rollout_nfe
-from egrpo.records import SCALES
-from egrpo.small_pipelines import small_pipeline
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.cli.commands import main
+from egrpo.core.plan import gradient_nfe, rollout_nfe
+from egrpo.methods.registry import taken
+from egrpo.paper import experiments as ex
+from egrpo.paper.records import SCALES
+from egrpo.testing.pipelines import small_pipeline
+from egrpo.train import signal as gs
+from egrpo.train.trainer import TrainConfig, Trainer
 
 small = dict(num_steps=6, num_generations=2, prompts_per_iteration=2, reward='preference', eval_size=2, device='cpu')
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from egrpo.reward_models import ClipReward, clean_prompt, cut_out, fit_in, load_clip, load_tokenizer
+from egrpo.rewards.published import ClipReward, clean_prompt, cut_out, fit_in, load_clip, load_tokenizer
 
 pytest.importorskip('ftfy', reason='pip install egrpo[hpsv2]')
 if not find_spec('hpsv2'): pytest.skip('the package hpsv2 is not installed', allow_module_level=True)

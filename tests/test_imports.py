@@ -1,4 +1,4 @@
-"What importing costs and needs, and that data flows one way: nothing imports rightwards."
+"What importing costs and needs, and that data flows one way: between rooms, and within a room from notebook to notebook."
 import ast
 import os
 import re
@@ -9,10 +9,16 @@ import sys
 import pytest
 import sync
 
+import egrpo
+
+# A room may import those before it. base and testing import nothing of egrpo.
+ROOMS = 'base core models methods miniature rewards show train paper cli'.split()
+ALONE = ['base', 'testing']
+
 package = sync.root/'egrpo'
-modules = sorted(p for p in package.glob('*.py') if not p.name.startswith('_'))
-every = pytest.mark.parametrize('module', [p.stem for p in modules])
-maths = [p.stem for p in modules if re.search(r'File to edit: \.\./nbs/0[0-7]_', p.read_text(encoding='utf-8'))]
+modules = sorted('.'.join(p.relative_to(package).with_suffix('').parts) for p in package.glob('*/[a-z]*.py') if p.parent.name != 'assets')
+every = pytest.mark.parametrize('module', modules)
+maths = [m for m in modules if m.startswith('core.')]
 dev_only = ['nbdev', 'execnb', 'ghapi', 'fastgit', 'pytest', 'hypothesis', 'nbclient', 'nbconvert', 'tensorboard']
 
 
@@ -34,8 +40,21 @@ def seconds(code):
 
 
 def test_entropy_imports_fast():
-    torch, ours = seconds('import torch'), seconds('import egrpo.entropy')
-    assert ours < 1.3 * torch, f'import egrpo.entropy takes {ours:.1f} s, torch alone {torch:.1f} s'
+    torch, ours = seconds('import torch'), seconds('import egrpo.core.entropy')
+    assert ours < 1.3 * torch, f'import egrpo.core.entropy takes {ours:.1f} s, torch alone {torch:.1f} s'
+
+
+def test_package_imports_fast():
+    ours = seconds('import egrpo') - seconds('pass')
+    assert ours < .1, f'import egrpo takes {ours:.2f} s'
+
+
+def test_public_names_are_loaded_when_asked_for():
+    python("import sys, egrpo; assert {'Trainer', 'rollout'} <= set(dir(egrpo)) and 'torch' not in sys.modules")
+    python("import sys; from egrpo import Plan, flow_sigmas; assert 'diffusers' not in sys.modules")
+    assert len(egrpo.__all__) == 17
+    for name in egrpo.__all__: assert getattr(egrpo, name)
+    with pytest.raises(AttributeError, match="no attribute 'trainer_'"): egrpo.__getattr__('trainer_')
 
 
 def test_maths_needs_torch_alone():
@@ -49,34 +68,52 @@ def test_maths_needs_torch_alone():
 
 def test_runs_without_development_tools():
     "A user has the run-time requirements only: here the rest is made impossible to import."
-    names = ', '.join(f'egrpo.{p.stem}' for p in modules)
+    names = ', '.join(f'egrpo.{m}' for m in modules)
     python(f'import sys; sys.modules.update(dict.fromkeys({dev_only})); import {names}')
 
 
-def imported(path):
-    "Modules of egrpo that `path` imports anywhere, also inside functions."
+def absolute(name, level, module):
+    "The module that `from ..x.y import` names, from the top level, without `egrpo`; None for another package's."
+    if not level: return name.removeprefix('egrpo').removeprefix('.') if name == 'egrpo' or name.startswith('egrpo.') else None
+    return '.'.join([*module.split('.')[:-level], *filter(None, [name])])
+
+
+def imported(path, module):
+    "Modules of egrpo, as room.name, that the source of `module` imports anywhere, also inside functions."
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('egrpo.'): yield node.module.split('.')[1]
-        elif isinstance(node, ast.ImportFrom) and (node.module == 'egrpo' or node.level == 1):
-            yield from [node.module.split('.')[0]] if node.level and node.module else [a.name for a in node.names]
-        elif isinstance(node, ast.Import): yield from (a.name.split('.')[1] for a in node.names if a.name.startswith('egrpo.'))
+        if isinstance(node, ast.Import): names = [absolute(a.name, 0, module) for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(node.module or '', node.level, module)
+            names = [base if base is None or '.' in base else f'{base}.{a.name}'.strip('.') for a in node.names]
+        else: continue
+        yield from filter(None, names)
 
 
-def number(name):
-    "Position of a module in the flow of data: its notebook's number."
-    found = re.search(r'File to edit: \.\./nbs/(\d+)_', (package/f'{name}.py').read_text(encoding='utf-8'))
-    return int(found[1]) if found else -1
+def number(module):
+    "Position of a module in its room: its notebook's number."
+    room, name = module.split('.')
+    return int(re.search(r'File to edit: [./]*nbs/\w+/(\d+)_', (package/room/f'{name}.py').read_text(encoding='utf-8'))[1])
+
+
+def source(module): return package.joinpath(*module.split('.')).with_suffix('.py')
+
+
+def test_every_room_is_in_order(): assert {m.split('.')[0] for m in modules} == {*ROOMS, *ALONE}
 
 
 @every
-def test_nothing_imports_rightwards(module):
-    ours = {m for m in imported(package/f'{module}.py') if (package/f'{m}.py').exists() and not m.startswith('_')}
-    right = sorted(m for m in ours if number(m) >= number(module))
-    assert not right, f'egrpo.{module} ({number(module):02}) imports {right}'
+def test_arrows_go_one_way(module):
+    room = module.split('.')[0]
+    allowed = [] if room in ALONE else ROOMS[:ROOMS.index(room)]
+    for other in imported(source(module), module):
+        if '.' not in other or not source(other).exists(): continue
+        there = other.split('.')[0]
+        if there == room: assert number(other) < number(module), f'egrpo.{module} imports egrpo.{other}, a later notebook'
+        else: assert there in allowed, f'egrpo.{module} imports egrpo.{other}: {room} may import {allowed or "no other room"}'
 
 
 def test_imported_sees_every_form(tmp_path):
-    code = ['from egrpo.a import x', 'import egrpo.b as b', 'from egrpo import c', 'from . import d', 'from .e import y']
-    code += ['def f():', '    import egrpo.g']
+    code = ['from egrpo.a.x import y', 'import egrpo.b.x as b', 'from egrpo.c import x', 'from ..d import x', 'from ..e.x import y']
+    code += ['from .x import y', 'from egrpo import other', 'import torch', 'from torch import nn', 'def f():', '    import egrpo.g.x']
     (tmp_path/'m.py').write_text('\n'.join(code))
-    assert set(imported(tmp_path/'m.py')) == set('abcdeg')
+    assert set(imported(tmp_path/'m.py', 'room.m')) == {*(f'{o}.x' for o in 'abcdeg'), 'room.x', 'other'}

@@ -5,15 +5,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from egrpo import rollout as rollout_module
-from egrpo.methods import egrpo
-from egrpo.plan import Branch, Plan, SDEStep, count_leaves, count_transitions, gradient_nfe, rollout_nfe
-from egrpo.policy import load_policy
-from egrpo.prompts import load_prompts
-from egrpo.rollout import rollout, transition_log_prob
-from egrpo.sde import ode_step
-from egrpo.sigmas import flow_sigmas
-from egrpo.trainer import TrainConfig, Trainer, evaluate, training_nfe
+from egrpo.core import rollout as rollout_module
+from egrpo.core.plan import Branch, Plan, SDEStep, count_leaves, count_transitions, gradient_nfe, rollout_nfe
+from egrpo.core.rollout import rollout, transition_log_prob
+from egrpo.core.sde import ode_step
+from egrpo.core.sigmas import flow_sigmas
+from egrpo.methods.registry import egrpo
+from egrpo.models.policy import load_policy
+from egrpo.train.prompts import load_prompts
+from egrpo.train.trainer import TrainConfig, Trainer, evaluate, training_nfe
 
 PROMPTS = ['a red circle', 'two blue squares', 'a green cross left of a yellow triangle']
 SIGMAS = flow_sigmas(10)
@@ -122,7 +122,7 @@ def test_noise_is_shared_and_distinct(walked):
 
 def test_strides_are_compared_each_among_its_own(policy):
     "A leaf's images by stride 1 and by stride 3 are normalised apart, then added: a stride whose images all score low changes nothing."
-    from egrpo.advantage import group_advantages
+    from egrpo.core.advantage import group_advantages
     plan = PLANS['two strides']
     trainer = Trainer(TrainConfig(**SMALL), policy, method=lambda: plan)
     out = rollout(policy, policy.encode(PROMPTS), plan, 0, 0)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_policy import theirs
 from torch.testing import assert_close
 
-from egrpo.policy import POLICIES, load_lora, load_pipeline, load_policy, lora_file
-from egrpo.small_pipelines import small_pipeline
+from egrpo.models.policy import POLICIES, load_lora, load_pipeline, load_policy, lora_file
+from egrpo.testing.pipelines import small_pipeline
 
 FLUX_LAYERS = ['transformer_blocks.0.attn.to_q', 'transformer_blocks.0.attn.add_k_proj',
                'transformer_blocks.0.ff.net.2', 'single_transformer_blocks.0.attn.to_v',

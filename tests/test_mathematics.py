@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from egrpo import entropy, sde, sigmas
+from egrpo.core import entropy, sde, sigmas
 
 steps = st.integers(2, 40)
 shifts = st.floats(0.2, 12, allow_nan=False)
@@ -430,5 +430,5 @@ def test_entropy_refuses_schedules(schedule):
 def test_imports_are_light():
     import subprocess
     import sys
-    code = "import sys, egrpo.entropy; assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    code = "import sys, egrpo.core.entropy; assert not {'diffusers', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, '-c', code], check=True)

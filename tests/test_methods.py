@@ -13,19 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from egrpo import advantage, cli, loss, plan
-from egrpo import rollout as rollout_module
-from egrpo import trainer as trainer_module
-from egrpo.advantage import group_advantages, keep_extremes, transition_values
-from egrpo.baselines import branch_grpo, chain, dance_grpo, flow_grpo_fast, g2rpo, grpo_guard, mix_grpo, tempflow_grpo
-from egrpo.loss import guard_logratio
-from egrpo.methods import METHODS, PAPERS, PUBLISHED, describe_method, egrpo, make_plan
-from egrpo.plan import Branch, Plan, SDEStep, count_leaves, describe, gradient_nfe, kept_count, rollout_nfe
-from egrpo.policy import load_policy
-from egrpo.rollout import prune, rollout
-from egrpo.sde import log_prob, ode_step, sde_sample, sde_step, step_std
-from egrpo.sigmas import flow_sigmas
-from egrpo.trainer import TrainConfig, Trainer, training_nfe
+from egrpo.cli import commands as cli
+from egrpo.core import advantage, loss, plan
+from egrpo.core import rollout as rollout_module
+from egrpo.core.advantage import group_advantages, keep_extremes, transition_values
+from egrpo.core.loss import guard_logratio
+from egrpo.core.plan import Branch, Plan, SDEStep, count_leaves, describe, gradient_nfe, kept_count, rollout_nfe
+from egrpo.core.rollout import prune, rollout
+from egrpo.core.sde import log_prob, ode_step, sde_sample, sde_step, step_std
+from egrpo.core.sigmas import flow_sigmas
+from egrpo.methods.baselines import branch_grpo, chain, dance_grpo, flow_grpo_fast, g2rpo, grpo_guard, mix_grpo, tempflow_grpo
+from egrpo.methods.registry import METHODS, PAPERS, PUBLISHED, describe_method, egrpo, make_plan
+from egrpo.models.policy import load_policy
+from egrpo.train import trainer as trainer_module
+from egrpo.train.trainer import TrainConfig, Trainer, training_nfe
 
 PROMPTS = ['a red circle', 'two blue squares']
 SMALL = dict(num_steps=7, num_generations=4, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-9, ema_decay=0)

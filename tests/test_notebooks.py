@@ -7,7 +7,7 @@ import pytest
 import sync
 
 pages = sync.notebooks()
-ids = [p.stem for p in pages]
+ids = [p.relative_to(sync.root/'nbs').with_suffix('').as_posix() for p in pages]
 every = pytest.mark.parametrize('nb', pages, ids=ids)
 
 
@@ -32,15 +32,15 @@ def project(tmp_path):
 
 
 @pytest.mark.parametrize('spoil, says', [
-    ('edit', 'egrpo/sigmas.py: not what its notebook says'),
-    ('drop', 'egrpo/sigmas.py: not exported'),
+    ('edit', 'egrpo/core/sigmas.py: not what its notebook says'),
+    ('drop', 'egrpo/core/sigmas.py: not exported'),
     ('stray', 'egrpo/stray.py: no notebook writes it'),
-    ('run', 'nbs/00_sigmas.ipynb: not clean'),
+    ('run', 'nbs/core/00_sigmas.ipynb: not clean'),
 ])
 def test_check_notices(project, monkeypatch, spoil, says):
     monkeypatch.setattr(sync, 'root', project)
     monkeypatch.setattr(sync.notebooks, '__defaults__', (project/'nbs',))
-    module, nb = project/'egrpo/sigmas.py', project/'nbs/00_sigmas.ipynb'
+    module, nb = project/'egrpo/core/sigmas.py', project/'nbs/core/00_sigmas.ipynb'
     if spoil == 'edit': module.write_text(module.read_text() + '\nanswer = 42\n')
     if spoil == 'drop': module.unlink()
     if spoil == 'stray': shutil.copy(module, project/'egrpo/stray.py')

@@ -16,12 +16,12 @@ from scipy import stats
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from egrpo import advantage, loss
+from egrpo.core import advantage, loss
 
 
 def planted(module, old, new):
-    "A copy of the module `egrpo.<module>` with the only occurrence of `old` replaced."
-    source = inspect.getsource(importlib.import_module(f'egrpo.{module}'))
+    "A copy of the module `egrpo.core.<module>` with the only occurrence of `old` replaced."
+    source = inspect.getsource(importlib.import_module(f'egrpo.core.{module}'))
     if source.count(old) != 1: raise LookupError(f"{old!r} occurs {source.count(old)} times: the bug cannot be planted")
     scope = {'__name__': f'planted_{module}'}
     exec(compile(source.replace(old, new), f'planted {module}', 'exec'), scope)

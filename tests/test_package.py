@@ -43,7 +43,7 @@ def test_holds_nothing_else(wheel):
 
 def test_names_the_command_and_requirements(wheel):
     info = f'egrpo-{cfg["version"]}.dist-info'
-    assert 'egrpo = egrpo.cli:main' in wheel[f'{info}/entry_points.txt'].decode()
+    assert 'egrpo = egrpo.cli.commands:main' in wheel[f'{info}/entry_points.txt'].decode()
     meta = wheel[f'{info}/METADATA'].decode()
     needs = re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*$', meta, re.M)
     wanted = 'torch diffusers transformers accelerate peft safetensors numpy scipy scikit-image matplotlib'.split()

@@ -25,18 +25,18 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
-from egrpo.diffusion import chord_sigma
-from egrpo.entropy import merge_lengths
-from egrpo.methods import METHODS
-from egrpo.plan import Branch, Plan, SDEStep, describe, rollout_nfe
-from egrpo.policy import SD3Policy, _add_lora, is_out_of_memory, limit_hub_waiting, load_pipeline, load_policy, model_sigmas
-from egrpo.recorder import record_attention_entropy
-from egrpo.reward import get_reward
-from egrpo.rollout import rollout
-from egrpo.sde import ode_step
-from egrpo.sigmas import flow_sigmas
-from egrpo.small_pipelines import SMALL, small_pipeline
-from egrpo.trainer import TrainConfig, Trainer, describe_run, sample_images, training_nfe
+from egrpo.core.diffusion import chord_sigma
+from egrpo.core.entropy import merge_lengths
+from egrpo.core.plan import Branch, Plan, SDEStep, describe, rollout_nfe
+from egrpo.core.rollout import rollout
+from egrpo.core.sde import ode_step
+from egrpo.core.sigmas import flow_sigmas
+from egrpo.methods.registry import METHODS
+from egrpo.models.policy import SD3Policy, _add_lora, is_out_of_memory, limit_hub_waiting, load_pipeline, load_policy, model_sigmas
+from egrpo.models.recorder import record_attention_entropy
+from egrpo.rewards.reward import get_reward
+from egrpo.testing.pipelines import SMALL, small_pipeline
+from egrpo.train.trainer import TrainConfig, Trainer, describe_run, sample_images, training_nfe
 
 PROMPTS = ['a red circle', 'two blue squares']
 every = pytest.mark.parametrize('name', SMALL)
@@ -112,7 +112,7 @@ def test_guidance_is_used(load, name):
 @every
 def test_every_evaluation_is_counted(load, name):
     "Predicted and measured agree, up to the factor the policy states; the network's own calls agree with both."
-    from egrpo.methods import egrpo
+    from egrpo.methods.registry import egrpo
     policy, plan, calls = load(name, guidance=3.), egrpo(num_steps=6, active_steps=2, num_generations=3), []
     policy.transformer.register_forward_pre_hook(
         lambda m, args, kwargs: calls.append(len(args[0] if args else kwargs['hidden_states'])), with_kwargs=True)
@@ -385,7 +385,7 @@ def test_memory_keeps_the_last_prompts(load, monkeypatch):
     policy = load('flux-dev')
     whole = policy.encode(PROMPTS * 3)
     limit = policy.embeddings.bytes - 1
-    monkeypatch.setattr('egrpo.policy.MEMORY_BYTES', limit)
+    monkeypatch.setattr('egrpo.models.policy.MEMORY_BYTES', limit)
     again = policy.encode(['one more', *PROMPTS])
     assert len(policy.embeddings.kept) < 3 and torch.equal(again.embeds[1:], whole.embeds[:2])
     assert limit >= policy.embeddings.bytes == sum(x.nbytes for c in policy.embeddings.kept.values() for x in c.parts)
@@ -425,7 +425,7 @@ def test_whole_pipeline_is_saved_without_its_text_encoders_in_memory(load, tmp_p
 
 def test_sd3_without_t5(folders):
     "Stable Diffusion 3 may be loaded without its largest text encoder."
-    from egrpo.policy import SD3Policy
+    from egrpo.models.policy import SD3Policy
     def without(): return DiffusionPipeline.from_pretrained(folders/'sd3', text_encoder_3=None, tokenizer_3=None)
     policy = SD3Policy(without(), device='cpu')
     assert_close(ours(policy), theirs(without(), policy), atol=2e-4, rtol=0)
@@ -531,7 +531,7 @@ def test_gradients_survive_fp16(load, name, monkeypatch):
         return torch.cat([p.grad.flatten() for p in policy.parameters().values()])
     exact, half = gradient('fp32'), gradient('fp16')
     assert torch.cosine_similarity(exact, half, 0) > .99 and abs(half.norm() / exact.norm() - 1) < .02
-    monkeypatch.setattr('egrpo.policy._ScaledUp.backward', staticmethod(lambda ctx, g: (ctx.scale.update(factor=1.) or g, None)))
+    monkeypatch.setattr('egrpo.models.policy._ScaledUp.backward', staticmethod(lambda ctx, g: (ctx.scale.update(factor=1.) or g, None)))
     lost = gradient('fp16')
     assert abs(lost.norm() / exact.norm() - 1) > .1
 
@@ -714,8 +714,8 @@ def test_three_iterations(folders, tmp_path, prompts_file, name, way):
 @pytest.mark.parametrize('name', ['sd3', 'sd1.5', 'flux-dev'])
 def test_attention_entropy_of_a_guided_policy(load, name):
     "A profile has a number per step and prompt, guided or not, and costs an evaluation for each."
-    from egrpo.allocation import entropy_profiles
-    from egrpo.attention_signal import block_profiles
+    from egrpo.methods.aegpo import entropy_profiles
+    from egrpo.paper.attention_signal import block_profiles
     guided, plain = (load(name, None, guidance=g) for g in (4., 1.))
     profiles = entropy_profiles(guided, PROMPTS, 5)
     assert profiles.shape == (2, 5) and guided.nfe == 10 and guided.guidance == 4.
@@ -763,7 +763,7 @@ def test_commands(folders, tmp_path, prompts_file, monkeypatch, capsys):
     "From the command line: train a LoRA on SD3, draw with it, score it; score what the run itself found."
     import pandas as pd
 
-    from egrpo.cli import main
+    from egrpo.cli.commands import main
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.delenv('EGRPO_SCALE', raising=False) # a scale names the papers' shift
     model = ['--model', str(folders/'sd3'), '--device', 'cpu', '--guidance', '3']

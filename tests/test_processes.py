@@ -24,11 +24,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessRaisedException
 
-from egrpo import trainer as trainer_module
-from egrpo.cli import main
-from egrpo.policy import PASSES, assets_path, load_policy, whole_tensor
-from egrpo.small_pipelines import small_pipeline
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.cli.commands import main
+from egrpo.models.policy import PASSES, assets_path, load_policy, whole_tensor
+from egrpo.testing.pipelines import small_pipeline
+from egrpo.train import trainer as trainer_module
+from egrpo.train.trainer import TrainConfig, Trainer
 
 SMALL = dict(num_steps=6, num_generations=4, active_steps=2, tau=0, prompts_per_iteration=4, eval_size=3, eval_every=0,
              device='cpu', lr=1e-4)
@@ -42,7 +42,8 @@ ACCELERATE = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu',
               '--dynamo_backend', 'no']
 FSDP = [sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(assets_path('accelerate/8gpu_fsdp.yaml'))]
 
-multiprocessing.set_forkserver_preload(['egrpo.trainer', 'accelerate.commands.launch', 'pytest']) # `run`'s processes find them imported
+# `run`'s processes find them imported
+multiprocessing.set_forkserver_preload(['egrpo.train.trainer', 'accelerate.commands.launch', 'pytest'])
 
 
 def command(out, processes, shared=False, **settings):

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from egrpo.records import bootstrap_interval, figures_dir, get_scale, load_record, paired_interval, save_record
+from egrpo.base.bootstrap import bootstrap_interval, paired_interval
+from egrpo.paper.records import figures_dir, get_scale, load_record, save_record
 
 FIGURES = Path(__file__).parent.parent/'figures'
 RECORDS, PICTURES = sorted(FIGURES.glob('*.json')), sorted(FIGURES.glob('*.png'))

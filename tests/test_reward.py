@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from egrpo.reward import BUILT_IN, RewardError, RewardSet, get_reward, score
+from egrpo.rewards.reward import BUILT_IN, RewardError, RewardSet, get_reward, score
 
 IMAGES, PROMPTS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ['one', 'two', 'three']
 
@@ -202,8 +202,9 @@ def test_files_of_ones_own(tmp_path, monkeypatch):
 def test_module_in_the_current_folder_is_found_and_nothing_else_loads(tmp_path):
     (tmp_path/'my_rewards.py').write_text('def flat(images, prompts): return [0.5] * len(prompts)\n')
     code = ("import sys; sys.path[:] = [o for o in sys.path if o not in ('', '.')]\n"
-            "from egrpo.reward import get_reward; r = get_reward('my_rewards:flat + 2*preference')\n"
-            "print(r.names, [o for o in ('diffusers', 'transformers', 'egrpo.miniature', 'egrpo.shapes') if o in sys.modules])")
+            "from egrpo.rewards.reward import get_reward; r = get_reward('my_rewards:flat + 2*preference')\n"
+            "late = 'diffusers', 'transformers', 'egrpo.miniature.build', 'egrpo.miniature.world'\n"
+            "print(r.names, [o for o in late if o in sys.modules])")
     out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert out.stdout.strip() == "['my_rewards:flat', 'preference'] []", out.stderr
 
@@ -212,8 +213,8 @@ def test_built_in_names(): assert list(BUILT_IN) == ['verifier', 'verifier_stric
 
 
 def test_every_name_is_described():
-    from egrpo.reward import describe_rewards
-    from egrpo.reward_models import REWARD_MODELS
+    from egrpo.rewards.published import REWARD_MODELS
+    from egrpo.rewards.reward import describe_rewards
     rows = describe_rewards()
     assert {*BUILT_IN, *REWARD_MODELS} <= {row['reward'] for row in rows} and all(all(row.values()) for row in rows)
 
@@ -230,7 +231,8 @@ def test_the_total_is_the_weighted_sum():
 
 
 def test_learned_rewards_load_once(monkeypatch):
-    from egrpo import miniature, reward
+    from egrpo.miniature import build as miniature
+    from egrpo.rewards import reward
     loads = []
 
     class Scorer:
@@ -254,7 +256,7 @@ def test_learned_rewards_load_once(monkeypatch):
 @pytest.mark.parametrize('name', list(BUILT_IN))
 def test_built_in_rewards_know_right_from_wrong(name):
     "On rendered scenes, with what the package ships."
-    from egrpo.shapes import draw, sample_prompts, sample_scene
+    from egrpo.miniature.world import draw, sample_prompts, sample_scene
     prompts, rng = sample_prompts(32, seed=0, split='held_out'), np.random.default_rng(0)
     images = torch.stack([draw(sample_scene(o, rng)) for o in prompts])
     right, wrong = (get_reward(name)(images, o)[name] for o in (prompts, prompts[1:] + prompts[:1]))

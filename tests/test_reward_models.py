@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from egrpo.reward import RewardError, get_reward
-from egrpo.reward_models import (
+from egrpo.rewards.published import (
     IMAGE_REWARD_MEAN,
     IMAGE_REWARD_STD,
     REWARD_MODELS,
@@ -35,8 +34,9 @@ from egrpo.reward_models import (
     squash,
     to_safetensors,
 )
-from egrpo.reward_server import make_server
-from egrpo.small_rewards import SMALL_REWARDS, save_small_reward
+from egrpo.rewards.reward import RewardError, get_reward
+from egrpo.rewards.server import make_server
+from egrpo.testing.rewards import SMALL_REWARDS, save_small_reward
 
 IMAGES = torch.rand(5, 3, 48, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = ['a cat', 'Two dogs, on a red sofa!', 'a cat', 'x' * 200, 'caf\u00e9 \U0001f600']
@@ -308,7 +308,7 @@ def test_fit_in_keeps_everything(size):
 
 @pytest.mark.parametrize('name', SMALL_REWARDS)
 def test_scores_do_not_depend_on_the_batch(places, name, monkeypatch):
-    from egrpo import reward_models
+    from egrpo.rewards import published as reward_models
     reward = RewardModel(name, str(places[name]))
     whole = torch.as_tensor(reward(IMAGES, PROMPTS))
     monkeypatch.setattr(reward_models, 'BATCH', 2)
@@ -551,7 +551,7 @@ def test_missing_packages_are_named(places, monkeypatch):
 @pytest.fixture(scope='module')
 def pipelines(tmp_path_factory):
     "Name -> folder with a small pipeline, each made once."
-    from egrpo.small_pipelines import small_pipeline
+    from egrpo.testing.pipelines import small_pipeline
     folder = tmp_path_factory.mktemp('pipelines')
     @cache
     def place(name):
@@ -564,7 +564,7 @@ def pipelines(tmp_path_factory):
 @pytest.mark.parametrize('model', ['flux-dev', 'flux-schnell', 'sd3'])
 def test_three_iterations_on_every_reward(places, pipelines, tmp_path, model, rank):
     "All of them at once, through a configuration: published ones, a server, and in one case OCR, if it is installed; it takes its time."
-    from egrpo.trainer import TrainConfig, Trainer
+    from egrpo.train.trainer import TrainConfig, Trainer
     reads = (model, rank) == ('flux-dev', 2) and find_spec('rapidocr_onnxruntime')
     names = [*places, 'server', *(['ocr'] if reads else [])]
     prompts = tmp_path/'prompts.txt'
@@ -589,9 +589,9 @@ def test_the_flux_scale(places, tmp_path, monkeypatch):
     "One setting leads from the miniature to HPD's prompts, HPS and the paper's four scores; here its model and rewards are small."
     from dataclasses import replace
 
-    from egrpo import claims, experiments, records
-    from egrpo.reward_models import HPD_STYLES
-    from egrpo.small_pipelines import small_pipeline
+    from egrpo.paper import claims, experiments, records
+    from egrpo.rewards.published import HPD_STYLES
+    from egrpo.testing.pipelines import small_pipeline
     small_pipeline('flux-dev').save_pretrained(tmp_path/'flux')
     benchmark = tmp_path/'hps/datasets/benchmark'
     benchmark.mkdir(parents=True)

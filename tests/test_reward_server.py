@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from egrpo import reward_server
-from egrpo.cli import main
-from egrpo.reward import RewardError, get_reward
-from egrpo.reward_server import RewardClient, bare_png, from_png, make_server, pack, public_address, to_png, unpack
+from egrpo.cli.commands import main
+from egrpo.rewards import server as reward_server
+from egrpo.rewards.reward import RewardError, get_reward
+from egrpo.rewards.server import RewardClient, bare_png, from_png, make_server, pack, public_address, to_png, unpack
 
 IMAGES = (torch.rand(5, 3, 12, 20, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
 PROMPTS = ['a', 'b', 'a “c”', '', 'ü\n']
@@ -70,7 +70,7 @@ def answering(*answers):
 def no_waiting(monkeypatch):
     "The waits between attempts, kept instead of waited."
     waits, real = [], time.sleep
-    monkeypatch.setattr('egrpo.reward_server.time.sleep', lambda s: waits.append(s) or real(0))
+    monkeypatch.setattr('egrpo.rewards.server.time.sleep', lambda s: waits.append(s) or real(0))
     return waits
 
 
@@ -241,9 +241,9 @@ def test_a_port_that_is_taken():
 
 def test_a_server_that_goes_away_in_training_loses_nothing(tmp_path, monkeypatch):
     "It stops with one line and a checkpoint; when the server is back, --resume ends where a run without the accident ends."
-    from egrpo.checkpoint import load_checkpoint
-    from egrpo.trainer import TrainConfig, Trainer
-    monkeypatch.setattr('egrpo.reward_server.time.sleep', lambda s: None)
+    from egrpo.train.checkpoint import load_checkpoint
+    from egrpo.train.trainer import TrainConfig, Trainer
+    monkeypatch.setattr('egrpo.rewards.server.time.sleep', lambda s: None)
     small = dict(num_steps=6, active_steps=2, num_generations=3, prompts_per_iteration=2, iterations=4, eval_size=2, eval_every=0,
                  eval_rewards='verifier', device='cpu', lora_rank=2, lr=1e-3)
     calls = []

@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from egrpo.allocation import ProfileCache
-from egrpo.checkpoint import load_checkpoint
-from egrpo.cli import check_out, main
-from egrpo.files import check_free, hold
-from egrpo.policy import Conditions, Embeddings, Policy, load_policy
-from egrpo.trainer import TrainConfig, Trainer
+from egrpo.base.files import check_free, hold
+from egrpo.cli.commands import check_out, main
+from egrpo.methods.aegpo import ProfileCache
+from egrpo.models.policy import Conditions, Embeddings, Policy, load_policy
+from egrpo.train.checkpoint import load_checkpoint
+from egrpo.train.trainer import TrainConfig, Trainer
 
 sizes = dict(num_steps=6, active_steps=2, num_generations=2, prompts_per_iteration=1, eval_size=2, device='cpu')
 small = sizes | dict(iterations=2)
@@ -175,7 +175,7 @@ def test_a_folder_in_use_is_refused(copy, capsys, tmp_path):
 
 def test_a_killed_run_leaves_its_folder_free(tmp_path):
     "The operating system lets go of the lock; a process that lives on keeps it."
-    code = 'import sys; from egrpo.files import hold\nwith hold(sys.argv[1]): print(1, flush=True), sys.stdin.read()'
+    code = 'import sys; from egrpo.base.files import hold\nwith hold(sys.argv[1]): print(1, flush=True), sys.stdin.read()'
     command = [sys.executable, '-c', code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()

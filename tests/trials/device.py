@@ -66,7 +66,7 @@ def together(
 
 def train(out, **settings):
     "A run's trainer and its metrics, an iteration each."
-    from egrpo.trainer import TrainConfig, Trainer
+    from egrpo.train.trainer import TrainConfig, Trainer
     trainer = Trainer(TrainConfig(**SMALL | settings, out=str(out)))
     trainer.fit()
     return trainer, [json.loads(line) for line in (Path(out)/'metrics.jsonl').read_text().splitlines()]
@@ -100,7 +100,7 @@ def resumed(out):
 
 def full(fake, out):
     "A limit reached while training: one line, exit code 2, a checkpoint from which a smaller micro-batch goes on."
-    from egrpo.cli import main
+    from egrpo.cli.commands import main
     words = ['train', *options(num_generations=32, tau=0, lora_rank=4), '--out', str(out/'run')]
     gc.collect()
     fake.fake_reset_peak(0)
@@ -121,7 +121,7 @@ def full(fake, out):
 
 def commands(out):
     "The commands that compute."
-    from egrpo.cli import main
+    from egrpo.cli.commands import main
     folder = str(out/'demo')
     for words in (f'demo --scale smoke --out {folder}', f'sample --model {folder}/model --num-steps 2 --out {out}/grid.png',
                   f'evaluate --model {folder}/model --size 4 --num-steps 2 --rewards clip+preference --out {out}/scores.csv',
@@ -132,9 +132,9 @@ def commands(out):
 
 def pipelines(out):
     "A LoRA and a whole network of each family, checkpointed, saved and loaded."
-    from egrpo.policy import load_policy
-    from egrpo.small_pipelines import SMALL as FAMILIES
-    from egrpo.small_pipelines import small_pipeline
+    from egrpo.models.policy import load_policy
+    from egrpo.testing.pipelines import SMALL as FAMILIES
+    from egrpo.testing.pipelines import small_pipeline
     for name in FAMILIES:
         small_pipeline(name).save_pretrained(out/name)
         own = dict(model=str(out/name), reward='clip', eval_rewards='clip', guidance=3.)

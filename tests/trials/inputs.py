@@ -14,9 +14,9 @@ from pathlib import Path
 
 from row import Row
 
-from egrpo.cli import COMMANDS, main, make_parser
-from egrpo.inputs import PATHS
-from egrpo.trainer import TrainConfig
+from egrpo.base.inputs import PATHS
+from egrpo.cli.commands import COMMANDS, main, make_parser
+from egrpo.train.trainer import TrainConfig
 
 SECONDS = 30 # that one case may take
 LONGEST = 2200 # characters of an error, with the command's name

@@ -20,8 +20,8 @@ import test_loras as kinds
 from diffusers import FluxTransformer2DModel
 from huggingface_hub import constants
 
-from egrpo.policy import LORA_CONFIG, POLICIES, load_pipeline, load_policy, read_lora
-from egrpo.small_pipelines import SMALL, small_pipeline
+from egrpo.models.policy import LORA_CONFIG, POLICIES, load_pipeline, load_policy, read_lora
+from egrpo.testing.pipelines import SMALL, small_pipeline
 
 
 def layers_of(model):
@@ -114,7 +114,7 @@ def flipped_bits(n=300):
 
 def equal_bytes(n=4):
     "Equal LoRAs of processes whose sets have another order."
-    script = 'import sys; from egrpo.policy import load_policy as l; l(device="cpu", lora_rank=2).save(sys.argv[1])'
+    script = 'import sys; from egrpo.models.policy import load_policy as l; l(device="cpu", lora_rank=2).save(sys.argv[1])'
     with tempfile.TemporaryDirectory() as folder:
         for i in range(n):
             env = os.environ | dict(PYTHONHASHSEED=str(i))

@@ -18,8 +18,8 @@ import torch
 from row import Row
 from safetensors.torch import load_file
 
-from egrpo.checkpoint import load_checkpoint
-from egrpo.cli import main
+from egrpo.cli.commands import main
+from egrpo.train.checkpoint import load_checkpoint
 
 KILLS, CUTS, FULL, FLIPS, PAIRS = 121, 77, 46, 60, 10 # as often as when the faults were found
 SIZES = {'--num-steps': 6, '--active-steps': 2, '--num-generations': 2, '--prompts-per-iteration': 1, '--eval-size': 2,

@@ -188,8 +188,8 @@ if __name__ != '__main__':
     import torch
     from row import Row
 
-    from egrpo.reward import RewardError
-    from egrpo.reward_server import RewardClient
+    from egrpo.rewards.reward import RewardError
+    from egrpo.rewards.server import RewardClient
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"Inputs, files and intervals: what every room may import."

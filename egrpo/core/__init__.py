@@ -1,0 +1,1 @@
+"The mathematics: schedule, sampling, plans, advantages, loss. Needs torch alone."

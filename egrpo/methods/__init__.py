@@ -1,0 +1,1 @@
+"The published methods, each a function that returns a plan."

@@ -1,0 +1,1 @@
+"Diffusers pipelines as policies, and what is recorded inside of them."

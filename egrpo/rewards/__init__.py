@@ -1,0 +1,1 @@
+"Rewards by name: published models, a server, and functions of your own."

@@ -1,0 +1,1 @@
+"Small pipelines and rewards with random weights, for tests."

@@ -1,0 +1,1 @@
+"Training: prompts, checkpoints, the trainer, and what a run costs."
