@@ -681,7 +681,7 @@ def add_plan(
     add_fields(group, PLAN_OPTIONS)
     add_own(group, Option('iteration', 'int', 0, 'Training iteration, for methods whose plan changes with it'))
     group = parser.add_argument_group('memory and time, shown if one of these is given')
-    add_own(group, Option('scale', 'str|None', None, 'Settings of a scale, smoke, mini, gpu or flux', 'NAME'))
+    add_own(group, Option('scale', 'str|None', None, 'Settings of a scale, smoke, mini, confirm, gpu or flux', 'NAME'))
     add_fields(group, COST_OPTIONS)
     add_own(group, Option('processes', 'int', 1, 'Devices that share the prompts of an iteration'),
             Option('share', 'bool', False, 'They share the network, too: memory as with FSDP, traffic not in the seconds'),
@@ -720,7 +720,7 @@ def add_tune(
 ):
     "Options of egrpo tune."
     group = parser.add_argument_group('what is tried')
-    add_own(group, Option('scale', 'str|None', None, 'Settings of a scale, smoke, mini, gpu or flux', 'NAME'))
+    add_own(group, Option('scale', 'str|None', None, 'Settings of a scale, smoke, mini, confirm, gpu or flux', 'NAME'))
     add_fields(group, TUNE_OPTIONS)
     add_own(group, Option('limit', 'float|None', None, 'GiB a micro-batch may take; none = what is free, half of it on a CPU'),
             Option('most', 'int', 256, 'Largest micro-batch to try'))
@@ -1075,7 +1075,7 @@ def add_train(
     parser:Parser, # The command's parser
 ):
     "Options of egrpo train: every field of the configuration."
-    scale = 'Settings of a scale, smoke, mini, gpu or flux, in place of the defaults below (default: EGRPO_SCALE, else none)'
+    scale = 'Settings of a scale, smoke, mini, confirm, gpu or flux, in place of the defaults below (default: EGRPO_SCALE, else none)'
     add_own(parser.add_argument_group('preset'), Option('scale', 'str', None, scale, 'NAME'),
             Option('dry_run', 'bool', False, 'Check the settings, print what the numbers come to, and stop'))
     for title, names in option_groups().items(): add_fields(parser.add_argument_group(title), names)
@@ -1111,7 +1111,7 @@ def add_signal(
     parser:Parser, # The command's parser
 ):
     "Options of egrpo signal: those of a training that matter before its first update."
-    scale = 'Settings of a scale, smoke, mini, gpu or flux (default: EGRPO_SCALE, else none)'
+    scale = 'Settings of a scale, smoke, mini, confirm, gpu or flux (default: EGRPO_SCALE, else none)'
     add_own(parser.add_argument_group('measurement'),
             Option('batches', 'int', 128, 'Batches to draw, each an iteration of a training, >= 3'),
             Option('out', 'str', None, 'JSON file for all numbers', 'FILE'),
