@@ -22,7 +22,7 @@ def _draws(
 def _stretch(
     seeds:int, # S, >= 2
 )->float: # > 1; 1.58 for five
-    "How much further apart S seeds must be for the 95 % interval of a bootstrap over them to be as long as Student's."
+    "Factor by which S seeds are spread, so that the 95 % interval of a bootstrap is as long as Student's."
     return stdtrit(seeds - 1, .975) / ndtri(.975) * (seeds / (seeds - 1))**.5
 
 # %% ../../nbs/base/02_bootstrap.ipynb #e736ce83

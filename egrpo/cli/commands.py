@@ -208,7 +208,7 @@ ENVIRONMENT = dict(
 )
 
 def set_environment():
-    "What the libraries read when they are first imported; what is set already stays."
+    "Set what the libraries read when they are first imported; what is set already stays."
     for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
 
 def complain(
@@ -255,7 +255,7 @@ def table(
 def category_rows(
     prompts, # P prompts
 )->dict: # Category, then 'all' -> places of its prompts
-    "Which prompts belong to a row of a table."
+    "Places of the prompts of each row of a table."
     from egrpo.miniature.world import CATEGORIES, parse_prompt
     every = dict(all=list(range(len(prompts))))
     try: kinds = [parse_prompt(p).category for p in prompts]
@@ -312,7 +312,7 @@ def overlap_text(
     held_out, # Prompts of an evaluation
     trained, # Prompts to train on
 )->str: # Words to add; none where no prompt is both
-    "How many prompts of an evaluation are trained on."
+    "Count the prompts of an evaluation that are trained on."
     known = set(trained)
     n = sum(p in known for p in held_out)
     return '' if not n else ' (training prompts)' if n == len(held_out) else f' ({n} of them training prompts)'
@@ -493,7 +493,7 @@ PLAN_OPTIONS = 'method base top seed'.split() + GROUPS['method'].split()[1:]
 def plan_lengths(
     settings, # A method's settings as attributes, as `method_settings` gives them
 )->list: # T merge lengths, 0 where a step cannot be stochastic
-    "How many steps every step of the schedule is merged with: fixed, or by `tau`."
+    "Merge length of every step of the schedule: fixed, or by `tau`."
     from egrpo.core.entropy import fixed_lengths, merge_lengths
     from egrpo.core.sigmas import flow_sigmas
     if settings.merge_length is not None: return fixed_lengths(settings.num_steps, settings.merge_length).tolist()
@@ -550,7 +550,7 @@ def published(
 def plan_cost(
     plan, # A `Plan`
 )->str: # One line
-    "What a rollout and an update of one prompt cost."
+    "Network evaluations of a rollout and an update of one prompt."
     from egrpo.core.plan import count_leaves, gradient_nfe, rollout_nfe
     images, nfe = count_leaves(plan), rollout_nfe(plan)
     return (f'{images} images of a prompt take {nfe:,} network evaluations ({images * plan.num_steps:,} if each were sampled on its own), '
@@ -565,7 +565,7 @@ def entered_seconds(
     args, # Parsed arguments
     config, # A `TrainConfig`
 ): # `egrpo.train.cost.Seconds`, or None
-    "What one latent takes: entered, or probed."
+    "Seconds of one latent: entered, or probed."
     from egrpo.train.cost import Seconds, policy_of, probe
     forward, backward, image = args.seconds_forward, args.seconds_backward, args.seconds_image
     if args.probe: return probe(policy_of(config))
@@ -579,7 +579,7 @@ def memory_text(
     device_memory:float|None=None, # GiB of a device
     share:int=1, # Devices that share the network
 )->str: # Lines
-    "What a run holds on one device."
+    "Table of the memory that a run holds on one device."
     from egrpo.train.cost import default_micro_batch, network_dtype, run_memory
     parts = {k: v / 2**30 for k, v in run_memory(config, share).items()}
     total, digits = sum(parts.values()), 1 if sum(parts.values()) > 5 else 3
@@ -596,7 +596,7 @@ def time_text(
     seconds, # `egrpo.train.cost.Seconds`
     processes:int, # Devices that share the prompts
 )->str: # A line
-    "What an iteration and a run take."
+    "Line with the seconds of an iteration and the hours of a run."
     from egrpo.train.cost import iteration_seconds
     parts = iteration_seconds(config, seconds, processes)
     total = sum(parts.values())
@@ -863,7 +863,7 @@ def remove_made(
 def last_checkpoint(
     out, # A run's folder
 )->str: # Words to end an error with
-    "Where a run that failed can go on from."
+    "Say from which checkpoint a run that failed can resume."
     from egrpo.train.checkpoint import find_checkpoint, read_state
     folder = find_checkpoint(Path(out)/'checkpoint')
     if not folder: return f'there is no checkpoint yet: delete {str(out)!r} to start again'
@@ -939,7 +939,7 @@ def check_fields(
 def begun_settings(
     out, # The folder of a run to go on with
 )->dict: # Fields of `TrainConfig`
-    "What a run was begun with, as its config.json says; there must be a run."
+    "Load the settings of a run from its config.json."
     from egrpo.base.files import read_object
     from egrpo.train.checkpoint import find_checkpoint, load_checkpoint
     checkpoint, path = Path(out)/'checkpoint', Path(out)/'config.json'
@@ -954,7 +954,7 @@ def begun_settings(
 def train_config(
     args, # Parsed arguments
 ): # A `TrainConfig`
-    "What was given, on top of a scale or of the run that goes on, on top of what was published."
+    "Merge settings; later wins: published defaults, resumed run or scale preset, command line."
     from egrpo.methods.registry import check_taken, taken
     from egrpo.train.trainer import TrainConfig
     named = given(args, config_options())
@@ -969,7 +969,7 @@ def train_config(
 def prompts_text(
     config, # A `TrainConfig`
 )->str: # A line like those of `describe_run`
-    "How many prompts a run has, and whether it is evaluated on what it is trained on."
+    "Line with the number of prompts, and a warning where a run is evaluated on its training prompts."
     from egrpo.train.trainer import prompts_and_rewards
     prompts, held_out = prompts_and_rewards(config)[:2]
     distinct = f', {len(set(prompts))} distinct' if len(set(prompts)) < len(prompts) else ''
@@ -1059,7 +1059,7 @@ def sample_command(
 def run_report(
     trainer, # A `Trainer` whose run has ended
 )->str: # Lines
-    "Where things are, and what they are for."
+    "List the files of a finished run and their use."
     c, out = trainer.config, Path(trainer.config.out)
     more = '' if stopped_early(trainer) else ' --budget N' if trainer.spent() else ' --iterations N'
     rows = [('model', f'{out}/model', sample_command(c)),
@@ -1303,7 +1303,7 @@ def findings(
     data:dict, # Its record's data
     registered:bool=False, # Only on claims that registered runs decide?
 )->list: # Lines; none for what has neither claims nor times
-    "What a record says: how long its contenders take, or the verdicts on its claims."
+    "Summarise a record: times of its contenders, or the verdicts on its claims."
     from egrpo.paper.claims import CLAIMS
     from egrpo.train.speed import total_seconds
     from egrpo.train.timing import time_ratio
@@ -1312,7 +1312,7 @@ def findings(
     if name == 'attention_benchmark': seconds, unit = data['attention']['seconds'], 'plain'
     times = [f"{k} takes {time_ratio(seconds, k, unit)['min']:.2f} times as long as {unit}" for k in seconds if k != unit]
     def line(claim):
-        "What one claim comes to."
+        "Line with a claim's verdict."
         found = claim.judge(data)
         equal = f' | at equal iterations: {found.equal.verdict} | {found.equal.seen}' if found.equal else ''
         return f'{claim.text}: {found.verdict} | {found.seen}{equal}'

@@ -90,7 +90,7 @@ def _equal_groups(
     index:Tensor, # (N,) long in 0..num-1
     num:int, # J, number of groups
 )->Tensor: # (J,) bool
-    "Which groups have equal values, up to rounding."
+    "Mark the groups whose values are equal, up to rounding."
     low = values.new_full((num,), math.inf).scatter_reduce_(0, index, values, 'amin')
     high = values.new_full((num,), -math.inf).scatter_reduce_(0, index, values, 'amax')
     return high - low <= EQUAL * torch.maximum(low.abs(), high.abs())
@@ -182,7 +182,7 @@ def keep_extremes(
     groups:Tensor, # (M,) integer ids
     keep:Tensor, # (M,) share of its group that is kept, in (0, 1], the same for a whole group
 )->Tensor: # (M,) bool
-    "Which transitions are trained: those with the highest and the lowest advantages of their group."
+    "Mark the transitions to train: those with the highest and the lowest advantages of their group."
     index, num = _group_index(groups, advantages)
     if (keep == 1).all(): return torch.ones_like(advantages, dtype=torch.bool)
     n = _sum_by(torch.ones_like(keep), index, num)

@@ -132,7 +132,7 @@ def _refusal(
     q:Tensor, # (B,H,N,D)
     k:Tensor # (B,H,M,D)
 )->str: # Why it cannot serve, '' if it can
-    "What keeps a path from serving these tensors."
+    "Reason why a path cannot serve these tensors."
     if path.device and q.device.type != path.device: return f"{path.name} needs {path.device}, not {q.device.type}"
     if path.dtypes and q.dtype not in path.dtypes: return f"{path.name} does not take {q.dtype}"
     if not path.usable(q, k): return f"{path.name} refuses shapes {tuple(q.shape)} and {tuple(k.shape)}"
@@ -143,7 +143,7 @@ def attention_path(
     k:Tensor, # (B,H,M,D) keys, like the queries
     path:str|None=None # A name in `ATTENTION_PATHS`; None = the first that can serve
 )->tuple: # Name of the path, why
-    "Which path `attention_entropy` takes for these tensors, and why."
+    "Name the path that `attention_entropy` takes for these tensors, and the reason."
     _check(q, k)
     if path is not None and path not in ATTENTION_PATHS:
         raise ValueError(f"path must be None or one of {', '.join(ATTENTION_PATHS)}, got {path!r}")

@@ -24,7 +24,7 @@ def chord(
     sigma:Tensor, # Noise level of the flow in [0, 1], any shape
     last:float|Tensor, # The diffusion model's last angle, in (0, pi/2]
 )->tuple: # angle in radians and length n, both of sigma's shape: latents of the diffusion model = latents of the flow / n
-    "Where a noise level of the flow lies on the arc of the diffusion model."
+    "Map a noise level of the flow to the arc of the diffusion model."
     last = torch.as_tensor(last, dtype=sigma.dtype, device=sigma.device)
     image, noise = 1 - sigma + sigma * last.cos(), sigma * last.sin()
     return torch.atan2(noise, image), torch.hypot(noise, image)

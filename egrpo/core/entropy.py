@@ -135,7 +135,7 @@ def landing_noise(
     noise_level:float=0.7, # a (flow) or eta (dance, cps), >= 0
     kernel:str='flow' # flow, dance or cps
 )->Tensor: # (T,) std of each step's noise over the sigma it lands at, fp32; above 1 is too much; 0 where not stochastic
-    "How much of the noise that belongs where a step lands is the step's own."
+    "Ratio of the step's own noise to the noise level it lands at; above 1 is too noisy."
     sigmas, lengths = check_schedule(sigmas), torch.as_tensor(lengths)
     starts = lengths.nonzero().flatten()
     ends = starts + lengths[starts]

@@ -52,7 +52,7 @@ class SDEStep:
 
     @property
     def end(self)->int: # Index of the noise level at which the step arrives: the ODE continues there
-        "Where the step ends."
+        "Index of the noise level at which the step ends."
         return self.start + self.length
 
 # %% ../../nbs/core/03_plan.ipynb #2fa5a78a
@@ -68,12 +68,12 @@ class Branch:
 
     @property
     def widths(self)->list: # Live nodes: at the root, then after every stochastic step
-        "How many nodes are alive at the root and after each stochastic step."
+        "Number of live nodes at the root and after each stochastic step."
         return list(accumulate((s.children for s in self.steps), mul, initial=self.noises))
 
     @property
     def leaves(self)->int: # Images
-        "How many images the branch ends in."
+        "Number of images of the branch."
         return self.widths[-1]
 
 # %% ../../nbs/core/03_plan.ipynb #0f151f1a
@@ -109,7 +109,7 @@ SOLVERS = ('euler', 'ab2')
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    "What to roll out for one prompt and what to train on: the whole description of a method."
+    "Whole description of a method: the rollout of one prompt, and the steps that are trained."
     sigmas:Tensor # (T+1,) noise levels from 1 down to 0
     branches:tuple # Its `Branch`es; those with as many noises share their rollout up to their first stochastic step
     noise_level:float=0.7 # a of the kernel, > 0 where there is a stochastic step (E-GRPO's 0.7)
@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def sigma_max(self)->float: # sigmas[1]
-        "What replaces sigma = 1 in the denominator of the flow kernel."
+        "Noise level that replaces sigma = 1 in the denominator of the flow kernel."
         return float(self.sigmas[1])
 
 # %% ../../nbs/core/03_plan.ipynb #243f9f49
@@ -146,7 +146,7 @@ def kept_count(
     n:int, # Transitions of a group, >= 1
     keep:float=1., # Share that is trained, in (0, 1]
 )->int: # How many are trained
-    "How many of a group's transitions a share is: rounded down, at least two, as in BranchGRPO's released code."
+    "Number of a group's transitions that are trained: rounded down, at least two, as in BranchGRPO's released code."
     return min(n, max(2, int(n * keep + 1e-4)))
 
 def rollout_nfe(

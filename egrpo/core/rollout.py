@@ -110,7 +110,7 @@ def transition_log_prob(
 # %% ../../nbs/core/08_rollout.ipynb #57b8dcb9
 @dataclass
 class _Trace:
-    "What a rollout collects on its way."
+    "Rows and transitions that a rollout collects."
     rows:list = field(default_factory=list) # (parents, mean, prompt, start, end) per stochastic step
     transitions:list = field(default_factory=list) # (children, row, log-prob, group, weight, keep, leaf start, leaf count) per step
     leaves:dict = field(default_factory=dict) # (stride, prompt, branch) -> clean latents

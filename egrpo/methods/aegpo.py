@@ -28,7 +28,7 @@ from ..models.recorder import record_attention_entropy
 def query_share(
     policy, # A policy
 )->int: # 1 = every image query, 16 = one in sixteen
-    "How many of the image queries a probe looks at: all up to a thousand, then one in sixteen."
+    "Stride of the image queries of a probe: all up to a thousand, then one in sixteen."
     height, width = policy.latent_shape[-2:]
     return 16 if height * width // 4 > 1000 else 1
 
@@ -90,7 +90,7 @@ def delta_entropy(
     profiles:Tensor, # (P,T) nats, of the policy
     reference:Tensor, # (P,T) nats, of the policy before training, on the same noise
 )->Tensor: # (P,) nats, >= 0
-    "How far a prompt's mean attention entropy has moved (AEGPO eq. 5–6)."
+    "Distance that a prompt's mean attention entropy has moved (AEGPO eq. 5–6)."
     delta = (profiles.double().mean(-1) - reference.double().mean(-1)).abs()
     return torch.where(delta < ROUNDING, 0., delta).float()
 
@@ -167,7 +167,7 @@ CHOOSES = dict(allocation='median', explore='peaks', explore_per='prompt', top=4
 def signal_needed(
     settings:dict, # Fields of a run's configuration; None and what is missing are as in `CHOOSES`
 )->tuple: # Are profiles of the policy needed? And of the policy before training?
-    "What has to be measured before a batch can be planned."
+    "Say whether profiles, now and before training, must be measured to plan a batch."
     s = CHOOSES | {k: v for k, v in settings.items() if v is not None}
     reference = s['allocation'] not in ('random', 'uniform')
     return reference or s['explore'] == 'peaks', reference
@@ -206,7 +206,7 @@ def _seen_by(
     profiles:Tensor|None, # (P,T) nats
     num_prompts:int, # P
 )->tuple: # P profiles (or None), P numbers of a lot
-    "What each prompt's choice of steps looks at."
+    "Profile and lot number by which each prompt chooses its steps."
     if per not in ('prompt', 'batch'): raise ValueError(f"explore_per must be prompt or batch, got {per!r}")
     alone = per == 'prompt'
     lots = list(range(num_prompts)) if alone else [0] * num_prompts

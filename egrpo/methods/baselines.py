@@ -180,7 +180,7 @@ def branch_grpo(
 def _prime_factors(
     n:int, # A whole number
 )->list: # Its prime factors, increasing; none below 2
-    "What a tree's splits multiply to its leaves."
+    "Prime factors of a number of leaves: a tree's splits."
     first = next((f for f in range(2, n + 1) if n % f == 0), None)
     return [first, *_prime_factors(n // first)] if first else []
 

@@ -141,7 +141,7 @@ def _find(
 def method_name(
     method, # A name in `METHODS`, or a function that returns a Plan
 )->str:
-    "What to call a method."
+    "Name of a method."
     return method if isinstance(method, str) else getattr(method, '__name__', type(method).__name__)
 
 def method_settings(
@@ -149,7 +149,7 @@ def method_settings(
     /,
     **settings, # Settings such as `tau`; None leaves one as published
 )->dict: # Every setting of the method, by name
-    "What a method will be called with: of `settings` those it takes, its own defaults for the rest."
+    "Arguments of a method: of `settings` those it takes, its own defaults for the rest."
     takes = inspect.signature(_find(method)).parameters
     own = {k: p.default for k, p in takes.items() if p.default is not p.empty}
     passes_on = any(p.kind == p.VAR_KEYWORD for p in takes.values())
@@ -225,7 +225,7 @@ PUBLISHED = dict( # fields of `TrainConfig`
 def _steps_text(
     plan:Plan, # The plan of one prompt
 )->str: # e.g. `8 of 16, one at a time`
-    "Which steps are stochastic, and how many of them are trained."
+    "Text on the stochastic steps and how many of them are trained."
     steps = [s for b in plan.branches for s in b.steps]
     trained = sum(s.weight > 0 for s in steps)
     most = max(len(b.steps) for b in plan.branches)

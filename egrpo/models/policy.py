@@ -125,7 +125,7 @@ def _check_dtype(
 def assets_path(
     name:str='', # A folder of the package's assets
 )->Path: # The folder
-    "Where the models that ship with egrpo are."
+    "Path of a file that ships with egrpo."
     return Path(egrpo.__file__).parent/'assets'/name
 
 # %% ../../nbs/models/00_policy.ipynb #1c864a8e
@@ -374,7 +374,7 @@ class Embeddings:
     def path(self,
         prompt:str, # A prompt
     )->Path: # Its file
-        "Where a prompt's embeddings are kept."
+        "File of a prompt's embeddings."
         return self.folder/f"{hashlib.blake2b(f'{self.model}|{prompt}'.encode(), digest_size=16).hexdigest()}.safetensors"
 
     def __contains__(self, prompt): return self.get(prompt) is not None
@@ -452,7 +452,7 @@ def text_fingerprint(
     pipeline, # A pipeline with its text encoders
     length:int|None=None, # Tokens of a prompt, where the pipeline is told
 )->str: # 16 hexadecimal digits
-    "What embeds the prompts, as a short text that differs if an embedding would."
+    "Fingerprint of the tokenizers and text encoders."
     h = hashlib.blake2b(f"{type(pipeline).__name__}|{length}".encode(), digest_size=8)
     for name in _text_parts(pipeline, 'tokenizer'):
         tokenizer = getattr(pipeline, name)
@@ -809,7 +809,7 @@ def _plain(number): return number.item() if isinstance(number, Tensor) else numb
 def _network_name(
     pipeline, # A pipeline
 )->str: # transformer or unet
-    "What a pipeline calls the network that denoises."
+    "Name of a pipeline's denoising network."
     return 'transformer' if hasattr(pipeline, 'transformer') else 'unet'
 
 def _network_of(pipeline): return getattr(pipeline, _network_name(pipeline))

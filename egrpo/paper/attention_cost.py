@@ -63,7 +63,7 @@ def _contender_memory(
     device:str, # cpu or cuda
     dtype:str # Of the tensors, as in torch
 )->int: # Bytes above the inputs
-    "How far one call raises the memory held."
+    "Bytes by which one call raises the memory held."
     torch.set_num_threads(1)
     dtype = getattr(torch, dtype)
     attention_contenders(*_inputs((1, 1, 64, shape[-1]), device, dtype))[name]() # what the first call of all loads is not counted
@@ -111,7 +111,7 @@ def _recorded(
     "A forward pass that is recorded."
     from egrpo.models.recorder import record_attention_entropy
     def recorded():
-        "What `run` gives, its entropies recorded on the way."
+        "Call `run` with recording."
         with record_attention_entropy(model, every=every): return run()
     return recorded
 
@@ -191,7 +191,7 @@ def _gpu_part(
 def attention_benchmark(
     scale:str='smoke' # A name in `egrpo.paper.records.SCALES`; all but smoke measure the same
 )->dict: # threads, clock, attention, memory, forward, flops, and gpu where there is one
-    "What attention entropy costs: time, memory, and a forward pass recorded."
+    "Measure the cost of attention entropy: time, memory, and a recorded forward pass."
     tokens, heads, rounds, sizes, batch = SIZES['smoke' if scale == 'smoke' else 'mini']
     every = (1, 16) if scale == 'smoke' else (1, 4, 16, 32)
     data = dict(threads=1, clock='processor time (GPU: wall time)', attention=_attention_part((1, heads, tokens, 128), rounds),

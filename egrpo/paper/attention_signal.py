@@ -51,7 +51,7 @@ def velocity_distance(
     num_steps:int=16, # T, denoising steps, >= 2
     shift:float|Tensor|None=None, # As for `Policy.sigmas`; None = the model's own schedule
 )->Tensor: # (P,) root mean square, in units of the latents, >= 0, on the CPU
-    "How far the velocity is from the policy's before training, along the unguided probe: 2T network evaluations per prompt."
+    "Distance of the velocity from the untrained policy's, along the unguided probe: 2T network evaluations per prompt."
     x = torch.stack([addressed_noise(policy.latent_shape, 'probe', p, 'root', 0) for p in prompts]).to(policy.device)
     sigmas, cond, apart = policy.sigmas(num_steps, shift).to(policy.device), policy.encode(prompts), 0.
     with policy.unguided():
@@ -70,7 +70,7 @@ def policy_gradient(
     advantages:Tensor, # (M,) advantages of its transitions
     config:TrainConfig, # Gives clip_range, beta and weigh
 )->Tensor: # (N,) gradient of the loss by all trained parameters, fp32, on their device
-    "What an update would follow, before clipping and before the optimiser."
+    "Gradient of an update, before clipping and before the optimiser."
     parameters = list(policy.parameters().values())
     rows, total = torch.unique(out.row[out.weight > 0]), 0.
     for p in parameters: p.grad = None
@@ -219,7 +219,7 @@ def draws_interval(
 # %% ../../nbs/paper/04_attention_signal.ipynb #1f070ddd
 @dataclass
 class StepValues:
-    "What each of B steps is worth when it explores alone, for P prompts."
+    "Worth of each of B steps when it explores alone, for P prompts."
     variance:Tensor # (P,B) of the rewards among the samples, unbiased
     best:Tensor # (P,B) best reward less the ODE's
     gain:Tensor # (P,B) rise of the mean reward on other noise, after one update

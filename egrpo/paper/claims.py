@@ -31,7 +31,7 @@ CONFIRMING = 100 # the first seed of runs that confirm
 
 @dataclass(frozen=True)
 class Finding:
-    "What a record says of a claim."
+    "Verdict of a record on a claim, with its numbers."
     seen:str # Our numbers, in words
     word:str # One of `egrpo.paper.intervals.VERDICTS`
     p:float|None=None # p-value of the verdict, corrected over the rivals; None where it has none
@@ -53,7 +53,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    "What a figure or table of the paper says, and how to judge it."
+    "Statement of a figure or table, and its judge."
     place:str # Figure or table
     text:str # The claim
     paper:str # The paper's numbers
@@ -282,7 +282,7 @@ def training_best(
 )->Callable: # A judge
     "The training reward of the setting claimed to be best rises most."
     def find(data):
-        "How far it rises, and its lead over the rival that decides."
+        "Rise of the best setting, and its lead over the rival that decides."
         own, known = data['best'], data['comparisons']
         def leads(kind): return {k: Estimate(**e) for k, e in known.get(kind, {}).items() if k in over}
         end, same = leads('rise'), leads('rise_equal')
@@ -379,7 +379,7 @@ def faster(
 )->Callable: # A judge
     "A setting reaches the score that the base ended with, in the reward trained on, so many times as fast."
     def find(data):
-        "How many times as fast, in what is saved first, and what that would say by the rest; judged is whether it reaches `factor`."
+        "Speed-up by what is saved, then by the other costs; judged is whether it reaches `factor`."
         if setting not in data['speed_up']: return Finding('', 'open', seeds=0)
         ratios = data['speed_up'][setting][rewards_of(data)[0]]
         seeds = seeds_of(data, (setting, data['base']), paired=True)
@@ -575,7 +575,7 @@ COLUMNS = 'verdict', 'where', 'claim', 'ours', 'at equal iterations', 'paper', '
 def _cells(
     row, # A row of `claims_table`
 )->tuple: # As named by `COLUMNS`
-    "What the table shows of a claim."
+    "Row of the table."
     found, equal, notebook = row.found, row.found.equal or Finding('', ''), Path(row.notebook)
     same = f'{MARKS[equal.word]} {equal.verdict}: {equal.seen}' if equal.seen else ''
     paper = row.paper + (f'; scaled to our gain {found.paper:+.4f}' if found.paper is not None else '')

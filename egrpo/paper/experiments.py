@@ -102,7 +102,7 @@ def _costs(
     busy:float, # Seconds of processor time it took; on a GPU the same as `wall`
     weights:dict, # Reward name -> its weight in the sum
 )->dict: # nfe, seconds, train_seconds, ratio_error, reward; for AEGPO probe: nfe and seconds of these
-    "What a run took, evaluations included; its training alone; its largest ratio error, and its reward per iteration."
+    "Cost of a run with and without evaluations, its largest ratio error, and its reward per iteration."
     reward = [round(sum(w * m[f'reward/{k}'] for k, w in weights.items()), 4) for m in metrics]
     train = sum(m['seconds_rollout'] + m['seconds_update'] for m in metrics)
     nfe, ratio_error = sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics), max(m['ratio_error'] for m in metrics)
@@ -127,7 +127,7 @@ def hacked_places(
     truth:np.ndarray, # (2,P) verifier's score before and after
     n:int=6, # At most so many
 )->list: # Places, the largest rise first
-    "Where the learned reward rises while the verifier's score falls."
+    "Places where the learned reward rises while the verifier's score falls."
     rise, fall = learned[1] - learned[0], truth[0] - truth[1]
     found = np.flatnonzero((rise > 0) & (fall >= FALL - 1e-9))
     return found[np.argsort(-rise[found], kind='stable')][:n].tolist()
@@ -147,7 +147,7 @@ def _shown(
     trainer:Trainer, # A trained one
     frame, # What its `fit` returned
 )->dict: # shown: places (fixed, hacked) and what the verifier saw; images: (N,3,H,W)
-    "What to keep of the images of a run."
+    "Choose the images of a run that are kept."
     ends = frame[frame.iteration.isin([frame.iteration.min(), frame.iteration.max()])]
     ends = {c: np.stack([f[c] for _, f in ends.groupby('iteration')]) for c in frame.columns if c not in ('iteration', 'prompt')}
     learned = sum(w * ends[n] for n, w in trainer.reward.weights.items())
@@ -204,7 +204,7 @@ def cell_path(
     config:TrainConfig, # A run
     store=None, # Folder of finished cells; None = `store_dir()`
 )->Path: # Its file
-    "Where a cell is kept."
+    "File of a cell."
     return Path(store or store_dir())/f'{cell_key(config)}.json'
 
 def save_strip(
@@ -361,7 +361,7 @@ def iterations_for(
     config:TrainConfig, # The run
     budget:int, # Network evaluations, > 0
 )->int: # Iterations
-    "How many iterations a budget pays for, to the nearest, at least 1."
+    "Number of iterations that a budget pays for, to the nearest, at least 1."
     n, spent, changes = 0, 0, 'iteration' in method_settings(config.method)
     if not changes: return max(1, round(budget / iteration_nfe(config)))
     while n == 0 or spent + (cost := iteration_nfe(config, n)) / 2 <= budget:
@@ -391,7 +391,7 @@ def _at(
 def _evaluated_on(
     result:dict, # A result
 )->tuple: # Prompts, how many, a hash of their file if it is one
-    "Which prompts its scores are of."
+    "Identify the prompts of a result's scores."
     config, name = result['config'], 'eval_prompts' if result['config'].get('eval_prompts') else 'prompts'
     return config.get(name), config.get('eval_size'), result.get('sources', {}).get(name)
 
@@ -414,7 +414,7 @@ def _gain(
     results:list, # Results of one setting, a seed each
     reward:str, # Which reward
 )->Estimate: # After minus before training
-    "What training adds to a score."
+    "Gain of training in a score."
     return difference(_at(results, reward) - _at(results, reward, 0), None, evaluation_texts(results))
 
 def summarize(
@@ -538,7 +538,7 @@ def training_rise(
     results:list, # Results of one setting, a seed each
     iterations:int|None=None, # Of the first so many; None = all
 )->np.ndarray: # (S,1) last quarter minus first quarter
-    "How far the training reward of each seed rose; what is learnt within the first quarter does not count."
+    "Rise of each seed's training reward from the first quarter to the last."
     def rise(reward):
         "Of one run."
         quarter = max(1, len(reward) // 4)
@@ -548,7 +548,7 @@ def training_rise(
 def run_cost(
     results:list, # Results of one setting, a seed each
 )->dict: # iterations, nfe and seconds of a run
-    "What a run of a setting costs, evaluations left out: the mean over seeds."
+    "Mean cost of a setting's runs, without evaluations."
     nfe, seconds = ([r[k] for r in results] for k in ('nfe', 'train_seconds'))
     return dict(iterations=round(np.mean([len(r['reward']) for r in results])), nfe=round(np.mean(nfe)), seconds=round(np.mean(seconds), 1))
 
@@ -593,7 +593,7 @@ def _rise_lead(
     results:list, # Results of another setting
     iterations:int|None=None, # As in `training_rise`
 )->Estimate: # Of `best` minus results
-    "How much further the training reward rises; seeds are not paired (Welch)."
+    "Lead in the rise of the training reward; seeds are not paired (Welch)."
     return difference(training_rise(best, iterations), training_rise(results, iterations))
 
 def shared_iteration(
@@ -664,7 +664,7 @@ def _there(
     chosen:dict, # Those of them that are to be run
     store, # Folder of finished cells; None = `store_dir()`
 )->dict: # setting -> all that is chosen, or those whose file is there, without settings that have none
-    "What a record is made of."
+    "Runs that a record is made of."
     there = {k: chosen.get(k) or [c for c in cs if cell_path(c, store).exists()] for k, cs in cells.items()}
     if cells and not any(there.values()): raise ValueError("no cell of the experiment is finished yet: run it without --partial first")
     return {k: cs for k, cs in there.items() if cs}
@@ -764,7 +764,7 @@ def _base(
     scale, # A `Scale`; the first of its `eval_rewards` is trained on
     joint:bool=False, # Is the second one, too?
 )->dict: # Fields of `TrainConfig`
-    "What all runs of a scale have in common."
+    "Settings that all runs of a scale share."
     rewards = scale.settings.get('eval_rewards', HELD_OUT)
     return {**scale.settings, 'reward': ' + '.join(rewards.split(' + ')[:2 if joint else 1]), 'eval_rewards': rewards}
 
@@ -874,14 +874,14 @@ def _changes(
     results:list, # Results of one setting, a seed each
     learned:str, # The learned reward
 )->tuple: # (S,P) change of the learned reward, (S,P) of the verifier's score
-    "How both scores changed on every sample."
+    "Changes of both scores on every sample."
     return tuple(_at(results, r) - _at(results, r, 0) for r in (learned, 'verifier'))
 
 def hacking(
     results:list, # Results of one setting, a seed each
     learned:str='preference', # The learned reward
 )->dict: # real_share; shares of samples: hacked, fell, rose, beyond_chance: (mean, low, high) over seeds and prompts
-    "How much, and how often, a learned reward rose without the truth; beyond chance: were rise and fall independent, it would be 0."
+    "Size and frequency of rises of a learned reward without the truth; `beyond_chance` is 0 where rise and fall are independent."
     rise, truth = _changes(results, learned)
     fell, rose, up = truth <= -FALL + 1e-9, truth >= FALL - 1e-9, rise > 0
     apart = [o - o.mean(1, keepdims=True) for o in (fell, up)]
@@ -902,7 +902,7 @@ def _hacking_data(
     results:dict, # Setting -> list of results
     scale, # A `Scale`
 )->dict: # The record's data
-    "How much of every gain is real, and the cases found by search."
+    "Real share of every gain, and the cases found by search."
     def case(r): return {k: r['shown'][k] for k in ('fixed', 'hacked', 'prompts', 'saw')} | dict(key=r['key'])
     first = {k: next((r for r in rs if 'shown' in r), None) for k, rs in results.items()}
     joint = {k: contrast_hacking(results[k], results[f'{k}, clip']) for k in results if f'{k}, clip' in results}
@@ -981,7 +981,7 @@ def _ratio(
     base_x:np.ndarray, # (K,) cost of the other
     base_y:np.ndarray, # (K,) its gain
 )->float: # Above 1 = the setting is faster; in [0, 100]
-    "How many times as fast a curve climbs as another."
+    "Speed of one curve's climb relative to another's."
     at = _reaches(x, y, base_y[-1])
     if at is not None: return min(100., base_x[-1] / max(at, base_x[-1] / 100))
     return _reaches(base_x, base_y, y[-1]) / x[-1]
@@ -992,7 +992,7 @@ def speed_up(
     reward:str, # Which reward
     by:str='nfe', # What is saved: iterations, nfe or seconds
 )->tuple: # (ratio, low, high)
-    "How many times as fast a setting reaches what another ended with."
+    "Speed-up with which a setting reaches the other's final score."
     def curve(rs, mean):
         "Cost and mean gain at every evaluation; evaluations are as far along the cost as along the iterations."
         places, scores = _evaluations(rs, reward)
@@ -1008,7 +1008,7 @@ def _longer(
     results:list, # Results of one setting, a seed each
     others:list, # Results of another
 )->tuple: # (mean, low, high) share of the other's time
-    "How much longer an iteration of a setting takes than another's, evaluations left out."
+    "Relative extra time of an iteration over another setting's, without evaluations."
     seconds = [np.array([[r['train_seconds'] / len(r['reward'])] for r in rs]) for rs in paired_seeds(results, others)]
     return bootstrap_interval(seconds[0] / seconds[1] - 1)
 
@@ -1046,7 +1046,7 @@ def difference_table(
     data:dict, # A record's data, as `grid_data` makes it
     equal_iterations:bool=False, # At equal iterations instead of at the end of the runs?
 )->pd.DataFrame: # A row per other setting, a column per reward
-    "What every setting has more than the one it is compared with, on the same prompts."
+    "Differences of all settings from the one they are compared with, on the same prompts."
     rows = {k: {r: show_interval(d, '+') for r, d in ds.items()} for k, ds in data['against_best'].items()}
     if equal_iterations:
         rows = {k: dict(iteration=e['iteration'], **{r: show_interval(d, '+') for r, d in e['against_best'].items()})
@@ -1056,7 +1056,7 @@ def difference_table(
 def cost_table(
     data:dict, # A record's data, as `grid_data` makes it
 )->pd.DataFrame: # A row per setting
-    "What a run of every setting took, and how many seeds are finished."
+    "Table of the cost of each setting's run, and of its finished seeds."
     seeds, planned = data['seeds_finished'], data['seeds_planned']
     return pd.DataFrame({k: c | dict(seeds=f'{len(seeds[k])} of {planned}') for k, c in data['cost'].items()}).T
 
@@ -1081,7 +1081,7 @@ def seeds_of(
     settings:tuple|None=None, # The settings compared; None = all
     paired:bool=False, # Count only those that all of them have?
 )->int: # Fewest seeds of a setting
-    "How many seeds a comparison rests on."
+    "Number of seeds of a comparison."
     seeds = [set(o) for k, o in data['seeds_finished'].items() if settings is None or k in settings]
     return len(set.intersection(*seeds)) if paired else min(map(len, seeds))
 
@@ -1192,7 +1192,7 @@ def signal_of_setting(
 def trained_gains(
     reward:str='preference', # Which reward, the one that was trained on
 )->dict: # 'record: setting' -> (mean, low, high)
-    "What training has gained in every setting whose record is there."
+    "Gains of training in every setting that has a record."
     records = {name: load_record(name)['data'] for name in _signal_tables() if record_path(name).exists()}
     return {f'{name}: {k}': s[reward]['gain'] for name, data in records.items() for k, s in data['settings'].items()}
 
@@ -1267,7 +1267,7 @@ def _attention_data(
     results:dict, # Empty: there are no cells
     scale, # A `Scale`
 )->dict: # The record's data
-    "What attention entropy costs, measured now on this machine."
+    "Measure the cost of attention entropy on this machine."
     from egrpo.paper.attention_cost import attention_benchmark
     return attention_benchmark(scale.name)
 

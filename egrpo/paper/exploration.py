@@ -71,7 +71,7 @@ def moved(
     images:Tensor, # (...,G,3,H,W) samples
     reference:Tensor, # (...,3,H,W) the image they are compared with
 )->Tensor: # (...,G) root mean square difference, pixel values in [0, 1]
-    "How far samples are from a reference image."
+    "Distance of samples from a reference image."
     return (images - reference.unsqueeze(-4)).square().flatten(-3).mean(-1).sqrt()
 
 def roughness(
@@ -108,7 +108,7 @@ def explore(
 def spread(
     scores:Tensor, # (P,B,G) or (P,G) scores of G samples each, G >= 2
 )->Tensor: # (P,B) or (P,) variance among the samples, unbiased
-    "How much a reward differs among samples of one step."
+    "Spread of a reward among samples of one step."
     if scores.shape[-1] < 2: raise ValueError(f"scores must hold 2 samples of a step or more, got {scores.shape[-1]}: give more")
     return scores.double().var(-1)
 
@@ -144,14 +144,14 @@ def sign_flips(
     advantages:Tensor, # (...,G) advantages of G transitions
     redrawn:Tensor, # (...,G) those of the same transitions with other noise elsewhere
 )->Tensor: # (...) share whose sign flips, in [0, 1]; to or from exactly 0 counts half
-    "How often a transition is judged the other way."
+    "Share of transitions that are judged the other way."
     return (advantages.sign() - redrawn.sign()).abs().mean(-1) / 2
 
 def reliability(
     advantages:Tensor, # (...,G) advantages of G transitions, mean 0 and std 1 in each group, as `group_advantages` gives them
     redrawn:Tensor, # (...,G) those of the same transitions with other noise elsewhere
 )->Tensor: # (...) their correlation, about 0 to 1; 0 where a group's rewards are all equal
-    "What share of an advantage is the transition's own."
+    "Share of an advantage that is the transition's own."
     return (advantages * redrawn).sum(-1) / (advantages.shape[-1] - 1)
 
 # %% ../../nbs/paper/03_exploration.ipynb #cc9e09ae
@@ -255,7 +255,7 @@ def redraw_advantages(
 def credit_shares(
     advantages:Tensor, # (P,1+n,G) from `redraw_advantages` of scores with keep='past'
 )->Tensor: # (P,n) share of each step, estimated; they sum to 1 where rewards differ
-    "What share of the reward's variance each step of a chain is responsible for, given what came before it."
+    "Fraction of reward variance explained by each step, given the earlier steps."
     settled = reliability(advantages[:, :1], advantages[:, 1:])
     return settled.diff(dim=1, prepend=torch.zeros_like(settled[:, :1]))
 
@@ -274,7 +274,7 @@ def gaussian_std(
     noise_level:float=0.7, # a (flow) or eta (dance, cps), >= 0
     kernel:str='flow', # flow, dance or cps
 )->float: # Standard deviation of what is sampled; `data_std` would be perfect
-    "What spread a sampler with some stochastic steps ends with on Gaussian data."
+    "Final spread of a sampler with some stochastic steps on Gaussian data."
     if not data_std > 0: raise ValueError(f"data_std must be > 0, got {data_std}")
     sigmas = (flow_sigmas() if sigmas is None else sigmas).double()
     ends, var, k, one = {s: s + length for s, length in steps}, 1., 0, torch.ones(1, 1, dtype=torch.float64)

@@ -90,7 +90,7 @@ def measurement_size(
     name:str, # A name in `SIZES`
     scale, # A `Scale`
 )->dict: # prompts, and what else the measurement needs
-    "How large a measurement is."
+    "Size of a measurement at a scale."
     sizes = SIZES[name]
     if scale.name not in sizes: raise ValueError(f"scale must be one of {', '.join(sizes)} for {name}, got {scale.name!r}")
     return sizes[scale.name]
@@ -224,7 +224,7 @@ CHAINS = {'1 step': dict(length=1), '2 steps': dict(length=2), '4 steps': dict(l
 def _credit(
     scores, # (P,1+n,G) scores of a chain and its redraws
 )->dict: # flips, reliability: interval over all steps, and a mean and interval for each
-    "How ambiguous the credit of a chain's steps is."
+    "Measure how ambiguous the credit of a chain's steps is."
     a = redraw_advantages(scores)
     numbers = dict(flips=sign_flips(a[:, :1], a[:, 1:]), reliability=reliability(a[:, :1], a[:, 1:]))
     return {n: dict(all=bootstrap_interval(v.mean(1)), by_step=[bootstrap_interval(o) for o in v.T]) for n, v in numbers.items()}
@@ -232,13 +232,13 @@ def _credit(
 def _shares(
     scores, # (P,1+n,G) scores of a chain and of redraws that keep the past
 )->dict: # by_step: (mean, low, high) for each step
-    "Which share of a reward each step of a chain is responsible for."
+    "Share of a reward that each step of a chain explains."
     return dict(by_step=[bootstrap_interval(o) for o in credit_shares(redraw_advantages(scores)).T])
 
 def _growth(
     scores:dict, # Chain -> (P,1+n,G) scores of one reward
 )->dict: # 'b over a' -> (mean, low, high)
-    "How many more signs flip in a longer chain than in the one half as long, paired by prompt."
+    "Difference in flipped signs between a chain and the one half as long, paired by prompt."
     flips = {c: sign_flips(a[:, :1], a[:, 1:]).mean(1) for c, a in ((c, redraw_advantages(s)) for c, s in scores.items())}
     chains = [c for c in CHAINS if 'kernel' not in CHAINS[c]]
     return {f'{b} over {a}': paired_interval(flips[a], flips[b]) for a, b in zip(chains, chains[1:])}
@@ -259,7 +259,7 @@ def credit_data(
     results:dict, # Empty: nothing is trained
     scale, # A `Scale`
 )->dict: # The record's data
-    "How ambiguous advantages are in chains of several stochastic steps (E-GRPO, Fig. 3)."
+    "Measure how ambiguous advantages are in chains of several stochastic steps (E-GRPO, Fig. 3)."
     size, policy, prompts = _setup('credit', scale)
     G, rewards = size['generations'], get_reward(REWARDS)
     plans = {n: chain_plan(num_generations=G, **o) for n, o in CHAINS.items()}
@@ -298,7 +298,7 @@ def merging_noise_data(
     results:dict, # Empty: nothing is trained
     scale, # A `Scale`
 )->dict: # The record's data
-    "What merged steps do to verifier score and roughness, beside the exact Gaussian, and the guard for tau that follows."
+    "Measure verifier score and roughness after merged steps, beside the exact Gaussian, and the guard for tau that follows."
     size, policy, prompts = _setup('merging_noise', scale)
     steps, sigmas = _merging_steps(), flow_sigmas()
     rewards = RewardSet({**get_reward('verifier').rewards, 'roughness': roughness})
@@ -314,7 +314,7 @@ def _peak_counts(
     profiles, # (P,T) nats
     top:int=4, # How many steps a prompt explores
 )->dict: # maxima, chosen: (T-1,) share of the prompts
-    "How often a step is a local maximum, and how often it is among the chosen."
+    "Share of prompts in which a step is a local maximum, and in which it is chosen."
     steps = list(range(profiles.shape[1] - 1))
     middle = np.asarray(profiles)[:, 1:-1]
     maxima = np.pad((middle > np.asarray(profiles)[:, :-2]) & (middle > np.asarray(profiles)[:, 2:]), ((0, 0), (1, 0)))
@@ -340,7 +340,7 @@ LEARNING = dict(method='dance_grpo', reward='preference', lr=1e-4, ema_decay=0.)
 def _futures(
     seen:dict, # Signal -> (S,C,P)
 )->dict: # Value -> (S,C-1,P)
-    "What becomes of each prompt after each checkpoint but the last."
+    "Values to be predicted, of each prompt after each checkpoint but the last."
     score, now = seen['score'], slice(None, -1)
     return {'gain to the next': score[:, 1:] - score[:, :-1], 'gain to the last': score[:, -1:] - score[:, :-1],
             'gradient norm': seen['gradient'][:, now], 'reward variance': seen['variance'][:, now]}
@@ -348,14 +348,14 @@ def _futures(
 def _ceilings(
     seen:dict, # Signal -> (S,C,P)
 )->dict: # Gain -> interval
-    "How well a gain on half B agrees with the same gain on half A."
+    "Agreement of a gain on half B with the same gain on half A."
     one, two = (_futures(seen | dict(score=seen[half])) for half in ('before', 'score'))
     return {k: draws_interval(correlation_draws(one[k], two[k])) for k in one if k.startswith('gain')}
 
 def _predictions(
     seen:dict, # Signal -> (S,C,P)
 )->dict: # correlation: value -> predictor -> interval; over_rivals: value -> rival -> interval of the lead
-    "How well each signal ranks each value, and how much better ΔEntropy does."
+    "Rank correlation of each signal with each value, and ΔEntropy's lead."
     draws = {v: {p: correlation_draws(seen[p][:, :-1], future) for p in PREDICTORS} for v, future in _futures(seen).items()}
     lead = {v: {p: draws_interval(d['delta_entropy'] - d[p]) for p in PREDICTORS[1:]} for v, d in draws.items()}
     return dict(correlation={v: {p: draws_interval(o) for p, o in d.items()} for v, d in draws.items()}, over_rivals=lead)
@@ -384,7 +384,7 @@ def _rules(
     profiles, # (P,B) attention entropies of the steps in question
     entropy, # (B,) their step entropy
 )->dict: # Rule -> P lists of steps
-    "Which four steps each rule chooses, for every prompt."
+    "The four steps that each rule chooses, for every prompt."
     B, P = len(entropy), len(profiles)
     highest = sorted(np.argsort(-np.asarray(entropy), kind='stable')[:4].tolist())
     peaks = [entropy_peaks(p, list(range(B))) for p in profiles]
@@ -398,7 +398,7 @@ def _step_statistics(
     texts=None, # (P,) the prompts' texts; None = all distinct
     logs:bool=False, # Choose by the logarithm? Of variances
 )->dict: # mean by step; along, across, chosen, over_rules: intervals; lead: fields of an `Estimate`, of the peaks over the rest
-    "What attention entropy and step entropy say about one value of the steps."
+    "Statistics of attention entropy and step entropy against one value of the steps."
     values, attention, step = (np.asarray(o, dtype=float) for o in (values, attention, np.broadcast_to(entropy, values.shape)))
     along = {'attention entropy': rank_correlation(attention, values), 'step entropy': rank_correlation(step, values)}
     level = log_variance(values) if logs else values
@@ -417,7 +417,7 @@ def kernel_statistics(
     entropy, # (B,) step entropy
     texts:list, # P prompts
 )->dict: # Value -> its statistics
-    "What the two entropies say about the steps of a kernel; variances are chosen by their logarithms."
+    "Statistics of both entropies against the steps of a kernel; variances enter as logarithms."
     rules = _rules(profiles, entropy)
     return {n: _step_statistics(v, profiles, entropy, rules, texts, n == 'variance') for n, v in values.items()}
 
@@ -486,7 +486,7 @@ def _agreements(
     scores:dict, # Reward -> (P,B,G) with an approximate suffix
     exact:dict, # Reward -> (P,B,G) with the whole one
 )->dict: # Reward -> pearson, spearman: (mean, low, high), or None
-    "How well rewards agree within groups."
+    "Agreement of rewards within groups."
     def interval(values): return bootstrap_interval(values) if len(values) else None
     def both(n): return {name: interval(group_agreement(scores[n], exact[n], name == 'spearman')) for name in ('pearson', 'spearman')}
     return {n: both(n) for n in exact}

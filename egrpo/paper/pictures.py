@@ -20,7 +20,7 @@ def caption(
     name:str, # Name of a picture: that of its record, or with a suffix ('tau_curves')
     intervals:str='', # What its intervals are
 )->str: # A line; '' without a record
-    "What a picture rests on, from the record whose name is the longest that its own begins with."
+    "Caption of a picture, from the record whose name is the longest that its own begins with."
     names = [p.stem for p in figures_dir().glob('*.json') if f'{name}_'.startswith(f'{p.stem}_')]
     if not names: return ''
     record = load_record(max(names, key=len))

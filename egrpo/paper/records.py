@@ -25,7 +25,7 @@ from ..base.files import write_text
 # %% ../../nbs/paper/00_records.ipynb #9ddb048b
 @dataclass(frozen=True)
 class Scale:
-    "How much work an experiment is."
+    "Amount of work of an experiment."
     name:str # As in EGRPO_SCALE
     seeds:tuple # One training run each
     settings:dict # Fields of `TrainConfig` that differ from their defaults
@@ -141,7 +141,7 @@ def versions()->dict: # Package -> version, of those that are installed
 def device_name(
     device=None, # torch device or its name, or words that this function gave; the best there is if not given
 )->str: # Kind of device, without the machine's name
-    "What a run ran on, in words."
+    "Name of a run's device."
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if ' ' in str(device): return device
     device = torch.device(device or best)
@@ -198,7 +198,7 @@ def verdict(
     *intervals:tuple, # (mean, low, high) of what is claimed to be positive
     seeds:int=SEEDS_NEEDED, # How many seeds they rest on; not given where no seeds are drawn
 )->str: # holds, does not hold, or open
-    "What intervals say about a claim."
+    "Verdict of intervals on a claim."
     if seeds < SEEDS_NEEDED: return f'open ({seeds} of {SEEDS_NEEDED} seeds)'
     if any(high < 0 for *_, high in intervals): return 'does not hold'
     return 'holds' if intervals and all(low > 0 for _, low, _ in intervals) else 'open'

@@ -73,7 +73,7 @@ def suffix_costs(
     rounds:int, # Of timing, >= 1
     strides:tuple=STRIDES, # Strides, >= 1
 )->dict: # seconds: name -> list of seconds, of processor time or, on a GPU, of the clock; nfe: name -> evaluations
-    "What a rollout costs with each solver and stride."
+    "Network evaluations of a rollout with each solver and stride."
     plans = {f'{solver} {n}': replace(plan, strides=(n,), solver=solver) for solver in ('euler', 'ab2') for n in strides}
     runs = {name: (lambda p=p: rollout(policy, policy.encode([prompt]), p, 'suffix', 0)) for name, p in plans.items()}
     seconds = time_in_turns(runs, rounds, policy.device)

@@ -159,7 +159,7 @@ def _depth(
     weights:dict, # Name -> tensor
     before:str, # What stands before a block's number
 )->int: # Blocks
-    "How many blocks there are."
+    "Number of blocks."
     return len({k[len(before):].split('.')[0] for k in weights if k.startswith(before)})
 
 def _tower(
@@ -207,7 +207,7 @@ def check_open_clip(
 def open_clip_model(
     file:Path, # Weights in open_clip's layout
 )->dict: # `model_cfg`: heads and activation, which no tensor tells
-    "What the configuration beside weights says of their model."
+    "Read a model's configuration from beside its weights."
     said = file.parent/'open_clip_config.json'
     model = json.loads(said.read_text(encoding='utf-8')).get('model_cfg', {}) if said.is_file() else {}
     if not set(CLIP_SETTINGS) <= set(model):
@@ -452,7 +452,7 @@ def edit_distance(
 def quoted(
     prompt:str, # A prompt
 )->str: # The text that should be in the image
-    "What stands in double quotes, straight or curly."
+    "Texts in double quotes, straight or curly."
     found = [o for o in re.findall(r'["“”]([^"“”]+)["“”]', prompt) if o.strip()]
     if not found: raise ValueError(f"looks for text in double quotes, and prompt {prompt!r} has none: put what should be read in quotes")
     return ' '.join(found)
@@ -517,7 +517,7 @@ def download(
 def preparation(
     place:Path, # File or folder of a CLIP's weights
 )->Callable: # (images, size) -> prepared
-    "How a CLIP wants its images: as open_clip's configuration beside it says, cut out where there is none."
+    "Image preparation of a CLIP: from open_clip's configuration beside it, else a centre crop."
     said = (place if place.is_dir() else place.parent)/'open_clip_config.json'
     wants = json.loads(said.read_text(encoding='utf-8')).get('preprocess_cfg', {}) if said.is_file() else {}
     ways, way = dict(shortest=cut_out, squash=squash), wants.get('resize_mode', 'shortest')
@@ -600,7 +600,7 @@ def locate(
     name:str, # A reward
     source:str|None=None, # File, folder or hub id; None = where it is published
 )->Path|None: # File or folder; None for a reward that needs none
-    "Where a reward's weights are, downloaded if they must be."
+    "File of a reward's weights, downloaded if need be."
     known = REWARD_MODELS[name]
     if source and (place := Path(source).expanduser().absolute()).exists(): # a link keeps its name and what lies beside it
         check_owner(name, place)

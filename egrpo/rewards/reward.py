@@ -47,7 +47,7 @@ def _as_scores(
     prompts:list, # B prompts
     name:str, # The reward's name
 )->Tensor: # (B,) fp32 on the CPU
-    "What a reward returned as checked scores."
+    "Check what a reward returned, as scores."
     n = len(prompts)
     try: scores = torch.as_tensor(raw).detach().float().cpu()
     except Exception as e:
@@ -65,7 +65,7 @@ _libraries = tuple(os.path.dirname(o.__file__) + os.sep for o in (os, egrpo))
 def _named(
     error:BaseException, # As it was caught
 )->str: # Its type, and ' in file.py:line' where that is known
-    "What an error is, and the last line of one's own code that it came through."
+    "Name an error and the last line of the user's own code in its traceback."
     files = [(o.filename, o.lineno) for o in traceback.extract_tb(error.__traceback__)]
     own = [f' in {os.path.basename(file)}:{line}' for file, line in files
            if os.path.isfile(file) and not file.startswith(_libraries) and not re.search(r'[\\/](site|dist)-packages[\\/]', file)]
@@ -76,7 +76,7 @@ def _failure(
     error:Exception, # What a reward raised
     prompts:list, # B prompts
 )->str: # Goes on after the reward's name
-    "What is said of a reward that raised."
+    "Message on a reward that raised."
     from egrpo.models.policy import is_out_of_memory
     said = ' '.join(str(error).split()) or 'no message'
     elsewhere = "run it on another device (`egrpo serve` there, server(http://…) here)"

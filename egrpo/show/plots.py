@@ -139,7 +139,7 @@ def plot_merge_lengths(
     kernel:str='flow', # flow, dance or cps
     ax=None, # Axes to draw on; None makes a figure
 )->Axes: # The axes
-    "How many steps each step is merged with, for each tau."
+    "Draw the merge length of each step, for each tau."
     num_steps = len(sigmas) - 1
     if not 1 <= active_steps <= num_steps:
         raise ValueError(f"active_steps must be from 1 to the schedule's {num_steps} steps, got {active_steps}: the paper trains 8")
@@ -205,7 +205,7 @@ def load_metrics(
 def total_nfe(
     metrics, # As for `load_metrics`, one method; several seeds are averaged
 )->pd.Series: # Indexed by iterations done, from 0: network evaluations so far
-    "What a run has cost by the time of an evaluation, rollout and gradient together."
+    "Network evaluations before an evaluation, rollout and gradient together."
     frame = load_metrics(metrics)
     cost = (frame.nfe_rollout + frame.nfe_gradient).groupby(frame.iteration).mean().sort_index().cumsum()
     return pd.concat([pd.Series([0.], [0]), cost.set_axis(cost.index + 1)])
@@ -441,7 +441,7 @@ def _key(
     figure:Figure, # The figure
     best:str, # The setting compared with; '' without
 ):
-    "What the lines of `plot_rewards` mean."
+    "Legend of `plot_rewards`."
     def line(text, **look): return plt.Line2D([], [], label=text, **look)
     lines = [line('before training', color=GREY, ls=':', lw=1.2),
              line('score after training, 95 % interval', color=COLORS[0], lw=2, marker='o')]

@@ -204,7 +204,7 @@ def code_of(
     function, # A reward, or a method
     name:str='', # What it was called by; the module of module:function and file.py:function counts whole
 )->str|None: # A hash; None for the library's own, where Python knows no source, and for a lambda, whose source is the whole line around it
-    "What stands behind a name."
+    "Hash the source code of a reward or method."
     module = name.partition(':')[0]
     loaded = sys.modules.get(str(Path(module).resolve()) if module.endswith('.py') else module) if ':' in name else None
     if getattr(loaded, '__file__', None): return digest(Path(loaded.__file__).read_bytes())

@@ -83,7 +83,7 @@ ARCHITECTURES = {
 def _read_part(
     folder:Path, # A part's folder in a pipeline
 )->tuple: # Class name, configuration
-    "What a part is, from its config.json."
+    "Read a part's class and settings from its config.json."
     config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     return config.get('_class_name') or config['architectures'][0], config
 
@@ -120,14 +120,14 @@ def build_part(
 def _count(
     module, # A module
 )->int: # Parameters
-    "How many parameters a module has."
+    "Number of a module's parameters."
     return sum(p.numel() for p in module.parameters())
 
 def _lora_parameters(
     network, # A transformer on the meta device
     rank:int, # Rank of the LoRA
 )->int: # Parameters of the LoRA that egrpo adds
-    "How many parameters a LoRA of egrpo's targets has."
+    "Number of parameters of a LoRA on egrpo's targets."
     return sum(rank * (m.in_features + m.out_features) for m in lora_layers(network).values())
 
 @lru_cache(maxsize=8)
@@ -202,7 +202,7 @@ class _Kept:
         return tensor
 
     def totals(self)->tuple: # Bytes: all; with checkpointing
-        "What is kept, with and without gradient checkpointing."
+        "Bytes kept, with and without gradient checkpointing."
         by_block = {}
         for block, n in self.saved.values(): by_block[block] = by_block.get(block, 0) + n
         outside = by_block.pop(None, 0)
@@ -212,7 +212,7 @@ def kept_bytes(
     network, # A transformer, on any device
     inputs:dict, # Arguments of its forward pass
 )->tuple: # Bytes: all that the backward pass keeps; with gradient checkpointing
-    "What a forward pass with gradient keeps."
+    "Bytes that a forward pass with gradient keeps."
     kept = _Kept(network)
     hooks = [b.register_forward_pre_hook(kept.enter, with_kwargs=True) for b in _blocks(network)]
     hooks += [b.register_forward_hook(kept.leave) for b in _blocks(network)]
@@ -240,7 +240,7 @@ def _side(
     config:TrainConfig, # The configuration
     a:Architecture, # Its model's
 )->int: # Side of the latents
-    "How large an image's latents are."
+    "Side of an image's latents."
     vae = a.vae[1]
     return (config.resolution or vae.get('sample_size', 1024)) // 2 ** (len(vae.get('block_out_channels', (0,) * 4)) - 1)
 
@@ -275,7 +275,7 @@ def network_dtype(
 def block_parameters(
     model:str, # As for `architecture`
 )->tuple: # Parameters of the largest block; of all that is in no block
-    "What is gathered at once of a network that is shared."
+    "Parameters of a shared network that are gathered at once."
     network = build_part(*architecture(model).network)
     sizes = [_count(b) for b in _blocks(network)]
     return max(sizes, default=0), _count(network) - sum(sizes)
@@ -283,7 +283,7 @@ def block_parameters(
 def _file_parameters(
     lora, # Folder or file of a LoRA
 )->int: # Parameters
-    "How many parameters a LoRA's file holds."
+    "Number of parameters in a LoRA's file."
     with safe_open(lora_file(lora), 'pt') as f:
         return sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys() if not k.endswith('alpha'))
 
@@ -292,7 +292,7 @@ def _weights_memory(
     small:int, # Bytes of a number in the network's dtype
     share:int, # Devices that share the network
 )->dict: # Part -> bytes
-    "What a run holds per parameter on one device."
+    "Bytes of weights, gradients and moments on one device."
     n, (block, rest) = count_parameters(config.model, config.lora_rank), block_parameters(config.model)
     lora = _file_parameters(config.lora_from) if config.lora_from else n['lora']
     trained = lora or n['network']
@@ -312,7 +312,7 @@ def _without_activations(
     parts:dict, # Part -> bytes of an update
     share:int, # Devices that share the network
 )->int: # Bytes, >= 0
-    "What an evaluation, or AdamW's step, takes more than an update."
+    "Bytes that an evaluation, or AdamW's step, takes beyond an update."
     trained, copied = parts['trained weights'], parts['copy for autocast']
     evaluation = (trained if config.ema_decay else 0) + (copied if share == 1 else 0)
     step = trained if planned_device(config).type == 'cuda' else 0 # elsewhere one parameter at a time
@@ -322,7 +322,7 @@ def run_memory(
     config:TrainConfig, # The configuration
     share:int=1, # Devices that share the network (FSDP), >= 1
 )->dict: # Part -> bytes
-    "What a run holds in the memory of one device, by part."
+    "Memory of a run on one device, by part."
     if share < 1: raise ValueError(f"share must be >= 1 devices, got {share}: 1 holds the whole network")
     a, n, dtype = architecture(config.model), count_parameters(config.model, config.lora_rank), network_dtype(config)
     small = DTYPES[dtype].itemsize
@@ -348,7 +348,7 @@ def shared_traffic(
 # %% ../../nbs/train/05_cost.ipynb #ac3421c0
 @dataclass(frozen=True)
 class Seconds:
-    "What a machine takes for one latent."
+    "Seconds of a machine for one latent."
     forward:float # An evaluation, > 0
     backward:float # An evaluation with gradient and its backward pass
     image:float=0. # Decoding, and scoring if it is known
@@ -402,7 +402,7 @@ def iteration_seconds(
     seconds:Seconds, # Of one latent, on one device
     processes:int=1, # Devices that share an iteration's prompts, >= 1
 )->dict: # rollout, decoding, update -> seconds
-    "What an iteration takes, without rewards other than those in `seconds.image`."
+    "Seconds of an iteration, without rewards other than those in `seconds.image`."
     if processes < 1: raise ValueError(f"processes must be >= 1, got {processes}: 1 is a single device")
     plan, c = make_plan(config.method, **plan_settings(config)), config
     share = -(-c.prompts_per_iteration // processes) # of the device that has most

@@ -68,7 +68,7 @@ def _entries(
     text:str, # A file's content
     kind:str, # How its name ends
 )->list: # (place, entry) of each: a string, or an object with `prompt`
-    "What a file of prompts holds."
+    "Entries of a file of prompts."
     if kind in ('.csv', '.tsv'): return _rows(text, '\t' if kind == '.tsv' else ',')
     if kind != '.json': return [(f'line {i}', line) for i, line in enumerate(text.rstrip().split('\n'), 1)]
     found = from_json(text)

@@ -51,6 +51,6 @@ def _sources(
 def cell_key(
     config:TrainConfig, # A run
 )->str: # 16 hexadecimal digits
-    "What a run depends on, as a hash."
+    "Hash what a run depends on."
     sources = _sources(config)
     return digest(json.dumps(_what(config) | (dict(sources=sources) if sources else {}), sort_keys=True).encode())

@@ -162,7 +162,7 @@ def gradient_error(
     trainer:Trainer, # After an iteration
     other:Trainer, # After the same iteration, done otherwise
 )->float: # Norm of the gradients' difference over the gradient's norm
-    "How far two gradients are apart."
+    "Distance of two gradients."
     a, b = (torch.cat([p.grad.flatten() for p in t.parameters.values() if p.grad is not None]) for t in (trainer, other))
     return float((a - b).norm() / a.norm())
 

@@ -59,7 +59,7 @@ def time_ratio(
     name:str, # Contender
     to:str # Compared with
 )->dict: # min, median: ratios of the two contenders
-    "How many times as long one contender takes as another."
+    "Ratio of the times of two contenders."
     return {f.__name__: f(times[name]) / f(times[to]) for f in (min, statistics.median)}
 
 # %% ../../nbs/train/00_timing.ipynb #644e2a14
@@ -72,7 +72,7 @@ def _most_held()->int: # Bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # macOS, in bytes
 
 def _forget_most_held():
-    "Where the system can, start `_most_held` from what is held now."
+    "Restart `_most_held` from what is held now, where the system can."
     if Path('/proc/self/clear_refs').exists(): Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
 
 def _mps_rise(

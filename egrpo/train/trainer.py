@@ -285,7 +285,7 @@ def iteration_nfe(
     config:TrainConfig, # The configuration
     iteration:int=0, # Which iteration, >= 0
 )->int: # Velocities (probes, rollout, gradient, the KL's reference): network evaluations, or half of them with classifier-free guidance
-    "What an iteration costs: at most, where a plan keeps a share of siblings or attention entropy chooses its steps (of a tree, about)."
+    "Network evaluations per iteration. An upper bound for pruned plans and AEGPO."
     c, settings = config, plan_settings(config)
     plan = make_plan(c.method, iteration, **settings)
     probes = c.num_steps * sum(signal_needed(settings)) if chooses_steps(c.method) else 0
@@ -307,7 +307,7 @@ def _describe_iteration(
     config:TrainConfig, # The configuration
     plan:Plan, # Its plan
 )->str: # A line of text
-    "What one iteration makes and costs."
+    "Line with the images and evaluations of one iteration."
     P, c = config.prompts_per_iteration, config
     return (f"{P} prompts, {P * count_leaves(plan)} images, {P * count_transitions(plan)} transitions, "
             f"{P * rollout_nfe(plan):,} network evaluations + {P * gradient_nfe(plan) * c.inner_epochs} with gradient, "
@@ -333,7 +333,7 @@ def prompts_and_rewards(
     config, # A `TrainConfig`
     reward=None, # Any reward; None takes `config.reward`
 )->tuple: # Prompts to train on, prompts to evaluate on, `RewardSet` to train on, `RewardSet` to evaluate by
-    "What a run needs beside its model."
+    "Load the prompts and rewards of a run."
     c, source = config, config.eval_prompts or config.prompts
     prompts = load_prompts(c.prompts)
     argument = 'eval_prompts' if c.eval_prompts else 'prompts'
@@ -412,7 +412,7 @@ def loss_weights(
     out:Rollout, # The rollout: M transitions
     config:TrainConfig, # Gives weigh
 )->Tensor: # (M,) 0 = not trained; 1, or what makes a prompt's add up to 1
-    "What each transition counts for in the mean over all."
+    "Weight of each transition in the mean over all."
     trained, weights = out.weight > 0, torch.zeros_like(out.weight)
     weights[trained] = sample_weights(out.prompt[out.row[trained]], config.weigh or 'sample')
     return weights
@@ -492,7 +492,7 @@ def own_device(
     device:str|None, # As the configuration names it; None = the best there is, or the CPU where the launcher says so
     accelerator, # accelerate's `Accelerator`
 )->torch.device: # Where this process trains
-    "What the configuration names; of several processes each has the device that accelerate gave it, its own GPU."
+    "Device to train on: from the configuration, or this process's GPU under `accelerate launch`."
     given, named = accelerator.device, best_device(device or ('cpu' if parse_flag_from_env('ACCELERATE_USE_CPU') else None))
     if accelerator.num_processes == 1: return named
     if device is not None and (named.type != given.type or named.index not in (None, given.index)):
@@ -543,7 +543,7 @@ class Trainer:
         self.planner = AttentionPlanner(*asked) if chooses_steps(self.method) else None
 
     def _sources(self)->dict: # What a run is made of -> its name, or a hash of its content
-        "What stands behind the names of the configuration, or was passed in; a run that goes on must find it as it was."
+        "Hash the prompts, rewards and method code, so that a resumed run can check that they have not changed."
         methods = {method_name(m): METHODS[m] if isinstance(m, str) else m for m in (self.method, self.config.base) if m}
         rewards = self.eval_reward.rewards | self.reward.rewards
         servers = {k: f for k, f in rewards.items() if hasattr(f, 'served_reward')}
@@ -935,7 +935,7 @@ class Trainer:
             raise OSError(f"model {str(folder)!r} could not be written ({e}): {remedy}") from e
 
     def _start_of_run(self)->dict: # Of the model that the configuration names
-        "What a folder's or device's name does not say, and a run that goes on must find as it was."
+        "Model properties (weights, dtype, guidance, resolution, schedule) that must be equal on resume."
         p = self.policy
         settings = dict(guidance=p.guidance, resolution=p.resolution, sigmas=run_sigmas(self.settings).tolist())
         return dict(weights=p.fingerprint, dtype=str(p.dtype).removeprefix('torch.'), **settings)
