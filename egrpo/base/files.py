@@ -187,7 +187,7 @@ def _write_owner(path):
     with suppress(OSError): Path(path).write_text(json.dumps(owner), encoding='utf-8') # Windows lets nobody write what is locked
 
 def _can_lock(folder):
-    "Does a folder's file system know locks? One that cannot be written has errors of its own."
+    "Return whether a folder's file system knows locks; one that cannot be written has errors of its own."
     if os.name == 'nt': return True
     import fcntl
 

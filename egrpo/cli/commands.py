@@ -187,7 +187,7 @@ def make_parser()->Parser: # The parser of the whole command line
 def _memory_is_full(
     error:Exception, # What was raised
 )->bool: # As `is_out_of_memory`, imported only now
-    "Is a device's memory used up?"
+    "Return whether a device's memory is used up."
     from egrpo.models.policy import is_out_of_memory
     return is_out_of_memory(error)
 
@@ -1034,7 +1034,7 @@ def ready(
 def is_own_schedule(
     config, # A `TrainConfig`
 )->bool: # Also where no shift is named
-    "Is a run's schedule the one that its model has without a shift?"
+    "Return whether a run's schedule is the one that its model has without a shift."
     from egrpo.models.policy import model_sigmas
     from egrpo.train.trainer import same_schedule
     if config.shift is None: return True

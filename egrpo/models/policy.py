@@ -72,7 +72,7 @@ FULL = ('out of memory', "can't allocate memory", 'not enough memory', 'invalid 
 def is_out_of_memory(
     error:BaseException, # What was raised
 )->bool: # Is there too little memory? Then a smaller micro-batch may fit
-    "Does an error say that a device's memory is used up?"
+    "Return whether an error says that a device's memory is used up."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     said = str(error).lower()
     return isinstance(error, RuntimeError) and any(o in said for o in FULL)
@@ -1548,7 +1548,7 @@ def _from_files(
 def _hub_answers(
     model:str, # A hub id
 )->bool: # Within five seconds
-    "Is the hub there? Its client would try for half a minute."
+    "Return whether the hub answers; its client would try for half a minute."
     try: return bool(get_session().head(hf_hub_url(model, 'model_index.json'), timeout=5))
     except Exception: return False # the client has errors of its own, and offline mode another
 

@@ -65,7 +65,7 @@ class Claim:
 def _exploratory(
     record:dict, # A record
 )->bool: # False also where nothing was trained
-    "Are there training runs, and all their seeds below `CONFIRMING`?"
+    "Return whether there are training runs, all with seeds below `CONFIRMING`."
     seeds = record['seeds'] or record['data'].get('seeds', [])
     return bool(seeds) and max(seeds) < CONFIRMING
 

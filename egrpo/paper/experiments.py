@@ -161,7 +161,7 @@ def _shown(
 def _wants_images(
     config:TrainConfig, # A run
 )->bool: # Are its images kept?
-    "Is it the first seed of a run whose rewards are held out, too, and of which more is measured?"
+    "Keep images only for seed 0 of runs that evaluate more rewards than they train on."
     trained, measured = ({*get_reward(o).names} for o in (config.reward, config.eval_rewards or EVAL_REWARDS))
     return config.seed == 0 and config.eval_prompts is None and trained < measured
 
@@ -247,7 +247,7 @@ def save_cell(
 
 # %% ../../nbs/paper/09_experiments.ipynb #9cf2b3ae
 def _is_first()->bool: # True also where there is only one
-    "Is this the first of the processes that a launcher started?"
+    "Return whether this is the first of the processes that a launcher started."
     return os.environ.get('RANK', '0') == '0'
 
 def _meet():
@@ -913,7 +913,7 @@ def contrast_hacking(
     alone:list, # Results of a method trained on the learned reward alone
     joint:list, # Results of the same, trained on it and on CLIP
 )->dict: # real_share (None where one has not gained), hacked and verifier: (mean, low, high) of joint minus alone
-    "Does the second reward lessen hacking? Paired by seed and prompt."
+    "Compare hacking with and without the second reward, paired by seed and prompt."
     changes = [_changes(rs, 'preference') for rs in paired_seeds(alone, joint)]
     hacked = [((rise > 0) & (truth <= -FALL + 1e-9)).astype(float) for rise, truth in changes]
     gained = all(real_share(*o) for o in changes)

@@ -364,7 +364,7 @@ def learning_value_data(
     results:dict, # Empty: the runs are watched here
     scale, # A `Scale`
 )->dict: # The record's data
-    "Does a prompt's ΔEntropy predict its later gain, its gradient's norm, its reward's variance (AEGPO)?"
+    "Measure whether a prompt's ΔEntropy predicts its later gain, its gradient's norm, its reward's variance (AEGPO)."
     size = measurement_size('learning_value', scale)
     S, P, checkpoints = size['seeds'], size['prompts'], size['checkpoints']
     prompts = list(dict.fromkeys(load_prompts('shapes', 'train', 2 * S * P)))[:S * P]
@@ -441,7 +441,7 @@ def peaks_data(
     results:dict, # Empty: nothing is trained
     scale, # A `Scale`
 )->dict: # The record's data
-    "Do peaks of the attention entropy mark the steps whose exploration pays (AEGPO)?"
+    "Measure whether peaks of the attention entropy mark the steps whose exploration pays (AEGPO)."
     size = measurement_size('peaks', scale)
     policy, prompts = load_policy(), load_prompts('shapes', 'held_out', size['prompts'])
     profiles = entropy_profiles(policy, prompts)[:, :15]

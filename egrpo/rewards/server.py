@@ -195,7 +195,7 @@ class _Visit:
     dropped:bool=False # True when it has to make room
 
     def is_late(self)->bool:
-        "Has it been silent, or too slow?"
+        "Return whether it has been silent, or too slow."
         now = time.monotonic()
         return now > self.heard + GRACE or now > self.began + GRACE + self.held / PACE
 
@@ -225,7 +225,7 @@ class _Server(ThreadingHTTPServer):
         self.is_local = _is_loopback(self.server_address[0])
 
     def _is_full(self)->bool:
-        "Are there too many connections, or too many bytes?"
+        "Return whether there are too many connections, or too many bytes."
         held = [v.held for v in self.visits.values() if not v.dropped]
         return len(held) > MAX_CONNECTIONS or sum(held) > MAX_HELD
 
@@ -277,7 +277,7 @@ class _Server(ThreadingHTTPServer):
 def _is_loopback(
     host:str|None, # A name or an address
 )->bool: # True also for localhost
-    "Is it this machine, under a name that nobody can change?"
+    "Return whether an address is this machine, under a name that nobody can change."
     if host == 'localhost': return True
     try: return ipaddress.ip_address(host or '').is_loopback
     except ValueError: return False
@@ -302,7 +302,7 @@ def _carries(
     header:str, # What stands after Authorization:
     token:str, # What should
 )->bool: # After a time that does not depend on how much is right
-    "Does a header carry the token?"
+    "Return whether a header carries the token."
     kind, _, given = header.partition(' ')
     return kind.lower() == 'bearer' and hmac.compare_digest(given.strip().encode(), token.encode())
 
@@ -435,7 +435,7 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _is_left(self)->bool:
-        "Has the client gone while it waited for its turn?"
+        "Return whether the client has gone while it waited for its turn."
         there = select.select([self.connection], [], [], 0)[0]
         try: return bool(there) and not self.connection.recv(1, socket.MSG_PEEK)
         except ConnectionError: return True

@@ -224,7 +224,7 @@ def _check_choices(
 def chooses_steps(
     method, # A name in `egrpo.methods.registry.METHODS`, or a function that returns a Plan
 )->bool:
-    "Are a method's steps and samples chosen by attention entropy, as AEGPO's are? Those take `steps`."
+    "Return whether attention entropy chooses a method's steps and samples; such methods take `steps`."
     return 'steps' in method_settings(method)
 
 def check_method(
@@ -465,7 +465,7 @@ class stop_on_interrupt:
         return self
 
     def _ask(self, *_):
-        "What they do."
+        "Set `asked`; interrupt at the second signal."
         if self.asked: raise KeyboardInterrupt
         self.asked = True
         tqdm.write('stopping after this iteration, with a checkpoint; Ctrl-C again to stop at once')
@@ -480,7 +480,7 @@ UNSHAREABLE = dict(fsdp_offload_params='FSDP_OFFLOAD_PARAMS', deepspeed_config_f
                    offload_optimizer_device='ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE')
 
 def sharing_asked()->bool:
-    "Does the launcher ask for a network that is shared among the processes?"
+    "Return whether the launcher asks for a network that is shared among the processes."
     fsdp, zero = (parse_flag_from_env(f'ACCELERATE_USE_{k}') for k in ('FSDP', 'DEEPSPEED'))
     for name, variable in UNSHAREABLE.items():
         if (fsdp or zero) and os.environ.get(variable, 'none').lower() not in ('none', 'false'):
@@ -825,7 +825,7 @@ class Trainer:
         if iteration and not self.updates: self.save()
 
     def spent(self)->bool:
-        "Is the budget of network evaluations used up?"
+        "Return whether the budget of network evaluations is used up."
         return self.config.budget is not None and self.nfe >= self.config.budget
 
     def _bar(self)->tqdm: # Over the iterations that are left
