@@ -772,7 +772,7 @@ def parse(
     parser.add_argument('--minutes', type=float, default=9, help='for all stages together')
     parser.add_argument('--stages', default=','.join(STAGES), help='some of them, in this order')
     parser.add_argument('--size', choices=('tiny', 'full'), default='full')
-    parser.add_argument('--workers', type=int, default=12, help='processes of the stage jobs')
+    parser.add_argument('--workers', type=int, default=2, help='processes of the stage jobs; they take turns, so many do not help')
     parser.add_argument('--limits', type=limits, default=LIMITS, help="other limits in seconds, 'flux=60,tests=30'")
     for inner in ('--stage', '--until', '--work'): parser.add_argument(inner, help=argparse.SUPPRESS)
     args = parser.parse_args(words)

@@ -43,10 +43,17 @@ def _sources(
     config:TrainConfig, # A run
 )->dict: # What it takes from outside the library -> a hash of its content; mostly empty
     "Files of prompts, and sources of methods and rewards of one's own: a name alone does not say what they were."
-    files = {k: Path(v) for k in ('prompts', 'eval_prompts') if (v := getattr(config, k))}
-    rewards = {k: f for spec in {config.reward, config.eval_rewards or config.reward} for k, f in get_reward(spec).rewards.items()}
-    code = {k: code_of(f, k) for k, f in (rewards | {k: METHODS[k] for k in (config.method, config.base) if k in METHODS}).items()}
-    return {k: digest(p.read_bytes()) for k, p in files.items() if p.is_file()} | {k: v for k, v in code.items() if v}
+    sources = {}
+    for name in ('prompts', 'eval_prompts'):
+        value = getattr(config, name)
+        if value and Path(value).is_file(): sources[name] = digest(Path(value).read_bytes())
+    functions = {}
+    for spec in (config.reward, config.eval_rewards or config.reward): functions |= get_reward(spec).rewards
+    functions |= {name: METHODS[name] for name in (config.method, config.base) if name in METHODS}
+    for name, function in functions.items():
+        code = code_of(function, name)
+        if code: sources[name] = code
+    return sources
 
 def cell_key(
     config:TrainConfig, # A run
