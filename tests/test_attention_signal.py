@@ -239,4 +239,4 @@ def test_record_of_learning_value_adds_up():
 
 
 def test_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match='scale must be one of smoke, mini, gpu'): peaks.peaks_data({}, get_scale('flux'))
+    with pytest.raises(ValueError, match='scale must be one of smoke, mini, gpu'): peaks.peaks_data(get_scale('flux'))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNALS', 'PREDICTORS', 'LEARNING', 'block_profiles', 'velocity_distance', 'policy_gradient', 'half_scores',
-           'group_signals', 'LastScores', 'watch', 'attention_profile_data', 'learning_value_data']
+           'group_signals', 'LastScores', 'watch', 'step_mask', 'attention_profile_data', 'learning_value_data']
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #6f2647e9
 import tempfile
@@ -21,8 +21,8 @@ from ..core.sde import ode_step
 from ..methods.aegpo import delta_entropy, entropy_peaks, query_share
 from ..methods.registry import make_plan
 from ..models.recorder import record_attention_entropy
-from .intervals import correlation_draws, draws_interval
-from .measurement import _rounded, _setup, measurement_size
+from .intervals import column_intervals, correlation_draws, draws_interval
+from .measurement import measurement_size, repeat_each, rounded, untrained, weighted_sum
 from ..rewards.reward import get_reward
 from ..train.prompts import load_prompts
 from ..train.trainer import TrainConfig, Trainer, loss_weights, ode_plan, rows_loss, sample_images
@@ -38,9 +38,10 @@ def block_profiles(
     "Attention entropy of every block along a prompt's ODE trajectory: T network evaluations per prompt."
     if not prompts: raise ValueError("prompts is empty: a probe needs at least one")
     plan = ode_plan(num_steps, policy.sigmas(num_steps, shift))
-    with policy.unguided(), record_attention_entropy(policy.transformer, every=query_share(policy)) as H:
+    with policy.unguided(), record_attention_entropy(policy.transformer, every=query_share(policy)) as recorded:
         rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)
-    return H.entropy(samples=len(prompts)).permute(2, 0, 1).contiguous(), H.blocks
+    entropy = recorded.entropy(samples=len(prompts)) # (T,B,P)
+    return entropy.permute(2, 0, 1).contiguous(), recorded.blocks
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #1ed08b2f
 @torch.no_grad()
@@ -51,15 +52,20 @@ def velocity_distance(
     shift:float|Tensor|None=None, # As for `Policy.sigmas`; None = the model's own schedule
 )->Tensor: # (P,) root mean square, in units of the latents, >= 0, on the CPU
     "Distance of the velocity from the untrained policy's, along the unguided probe: 2T network evaluations per prompt."
-    x = torch.stack([addressed_noise(policy.latent_shape, 'probe', p, 'root', 0) for p in prompts]).to(policy.device)
-    sigmas, cond, apart = policy.sigmas(num_steps, shift).to(policy.device), policy.encode(prompts), 0.
+    noise = torch.stack([addressed_noise(policy.latent_shape, 'probe', p, 'root', 0) for p in prompts])
+    x = noise.to(policy.device)
+    sigmas = policy.sigmas(num_steps, shift).to(policy.device)
+    cond = policy.encode(prompts)
+    distance = 0.
     with policy.unguided():
         for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-            velocity = policy.velocity(x, sigma.expand(len(x)), cond)
-            with policy.reference(): before = policy.velocity(x, sigma.expand(len(x)), cond)
-            apart = apart + (velocity - before).square().flatten(1).mean(1).sqrt() / num_steps
+            level = sigma.expand(len(x))
+            velocity = policy.velocity(x, level, cond)
+            with policy.reference(): before = policy.velocity(x, level, cond)
+            change = (velocity - before).square().flatten(1).mean(1).sqrt()
+            distance = distance + change / num_steps
             x = ode_step(velocity, x, sigma.item(), sigma_next.item())
-    return apart.cpu()
+    return distance.cpu()
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #43e44b8d
 def policy_gradient(
@@ -71,15 +77,17 @@ def policy_gradient(
 )->Tensor: # (N,) gradient of the loss by all trained parameters, fp32, on their device
     "Gradient of an update, before clipping and before the optimiser."
     parameters = list(policy.parameters().values())
-    rows, total = torch.unique(out.row[out.weight > 0]), 0.
+    rows = torch.unique(out.row[out.weight > 0])
+    total = 0.
     for p in parameters: p.grad = None
     for chunk in rows.split(policy.micro_batch):
         with torch.enable_grad(): loss, _, index, _ = rows_loss(policy, cond, out, chunk, advantages, config)
         loss.backward()
         total += float(loss_weights(out, config)[index].sum())
-    gradient = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]) / (total or 1)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    gradient = torch.cat([part.flatten() for part in parts])
     for p in parameters: p.grad = None
-    return gradient
+    return gradient / (total or 1)
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #191729e5
 def half_scores(
@@ -93,9 +101,9 @@ def half_scores(
 )->Tensor: # (P,2) mean score of half A and of half B
     "Mean score of each prompt on two halves of the same fixed noise."
     if samples < 2 or samples % 2: raise ValueError(f"samples must be even and >= 2, got {samples}: they are split into halves")
-    each = [p for p in prompts for _ in range(samples)]
-    scores = reward(sample_images(policy, each, num_steps, shift, seed=seed), each)
-    return sum(reward.weights[k] * s for k, s in scores.items()).view(len(prompts), 2, -1).mean(-1)
+    each = repeat_each(prompts, samples)
+    images = sample_images(policy, each, num_steps, shift, seed=seed)
+    return reward.total(images, each).view(len(prompts), 2, -1).mean(-1)
 
 def group_signals(
     trainer:Trainer, # A trainer: policy, reward, method and configuration
@@ -104,16 +112,19 @@ def group_signals(
     *address, # What the groups' noise belongs to: integers and strings
 )->dict: # variance, gradient: (P,)
     "A fresh group of each prompt: how its rewards vary, and how long its gradient is."
-    plan, found, policy = make_plan(trainer.method, iteration, **trainer.settings), [], trainer.policy
+    plan = make_plan(trainer.method, iteration, **trainer.settings)
+    policy = trainer.policy
+    variance, length = [], []
     for i, prompt in enumerate(prompts):
         cond = policy.encode([prompt])
         out = rollout(policy, cond, plan, *address, prompt_ids=[i])
         rewards = trainer.reward(policy.decode(out.latents), [prompt] * len(out.latents))
         advantages, _ = trainer.advantages(out, rewards)
         gradient = policy_gradient(policy, cond, prune(out, advantages), advantages, trainer.config)
-        total = sum(trainer.reward.weights[k] * r for k, r in rewards.items())
-        found.append((float(total.double().var()), float(gradient.norm())))
-    return dict(zip(('variance', 'gradient'), torch.tensor(found).T))
+        total = weighted_sum(rewards, trainer.reward.weights)
+        variance.append(float(total.double().var()))
+        length.append(float(gradient.norm()))
+    return dict(variance=torch.tensor(variance), gradient=torch.tensor(length))
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #ba3e3a08
 class LastScores:
@@ -121,22 +132,26 @@ class LastScores:
     def __init__(self,
         reward, # A reward as `egrpo.rewards.reward.get_reward` takes it: its weighted sum is the score
     ):
-        self.reward, self.last = get_reward(reward), {}
+        self.reward = get_reward(reward)
+        self.last = {} # prompt -> scores of its last group
 
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0, 1]
         prompts:list, # B prompts
     )->Tensor: # (B,) scores
         "Score, and remember."
-        scores = sum(self.reward.weights[k] * s for k, s in self.reward(images, prompts).items())
-        for p in {*prompts}: self.last[p] = scores[[i for i, q in enumerate(prompts) if q == p]]
+        scores = self.reward.total(images, prompts)
+        for prompt in set(prompts):
+            places = [i for i, other in enumerate(prompts) if other == prompt]
+            self.last[prompt] = scores[places]
         return scores
 
     def std(self,
         prompts:list, # P prompts
     )->Tensor: # (P,) 0 for a prompt that has not been scored
         "Standard deviation of the rewards in each prompt's last group."
-        return torch.stack([self.last[p].std() if p in self.last else torch.tensor(0.) for p in prompts])
+        nothing = torch.zeros(2)
+        return torch.stack([self.last.get(prompt, nothing).std() for prompt in prompts])
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #bc897c2e
 SIGNALS = ('delta_entropy', 'distance', 'last_std', 'before', 'score', 'variance', 'gradient')
@@ -148,18 +163,20 @@ def _state(
     samples:int, # ODE samples of each prompt
 )->dict: # The signals, (P,) each; entropies: blocks (T,B), mean over prompts, and profiles (P,T), mean over blocks
     "Every signal of every watched prompt."
-    c, policy, prompts = trainer.config, trainer.policy, trainer.prompts
-    schedule = c.num_steps, trainer.settings['shift']
+    policy, prompts = trainer.policy, trainer.prompts
+    seed = trainer.config.seed
+    schedule = trainer.config.num_steps, trainer.settings['shift']
     profiles, _ = block_profiles(policy, prompts, *schedule)
-    before, score = half_scores(policy, noted.reward, prompts, samples, c.seed, *schedule).T
+    before, score = half_scores(policy, noted.reward, prompts, samples, seed, *schedule).T
     last = noted.std(prompts) # before the fresh groups, which are scored by the same reward
     scored = dict(noted.last)
-    group = group_signals(trainer, prompts, trainer.iteration, 'watched', c.seed, trainer.iteration)
+    group = group_signals(trainer, prompts, trainer.iteration, 'watched', seed, trainer.iteration)
     noted.last = scored
     distance = velocity_distance(policy, prompts, *schedule)
-    change = delta_entropy(profiles.mean(-1), reference.mean(-1))
-    return dict(delta_entropy=change, last_std=last, before=before, score=score, **group, distance=distance,
-                blocks=profiles.mean(0), profiles=profiles.mean(-1))
+    mean = profiles.mean(-1)
+    change = delta_entropy(mean, reference.mean(-1))
+    signals = dict(delta_entropy=change, last_std=last, before=before, score=score, distance=distance)
+    return signals | group | dict(blocks=profiles.mean(0), profiles=mean)
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #9bb76dab
 def watch(
@@ -170,43 +187,56 @@ def watch(
 )->dict: # Signal -> (C,P); entropies before training and then: blocks (1+C,T,B), profiles (1+C,P,T); reward per iteration; nfe
     "Train on some prompts, and measure each of them at every checkpoint."
     if len({*prompts}) < len(prompts): raise ValueError("prompts must be different: what is remembered of one goes by its text")
-    noted, states, reward = LastScores(config.reward), [], []
+    noted = LastScores(config.reward)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder)/'prompts.txt').write_text('\n'.join(prompts), encoding='utf-8')
-        trainer = Trainer(replace(config, prompts=f'{folder}/prompts.txt', eval_prompts=None, eval_size=1, out=folder), reward=noted)
+        file = Path(folder)/'prompts.txt'
+        file.write_text('\n'.join(prompts), encoding='utf-8')
+        watched = replace(config, prompts=str(file), eval_prompts=None, eval_size=1, out=folder)
+        trainer = Trainer(watched, reward=noted)
     trainer.policy.freeze_reference()
     reference, _ = block_profiles(trainer.policy, prompts, config.num_steps, trainer.settings['shift'])
+    states = [dict(blocks=reference.mean(0), profiles=reference.mean(-1))]
+    reward = []
     for trainer.iteration in range(1, max(checkpoints) + 1):
         metrics = trainer.step(trainer.iteration - 1)
         reward.append(metrics['reward/LastScores'])
         if trainer.iteration in checkpoints: states.append(_state(trainer, noted, reference, samples))
-    start = dict(blocks=reference.mean(0), profiles=reference.mean(-1))
-    entropies = {k: torch.stack([start[k], *(s[k] for s in states)]) for k in start}
-    return dict({k: torch.stack([s[k] for s in states]) for k in SIGNALS}, **entropies, reward=reward, nfe=trainer.policy.nfe)
+    seen = {name: torch.stack([state[name] for state in states[1:]]) for name in SIGNALS}
+    for name in states[0]: seen[name] = torch.stack([state[name] for state in states])
+    return seen | dict(reward=reward, nfe=trainer.policy.nfe)
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #3d314985
+def step_mask(
+    chosen, # P lists of steps
+    n:int, # Number of steps
+)->np.ndarray: # (P,n) bool
+    "Mark the steps that each prompt chooses."
+    steps = np.arange(n)
+    return np.stack([np.isin(steps, own) for own in chosen])
+
 def _peak_counts(
     profiles, # (P,T) nats
     top:int=4, # How many steps a prompt explores
 )->dict: # maxima, chosen: (T-1,) share of the prompts
     "Share of prompts in which a step is a local maximum, and in which it is chosen."
-    steps = list(range(profiles.shape[1] - 1))
-    middle = np.asarray(profiles)[:, 1:-1]
-    maxima = np.pad((middle > np.asarray(profiles)[:, :-2]) & (middle > np.asarray(profiles)[:, 2:]), ((0, 0), (1, 0)))
-    chosen = np.array([[k in c for k in steps] for c in (entropy_peaks(p, steps, top) for p in profiles)])
-    return dict(maxima=maxima.mean(0).tolist(), chosen=chosen.mean(0).tolist())
+    n = profiles.shape[1] - 1
+    entropy = np.asarray(profiles)
+    middle = entropy[:, 1:-1]
+    higher = (middle > entropy[:, :-2]) & (middle > entropy[:, 2:])
+    maxima = [0., *higher.mean(0).tolist()]
+    chosen = step_mask([entropy_peaks(profile, list(range(n)), top) for profile in profiles], n)
+    return dict(maxima=maxima, chosen=chosen.mean(0).tolist())
 
 def attention_profile_data(
-    results:dict, # Empty: nothing is trained
     scale, # A `Scale`
 )->dict: # The record's data
     "Attention entropy along the trajectory before training, by block and averaged, and where it peaks (AEGPO)."
-    size, policy, prompts = _setup('attention_profile', scale)
-    profiles, blocks = block_profiles(policy, prompts)
+    size, policy, prompts = untrained('attention_profile', scale)
+    profiles, names = block_profiles(policy, prompts)
     mean = profiles.mean(-1)
-    return dict(prompts=len(prompts), nfe=policy.nfe, names=blocks, profile=[bootstrap_interval(o) for o in mean.T],
-                blocks=[[bootstrap_interval(o) for o in block.T] for block in profiles.permute(2, 0, 1)],
-                between_prompts=_rounded(mean.std(0), 5), profiles=_rounded(mean, 4), **_peak_counts(mean))
+    blocks = [column_intervals(block) for block in profiles.permute(2, 0, 1)]
+    return dict(prompts=len(prompts), nfe=policy.nfe, names=names, profile=column_intervals(mean), blocks=blocks,
+                between_prompts=rounded(mean.std(0), 5), profiles=rounded(mean, 4), **_peak_counts(mean))
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #f022a4a3
 PREDICTORS = ('delta_entropy', 'last_std', 'distance', 'before') # the signal; its rivals
@@ -216,37 +246,59 @@ def _futures(
     seen:dict, # Signal -> (S,C,P)
 )->dict: # Value -> (S,C-1,P)
     "Values to be predicted, of each prompt after each checkpoint but the last."
-    score, now = seen['score'], slice(None, -1)
-    return {'gain to the next': score[:, 1:] - score[:, :-1], 'gain to the last': score[:, -1:] - score[:, :-1],
-            'gradient norm': seen['gradient'][:, now], 'reward variance': seen['variance'][:, now]}
+    score = seen['score']
+    now = score[:, :-1]
+    return {'gain to the next': score[:, 1:] - now, 'gain to the last': score[:, -1:] - now,
+            'gradient norm': seen['gradient'][:, :-1], 'reward variance': seen['variance'][:, :-1]}
 
 def _ceilings(
     seen:dict, # Signal -> (S,C,P)
 )->dict: # Gain -> interval
     "Agreement of a gain on half B with the same gain on half A."
-    one, two = (_futures(seen | dict(score=seen[half])) for half in ('before', 'score'))
-    return {k: draws_interval(correlation_draws(one[k], two[k])) for k in one if k.startswith('gain')}
+    half_a = _futures(seen | dict(score=seen['before']))
+    half_b = _futures(seen)
+    gains = 'gain to the next', 'gain to the last'
+    return {name: draws_interval(correlation_draws(half_a[name], half_b[name])) for name in gains}
 
 def _predictions(
     seen:dict, # Signal -> (S,C,P)
 )->dict: # correlation: value -> predictor -> interval; over_rivals: value -> rival -> interval of the lead
     "Rank correlation of each signal with each value, and ΔEntropy's lead."
-    draws = {v: {p: correlation_draws(seen[p][:, :-1], future) for p in PREDICTORS} for v, future in _futures(seen).items()}
-    lead = {v: {p: draws_interval(d['delta_entropy'] - d[p]) for p in PREDICTORS[1:]} for v, d in draws.items()}
-    return dict(correlation={v: {p: draws_interval(o) for p, o in d.items()} for v, d in draws.items()}, over_rivals=lead)
+    correlation, over_rivals = {}, {}
+    for value, future in _futures(seen).items():
+        draws = {name: correlation_draws(seen[name][:, :-1], future) for name in PREDICTORS}
+        own, *rivals = PREDICTORS
+        correlation[value] = {name: draws_interval(drawn) for name, drawn in draws.items()}
+        over_rivals[value] = {rival: draws_interval(draws[own] - draws[rival]) for rival in rivals}
+    return dict(correlation=correlation, over_rivals=over_rivals)
+
+def _watched_runs(
+    size:dict, # Of the measurement
+    prompts:list, # Of all seeds
+)->list: # A dict per seed, as `watch` gives it
+    "Train each seed on prompts of its own, and watch them."
+    each = size['prompts']
+    own = {name: size[name] for name in ('num_generations', 'prompts_per_iteration')}
+    runs = []
+    for seed in range(size['seeds']):
+        some = prompts[seed * each:(seed + 1) * each]
+        config = TrainConfig(**LEARNING, **own, seed=seed)
+        runs.append(watch(config, some, size['checkpoints'], size['samples']))
+    return runs
 
 def learning_value_data(
-    results:dict, # Empty: the runs are watched here
     scale, # A `Scale`
 )->dict: # The record's data
     "Measure whether a prompt's ΔEntropy predicts its later gain, its gradient's norm, its reward's variance (AEGPO)."
     size = measurement_size('learning_value', scale)
-    S, P, checkpoints = size['seeds'], size['prompts'], size['checkpoints']
-    prompts = list(dict.fromkeys(load_prompts('shapes', 'train', 2 * S * P)))[:S * P]
-    config = TrainConfig(**LEARNING, num_generations=size['num_generations'], prompts_per_iteration=size['prompts_per_iteration'])
-    runs = [watch(TrainConfig(**vars(config) | dict(seed=s)), prompts[s * P:(s + 1) * P], checkpoints, size['samples']) for s in range(S)]
-    seen = {k: np.stack([r[k].double() for r in runs]) for k in SIGNALS}
-    entropies = {k: _rounded(np.stack([r[k] for r in runs]), 4) for k in ('blocks', 'profiles')}
-    return dict(size, seeds=list(range(S)), watched=prompts, nfe=sum(r['nfe'] for r in runs), settings=LEARNING, **entropies,
-                signals={k: _rounded(v) for k, v in seen.items()}, reward=[_rounded(r['reward'], 4) for r in runs], **_predictions(seen),
-                ceiling=_ceilings(seen), rise=bootstrap_interval(seen['score'][:, -1] - seen['score'][:, 0]))
+    number = size['seeds'] * size['prompts']
+    distinct = dict.fromkeys(load_prompts('shapes', 'train', 2 * number))
+    prompts = list(distinct)[:number]
+    runs = _watched_runs(size, prompts)
+    seen = {name: np.stack([run[name].double() for run in runs]) for name in SIGNALS}
+    entropies = {name: rounded(np.stack([run[name] for run in runs]), 4) for name in ('blocks', 'profiles')}
+    reward = [rounded(run['reward'], 4) for run in runs]
+    score = seen['score']
+    found = dict(ceiling=_ceilings(seen), rise=bootstrap_interval(score[:, -1] - score[:, 0]), **_predictions(seen))
+    return dict(size, seeds=list(range(size['seeds'])), watched=prompts, nfe=sum(run['nfe'] for run in runs), settings=LEARNING,
+                signals={name: rounded(values) for name, values in seen.items()}, reward=reward, **entropies, **found)

@@ -26,6 +26,7 @@ from ..core.rollout import rollout
 from ..methods.registry import taken
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
 from ..models.policy import best_device
+from .measurement import weighted_sum
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
 from ..train.checkpoint import find_checkpoint
@@ -34,19 +35,30 @@ from ..train.timing import one_thread
 from ..train.trainer import EVAL_REWARDS, TrainConfig, Trainer, evaluation_is_due, ode_plan, swapped
 
 # %% ../../nbs/paper/13_cells.ipynb #441ec970
+def _whole_numbers(
+    scores, # (P,) a column of scores
+)->list: # P numbers
+    "Scores in thousandths; to six digits where whole numbers would lose more than a twentieth of their spread."
+    if scores.std() >= .02: return [round(1000 * score) for score in scores]
+    return [float(f'{1000 * score:.6g}') for score in scores]
+
 def _pack(
     frame, # What `Trainer.fit` returns: a row per evaluation and prompt
 )->dict: # reward -> iteration -> a score per prompt, in thousandths
-    "Scores as whole numbers, or to six digits where these would lose more than a twentieth of their spread."
-    def kept(v): return [round(1000 * o) if v.std() >= .02 else float(f'{1000 * o:.6g}') for o in v]
-    names = [c for c in frame.columns if c not in ('iteration', 'prompt')]
-    return {n: {str(i): kept(f[n]) for i, f in frame.groupby('iteration')} for n in names}
+    "Scores as a cell's file holds them."
+    packed = {name: {} for name in frame.columns if name not in ('iteration', 'prompt')}
+    for iteration, rows in frame.groupby('iteration'):
+        for name, scores in packed.items(): scores[str(iteration)] = _whole_numbers(rows[name])
+    return packed
 
 def _unpack(
     cell:dict, # What a cell's file holds
 )->dict: # The same; its scores: reward -> iteration -> (P,) array
     "Scores as arrays."
-    return cell | dict(scores={n: {int(i): np.array(v) / 1000 for i, v in s.items()} for n, s in cell['scores'].items()})
+    scores = {}
+    for name, kept in cell['scores'].items():
+        scores[name] = {int(iteration): np.array(values) / 1000 for iteration, values in kept.items()}
+    return cell | dict(scores=scores)
 
 # %% ../../nbs/paper/13_cells.ipynb #e5a438c3
 def _costs(
@@ -56,13 +68,18 @@ def _costs(
     weights:dict, # Reward name -> its weight in the sum
 )->dict: # nfe, seconds, train_seconds, ratio_error, reward; for AEGPO probe: nfe and seconds of these
     "Cost of a run with and without evaluations, its largest ratio error, and its reward per iteration."
-    reward = [round(sum(w * m[f'reward/{k}'] for k, w in weights.items()), 4) for m in metrics]
+    reward = []
+    for m in metrics: reward.append(round(sum(weight * m[f'reward/{name}'] for name, weight in weights.items()), 4))
     train = sum(m['seconds_rollout'] + m['seconds_update'] for m in metrics)
-    nfe, ratio_error = sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics), max(m['ratio_error'] for m in metrics)
-    probes = [dict(nfe=m['nfe_probe'], seconds=m['seconds_probe']) for m in metrics if 'nfe_probe' in m]
-    probe = {k: round(sum(p[k] for p in probes) * (busy / wall if k == 'seconds' else 1), 1) for k in ('nfe', 'seconds')}
-    return dict(nfe=nfe, seconds=round(busy, 1), train_seconds=round(train * busy / wall, 1), ratio_error=float(f'{ratio_error:.3g}'),
-                reward=reward) | (dict(probe=probe) if probes else {})
+    ratio_error = max(m['ratio_error'] for m in metrics)
+    costs = dict(nfe=sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics))
+    costs |= dict(seconds=round(busy, 1), train_seconds=round(train * busy / wall, 1))
+    costs |= dict(ratio_error=float(f'{ratio_error:.3g}'), reward=reward)
+    probes = [m for m in metrics if 'nfe_probe' in m]
+    if probes:
+        seconds = sum(m['seconds_probe'] for m in probes)
+        costs['probe'] = dict(nfe=round(sum(m['nfe_probe'] for m in probes), 1), seconds=round(seconds * (busy / wall), 1))
+    return costs
 
 # %% ../../nbs/paper/13_cells.ipynb #731386ed
 FALL = .1 # by how much the verifier's score must fall for a sample to count as hacked
@@ -72,8 +89,9 @@ def fixed_places(
     n:int=2, # Of each category
 )->list: # Places in `prompts`
     "The first prompts of each category."
-    kinds = [parse_prompt(p).category for p in prompts]
-    return [i for c in CATEGORIES for i in [i for i, k in enumerate(kinds) if k == c][:n]]
+    by_category = {category: [] for category in CATEGORIES}
+    for i, prompt in enumerate(prompts): by_category[parse_prompt(prompt).category].append(i)
+    return [i for places in by_category.values() for i in places[:n]]
 
 def hacked_places(
     learned:np.ndarray, # (2,P) learned reward before and after
@@ -81,9 +99,11 @@ def hacked_places(
     n:int=6, # At most so many
 )->list: # Places, the largest rise first
     "Places where the learned reward rises while the verifier's score falls."
-    rise, fall = learned[1] - learned[0], truth[0] - truth[1]
+    rise = learned[1] - learned[0]
+    fall = truth[0] - truth[1]
     found = np.flatnonzero((rise > 0) & (fall >= FALL - 1e-9))
-    return found[np.argsort(-rise[found], kind='stable')][:n].tolist()
+    largest_first = np.argsort(-rise[found], kind='stable')
+    return found[largest_first][:n].tolist()
 
 # %% ../../nbs/paper/13_cells.ipynb #76f24cc9
 def images_at(
@@ -91,46 +111,70 @@ def images_at(
     places:list, # Places of evaluation prompts
 )->Tensor: # (N,3,H,W) images in [0, 1]
     "The images that an evaluation makes at these places."
-    policy, plan = trainer.policy, ode_plan(trainer.config.num_steps, trainer.settings['shift'])
+    policy = trainer.policy
+    plan = ode_plan(trainer.config.num_steps, trainer.settings['shift'])
     cond = policy.encode([trainer.eval_prompts[i] for i in places])
-    with swapped(trainer.parameters, trainer.ema), policy.together(): out = rollout(policy, cond, plan, 'sample', 0, prompt_ids=places)
+    with swapped(trainer.parameters, trainer.ema), policy.together():
+        out = rollout(policy, cond, plan, 'sample', 0, prompt_ids=places)
     return policy.decode(out.latents)
 
-def _shown(
+def _kept_places(
+    trainer:Trainer, # A trained one
+    frame, # What its `fit` returned
+)->dict: # fixed, hacked: places of evaluation prompts
+    "Choose the evaluation prompts whose images are kept."
+    if 'verifier' not in frame: return dict(fixed=list(range(len(trainer.eval_prompts)))[:12], hacked=[])
+    first, last = (frame[frame.iteration == i] for i in (frame.iteration.min(), frame.iteration.max()))
+    scores = {name: np.stack([first[name], last[name]]) for name in (*trainer.reward.weights, 'verifier')}
+    learned = weighted_sum(scores, trainer.reward.weights)
+    return dict(fixed=fixed_places(trainer.eval_prompts), hacked=hacked_places(learned, scores['verifier']))
+
+def _kept_images(
     trainer:Trainer, # A trained one
     frame, # What its `fit` returned
 )->dict: # shown: places (fixed, hacked) and what the verifier saw; images: (N,3,H,W)
-    "Choose the images of a run that are kept."
-    ends = frame[frame.iteration.isin([frame.iteration.min(), frame.iteration.max()])]
-    ends = {c: np.stack([f[c] for _, f in ends.groupby('iteration')]) for c in frame.columns if c not in ('iteration', 'prompt')}
-    learned = sum(w * ends[n] for n, w in trainer.reward.weights.items())
-    places = dict(fixed=list(range(len(trainer.eval_prompts)))[:12], hacked=[])
-    if 'verifier' in ends: places = dict(fixed=fixed_places(trainer.eval_prompts), hacked=hacked_places(learned, ends['verifier']))
+    "Images of a run that are kept."
+    places = _kept_places(trainer, frame)
     both = places['fixed'] + places['hacked']
-    images, prompts = images_at(trainer, both), [trainer.eval_prompts[i] for i in both]
-    saw = [v.explanation for v in verify_batch(images, prompts)] if 'verifier' in ends else [''] * len(both)
-    return dict(shown=places | dict(prompts=prompts, saw=saw), images=images)
+    prompts = [trainer.eval_prompts[i] for i in both]
+    images = images_at(trainer, both)
+    saw = [''] * len(both)
+    if 'verifier' in frame: saw = [found.explanation for found in verify_batch(images, prompts)]
+    return dict(shown=dict(places, prompts=prompts, saw=saw), images=images)
 
 def _wants_images(
     config:TrainConfig, # A run
 )->bool: # Are its images kept?
     "Keep images only for seed 0 of runs that evaluate more rewards than they train on."
-    trained, measured = ({*get_reward(o).names} for o in (config.reward, config.eval_rewards or EVAL_REWARDS))
+    trained = set(get_reward(config.reward).names)
+    measured = set(get_reward(config.eval_rewards or EVAL_REWARDS).names)
     return config.seed == 0 and config.eval_prompts is None and trained < measured
 
 # %% ../../nbs/paper/13_cells.ipynb #21bcac53
 CHECKPOINT_EVERY = 10 # iterations: what an interrupted cell loses at most
+
+def _one_thread(config:TrainConfig): # beside a GPU the verifier may take all
+    return one_thread() if best_device(config.device).type == 'cpu' else nullcontext()
+
+def _made_by(
+    config:TrainConfig, # A run
+    device, # Where it ran
+)->dict: # commit, device, perhaps sources
+    "Code and device that made a cell."
+    made = dict(commit=code_commit(), device=device_name(device))
+    sources = _sources(config)
+    return made | dict(sources=sources) if sources else made
 
 def run_cell(
     config:TrainConfig, # The run; its `out`, `checkpoint_every` and `resume` are not used
     out=None, # Folder of the run, from whose checkpoint it goes on if there is one; None = a temporary one
 )->dict: # config, device, scores in thousandths, `_costs` (seconds since it last began), perhaps shown, images; {} but in the main process
     "Train one cell, on a CPU with one torch thread, and keep what its figure needs: two such cells at once beat one with two threads."
-    wall, busy = time.perf_counter(), time.process_time()
-    threads = one_thread() if best_device(config.device).type == 'cpu' else nullcontext() # beside a GPU the verifier may take all
-    with threads, tempfile.TemporaryDirectory() as scratch:
-        folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
-        where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
+    began, computing = time.perf_counter(), time.process_time()
+    with _one_thread(config), tempfile.TemporaryDirectory() as scratch:
+        folder = Path(out or scratch)
+        resume = find_checkpoint(folder/'checkpoint') is not None
+        where = dict(out=str(folder), checkpoint_every=CHECKPOINT_EVERY if out else 0, resume=resume)
         trainer = Trainer(TrainConfig(**taken(asdict(config), config.method, config.base) | where))
         if len(set(gather_object([cell_key(config)]))) > 1:
             raise ValueError("the processes were about to run different cells: another command fills this store, let it end first")
@@ -138,15 +182,15 @@ def run_cell(
         if trainer.iteration < config.iterations and not trainer.spent(): raise KeyboardInterrupt
         due = frame.iteration.map(lambda i: evaluation_is_due(config, i))
         frame = frame[due | (frame.iteration == frame.iteration.max())] # without those of an interruption
-        wall = time.perf_counter() - wall
-        busy = wall if trainer.policy.device.type != 'cpu' else time.process_time() - busy
-        pictures = _shown(trainer, frame) if _wants_images(config) else {}
+        wall = time.perf_counter() - began
+        device = trainer.policy.device
+        busy = time.process_time() - computing if device.type == 'cpu' else wall
+        images = _kept_images(trainer, frame) if _wants_images(config) else {}
         if not trainer.accelerator.is_main_process: return {}
         log = (folder/'metrics.jsonl').read_text(encoding='utf-8')
         metrics = [json.loads(line) for line in log.splitlines()]
-    sources = _sources(config)
-    made = dict(commit=code_commit(), device=device_name(trainer.policy.device)) | (dict(sources=sources) if sources else {})
-    return dict(config=_what(config), **made, scores=_pack(frame), **_costs(metrics, wall, busy, trainer.reward.weights), **pictures)
+    costs = _costs(metrics, wall, busy, trainer.reward.weights)
+    return dict(config=_what(config), **_made_by(config, device), scores=_pack(frame), **costs, **images)
 
 # %% ../../nbs/paper/13_cells.ipynb #abd1c9da
 def store_dir()->Path: # The folder of finished cells
@@ -165,14 +209,17 @@ def save_strip(
     path, # A PNG file
 ):
     "Images side by side in one small file."
-    strip = (images.clamp(0, 1) * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()
-    Image.fromarray(strip).quantize(128, dither=Image.Dither.NONE).save(path, format='png', optimize=True)
+    pixels = (images.clamp(0, 1) * 255).round().byte()
+    strip = pixels.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()
+    image = Image.fromarray(strip).quantize(128, dither=Image.Dither.NONE)
+    image.save(path, format='png', optimize=True)
 
 def load_strip(
     path, # A PNG file of `save_strip`
 )->Tensor: # (N,3,H,H) images in [0, 1]
     "The images of a strip."
-    strip = torch.from_numpy(np.array(Image.open(path).convert('RGB'))).permute(2, 0, 1) / 255
+    pixels = np.array(Image.open(path).convert('RGB'))
+    strip = torch.from_numpy(pixels).permute(2, 0, 1) / 255
     return torch.stack(strip.split(strip.shape[1], dim=2))
 
 # %% ../../nbs/paper/13_cells.ipynb #c6e6d2e4
@@ -184,8 +231,10 @@ def load_cell(
     try: cell = _unpack(read_object(path))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path.name} is no finished cell ({e!r}): delete it to run it again") from e
-    images = dict(images=load_strip(path.with_suffix('.png'))) if 'shown' in cell and path.with_suffix('.png').exists() else {}
-    return cell | dict(key=path.stem) | images
+    cell['key'] = path.stem
+    strip = path.with_suffix('.png')
+    if 'shown' in cell and strip.exists(): cell['images'] = load_strip(strip)
+    return cell
 
 def save_cell(
     result:dict, # What `run_cell` returns

@@ -24,7 +24,7 @@ from ..models.policy import best_device
 from .cells import CHECKPOINT_EVERY, store_dir
 from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, TABLE_1, TAU, _base
 from .intervals import rank_correlation
-from .pool import _alone, _is_first
+from .pool import _alone, is_first_process
 from .records import SCALES, device_name, get_scale, load_record, record_path
 from ..train import signal as gs
 from ..train.checkpoint import find_checkpoint
@@ -179,14 +179,13 @@ def _signal_leads(
     return leads
 
 def signal_data(
-    results:dict, # Empty: nothing is trained for a record
     scale, # A `Scale`
     store=None, # Folder of finished cells; None = `store_dir()`, at scale smoke a temporary one
 )->dict: # The record's data
     "Signal and noise of every setting, and how well they predict what training gained."
     with tempfile.TemporaryDirectory() as scratch:
         folder = store or (scratch if scale.name == 'smoke' else store_dir())
-        names = tqdm(signal_settings(scale), desc='settings', disable=not _is_first())
+        names = tqdm(signal_settings(scale), desc='settings', disable=not is_first_process())
         found = {name: signal_of_setting(name, scale, folder) for name in names}
     points = _signal_points(found, trained_gains())
     x, y = [p['per_thousand'][0] for p in points], [p['gain'] for p in points]
