@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 from .claims import CLAIMS, MARKS, NAMES, PAPER, SCORES, best, judged
-from .experiments import EXPERIMENTS, cells_of, find_record, reproduce, rewards_of
+from .experiments import cells_of, find_record, reproduce, rewards_of
 from .pictures import save_figure
 from .records import get_scale
 from .registered import DESIGN
