@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'SIZES', 'Cell', 'Table', 'Page', 'answer', 'comparison', 'record_line', 'sizes_line', 'score_rows',
-           'difference_rows', 'report', 'durations', 'writes', 'measure', 'keep']
+           'difference_rows', 'speed_rows', 'report', 'rises', 'later_gains', 'durations', 'writes', 'measure', 'keep']
 
 # %% ../../nbs/paper/30_report.ipynb #a88ea80a
 import os
@@ -12,8 +12,20 @@ import re
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
+
 from .claims import CLAIMS, MARKS, NAMES, PAPER, SCORES, best, judged
-from .experiments import cells_of, find_record, reproduce, rewards_of
+from egrpo.paper.experiments import (
+    EXPERIMENTS,
+    cells_of,
+    evaluation_texts,
+    find_record,
+    load_cell,
+    reproduce,
+    rewards_of,
+    store_dir,
+)
+from .intervals import difference
 from .pictures import save_figure
 from .records import get_scale
 from .registered import DESIGN
@@ -188,7 +200,8 @@ def sizes_line(
     record:dict, # A record
 )->str: # A line; '' where nothing was trained
     "Sizes that its runs share, as they were configured."
-    runs = [run for cells in cells_of(record['name'], get_scale(record['scale'])).values() for run in cells]
+    settings = EXPERIMENTS[record['name']].cells(get_scale(record['scale']))
+    runs = [run for cells in settings.values() for run in cells]
     values = {k: sorted({getattr(run, k) for run in runs}) for k in SIZES}
     shown = [f"{SIZES[k]} {', '.join(f'{v:g}' for v in vs)}" for k, vs in values.items() if vs]
     return '; '.join(shown)
@@ -255,18 +268,75 @@ def difference_rows(
     return Table(title, ('', f'{rewards[0]} (trained on)', *rewards[1:], f'{own} is better'), rows)
 
 # %% ../../nbs/paper/30_report.ipynb #bd3c7194
+def speed_rows(
+    data:dict, # Data of a record with `speed_up`
+)->Table: # A row per setting and score
+    "Factors by which each setting reaches the base's last score sooner; coloured where the interval excludes 1."
+    rewards = rewards_of(data)[::2]
+    rows = []
+    for setting, speeds in data['speed_up'].items():
+        for reward in rewards:
+            row = [_own(setting, data), Cell(reward, kind='left')]
+            for mean, low, high in speeds[reward].values():
+                kind = 'up' if low > 1 else 'down' if high < 1 else ''
+                row.append(Cell(f'× {mean:.2f}', f'[{low:.2f}, {high:.2f}]', kind))
+            rows.append(row)
+    columns = ('', 'score', 'by iterations', 'by network evaluations', 'by seconds')
+    return Table(f"Speed, to the last score of {data['base']}", columns, rows)
+
 def report(
-    name:str, # A name in `EXPERIMENTS`
+    name:str, # A name in `EXPERIMENTS`, or `SCALE/NAME` of a registered scale
 )->Page|None: # What a notebook displays; None, with a line that says how to make it, where there is no record
     "Scale, sizes, scores, differences and verdicts of a record."
     record = find_record(name)
     if record is None: return None
+    data = record['data']
     lines = [record_line(record), sizes_line(record), record['command']]
     tables = []
-    if 'against_best' in record['data']:
-        tables = [score_rows(record['data'], PAPER.get(name, {})), difference_rows(record)]
-        if record['data']['equal_iterations']: tables.append(difference_rows(record, equal_iterations=True))
+    if 'against_best' in data:
+        tables = [score_rows(data, PAPER.get(record['name'], {})), difference_rows(record)]
+        if data['equal_iterations']: tables.append(difference_rows(record, equal_iterations=True))
+    if 'speed_up' in data: tables.append(speed_rows(data))
     return Page([line for line in lines if line], tables)
+
+# %% ../../nbs/paper/30_report.ipynb #dad3e4a1
+def rises(
+    name:str, # A name in `EXPERIMENTS`, of a grid of runs
+)->Page: # A table
+    "Rise of the training reward, and the difference from the setting in question."
+    data = find_record(name)['data']
+    rows = []
+    for k in sorted(data['training_rise'], key=lambda k: -data['training_rise'][k][0]):
+        row = [_own(k, data), _difference(data['training_rise'][k])]
+        row.append(_difference(data['rise_against_best'][k]) if k in data['rise_against_best'] else Cell(''))
+        equal = data['equal_iterations'].get(k)
+        row.append(_difference(equal['rise']) if equal else Cell(''))
+        rows.append(row)
+    own = NAMES.get(data['best'], data['best'])
+    columns = ('', 'rise', f'minus {own}, at equal evaluations', 'at equal iterations')
+    return Page([], [Table('Rise of the training reward', columns, rows)])
+
+def _later(
+    data:dict, # Data of a record of a grid
+    setting:str, # One of its settings
+    iteration:int, # An evaluated one
+)->tuple: # (S,P) gains, (P,) texts of the prompts
+    "Gains of its runs after an iteration, in the reward trained on."
+    cells = [load_cell(store_dir()/f'{key}.json') for key in data['cells'][setting].values()]
+    scores = [cell['scores'][rewards_of(data)[0]] for cell in cells]
+    return np.stack([s[max(s)] - s[iteration] for s in scores]), evaluation_texts(cells)
+
+def later_gains(
+    name:str, # A name in `EXPERIMENTS`, of a grid of runs whose cells are kept
+)->Page: # A table
+    "Gain after equal iterations that each setting has more than the one in question, in the reward trained on."
+    data = find_record(name)['data']
+    rows = []
+    for setting, equal in data['equal_iterations'].items():
+        own, texts = _later(data, data['best'], equal['iteration'])
+        more, _ = _later(data, setting, equal['iteration'])
+        rows.append([_shown(setting), _difference(difference(more, own, texts).interval())])
+    return Page([], [Table(f"Gained after equal iterations, minus {data['best']}", ('', rewards_of(data)[0]), rows)])
 
 # %% ../../nbs/paper/30_report.ipynb #046b77b4
 def _time(
