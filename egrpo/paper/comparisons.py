@@ -71,9 +71,8 @@ def summarize(
     texts = evaluation_texts(results)
     summary = {}
     for reward in results[0]['scores']:
-        before = difference(scores_at(results, reward, 0), None, texts)
-        after = difference(scores_at(results, reward), None, texts)
-        summary[reward] = dict(before=before.interval(), after=after.interval(), gain=gain(results, reward).interval())
+        shown = dict(before=scores_at(results, reward, 0), after=scores_at(results, reward), gain=changes(results, reward))
+        summary[reward] = {name: difference(scores, None, texts).interval() for name, scores in shown.items()}
     return summary
 
 def _check_same_prompts(
@@ -82,7 +81,8 @@ def _check_same_prompts(
 ):
     "Refuse to compare scores of different prompts."
     prompts = {_evaluated_on(result) for result in (*results, *others)}
-    if len(prompts) > 1: raise ValueError(f"the settings were evaluated on other prompts, {prompts}: they cannot be compared")
+    if len(prompts) > 1:
+        raise ValueError(f"the settings were evaluated on other prompts, {prompts}: they cannot be compared")
 
 def _by_seed(results:list)->dict: return {result['config']['seed']: result for result in results}
 
@@ -211,7 +211,7 @@ def _fields(estimates:dict)->dict: return {reward: asdict(estimate) for reward, 
 def _setting_data(
     results:list, # Results of one setting, a seed each
 )->dict: # Field of the record's data -> its value for this setting
-    "What a record holds of one setting."
+    "Entries of a record on one setting."
     rewards = results[0]['scores']
     return dict(settings=summarize(results),
                 gain=_fields({reward: gain(results, reward) for reward in rewards}),
@@ -224,7 +224,7 @@ def _setting_data(
 def _end_data(
     pair:Comparison, # The best and another setting
 )->dict: # Field of the record's data -> its value for the other
-    "What a record holds of a comparison at the end of the runs."
+    "Entries of a record on a comparison at the end of the runs."
     leads, rise = pair.at_end(), pair.rise()
     shown = dict(against_best=_other_minus_best(leads), rise_against_best=(-rise).interval())
     return shown | dict(end=_fields(leads), rise=asdict(rise))
@@ -232,7 +232,7 @@ def _end_data(
 def _equal_data(
     pair:Comparison, # The best and another setting
 )->dict: # Field of the record's data -> its value for the other
-    "What a record holds of a comparison at equal iterations."
+    "Entries of a record on a comparison at equal iterations."
     leads = pair.at_equal_iterations()
     rise = pair.rise(pair.iteration)
     shown = dict(iteration=pair.iteration, against_best=_other_minus_best(leads), rise=(-rise).interval())
@@ -244,19 +244,21 @@ def grid_data(
     pool:bool=True, # Pool the training variance over the settings, where no test speaks against it?
 )->dict: # The record's data
     "Scores of every setting, its differences from `best`, its curves, its cost, and its cells."
-    if best not in results: raise ValueError(f"no cell of the setting {best!r}, with which all are compared, is finished: run more cells")
+    if best not in results:
+        raise ValueError(f"no cell of the setting {best!r}, with which all are compared, is finished: run more cells")
     grid = list(results.values()) if pool else None
     pairs = {name: Comparison(results[best], other, grid) for name, other in results.items() if name != best}
     own = swap_keys({name: _setting_data(runs) for name, runs in results.items()})
     end = swap_keys({name: _end_data(pair) for name, pair in pairs.items()})
     equal = swap_keys({name: _equal_data(pair) for name, pair in pairs.items() if pair.iteration})
     every = [result for runs in results.values() for result in runs]
-    data = dict(best=best, settings=own['settings'], against_best=end['against_best'], equal_iterations=equal['equal_iterations'])
-    data['comparisons'] = dict(end=end['end'], equal=equal['equal'], gain=own['gain'], rise=end['rise'], rise_equal=equal['rise_equal'])
+    comparisons = dict(end=end['end'], equal=equal['equal'], gain=own.pop('gain'))
+    comparisons |= dict(rise=end['rise'], rise_equal=equal['rise_equal'])
+    cells = own.pop('cells')
+    data = dict(best=best, settings=own.pop('settings'), against_best=end['against_best'])
+    data |= dict(equal_iterations=equal['equal_iterations'], comparisons=comparisons)
     data['minus_base'] = all(base_reward(result) is not None for result in every)
-    for name in ('held_out', 'training', 'training_rise'): data[name] = own[name]
+    data |= own
     data['rise_against_best'] = end['rise_against_best']
-    data['cost'] = own['cost']
     data['ratio_error'] = max(result['ratio_error'] for result in every)
-    data['cells'] = own['cells']
-    return data
+    return data | dict(cells=cells)

@@ -61,10 +61,10 @@ def _redraw_noise(
     G:int, # Chains
 )->Tensor: # (G,C,H,W)
     "Noise of a step: the rollout's own if it is kept, else of an address of the redraw."
-    past = keep == 'past' and at is not None and k < at
-    kept = at is None or k == at or past
-    where = address if kept else (*address, 'redraw', at)
-    return torch.stack([addressed_noise(shape, *where, prompt, 0, k, c) for c in range(G)])
+    kept = at is None or k == at
+    if keep == 'past': kept = kept or k < at
+    if not kept: address = (*address, 'redraw', at)
+    return torch.stack([addressed_noise(shape, *address, prompt, 0, k, c) for c in range(G)])
 
 # %% ../../nbs/paper/05_credit.ipynb #11e38ae4
 def _chain_step(
@@ -144,8 +144,9 @@ def redraw_advantages(
     scores:Tensor, # (P,1+n,G) scores of one reward, from `redraw_scores`
 )->Tensor: # (P,1+n,G) advantages, each group of G normalised by itself; 0 where all are equal
     "Advantages as training would compute them, in the group and in each redraw."
-    groups = torch.arange(scores[..., 0].numel()).repeat_interleave(scores.shape[-1])
-    return group_advantages(scores.flatten(), groups).view(scores.shape)
+    generations = scores.shape[-1]
+    group = torch.arange(scores.numel()) // generations
+    return group_advantages(scores.flatten(), group).view(scores.shape)
 
 # %% ../../nbs/paper/05_credit.ipynb #83bb020a
 def credit_shares(
@@ -160,26 +161,45 @@ CHAINS = {'1 step': dict(length=1), '2 steps': dict(length=2), '4 steps': dict(l
           'DanceGRPO': dict(length=15, noise_level=.3, kernel='dance')}
 SAME_KERNEL = [name for name, chain in CHAINS.items() if 'kernel' not in chain]
 
-def _over_steps(values)->dict: return dict(all=bootstrap_interval(values.mean(1)), by_step=column_intervals(values))
-def _level(scores)->dict: return dict(variance=bootstrap_interval(spread(scores)), mean=bootstrap_interval(scores.mean(1)))
+def _over_steps(
+    values, # (P,n) a value of every step
+)->dict: # all: interval of the mean over steps; by_step: an interval each
+    "Intervals of what is measured at every step."
+    return dict(all=bootstrap_interval(values.mean(1)), by_step=column_intervals(values))
+
+def _level(
+    scores, # (P,G) scores
+)->dict: # variance, mean: intervals
+    "Spread and mean of groups."
+    return dict(variance=bootstrap_interval(spread(scores)), mean=bootstrap_interval(scores.mean(1)))
+
+def _flips(advantages): return sign_flips(advantages[:, :1], advantages[:, 1:])
+def _reliability(advantages): return reliability(advantages[:, :1], advantages[:, 1:])
 
 def _credit(
-    scores, # (P,1+n,G) scores of a chain and its redraws
-)->dict: # flips, reliability: interval over all steps, and one for each; variance and mean of the scores
+    scores:dict, # Chain -> (P,1+n,G) scores of the chains and their redraws
+    advantages:dict, # Chain -> (P,1+n,G) their advantages
+)->dict: # Chain -> flips, reliability; variance and mean of the scores
     "Measure how ambiguous the credit of a chain's steps is."
-    advantages = redraw_advantages(scores)
-    pair = advantages[:, :1], advantages[:, 1:]
-    return dict(flips=_over_steps(sign_flips(*pair)), reliability=_over_steps(reliability(*pair)), **_level(scores[:, 0]))
+    found = {}
+    for chain, a in advantages.items():
+        found[chain] = dict(flips=_over_steps(_flips(a)), reliability=_over_steps(_reliability(a)))
+        found[chain] |= _level(scores[chain][:, 0])
+    return found
 
 def _growth(
-    scores:dict, # Chain -> (P,1+n,G) scores of one reward
+    advantages:dict, # Chain -> (P,1+n,G) advantages of one reward
 )->dict: # 'b over a' -> (mean, low, high)
     "Difference in flipped signs between a chain and the one half as long, paired by prompt."
-    flips = {}
-    for chain in SAME_KERNEL:
-        advantages = redraw_advantages(scores[chain])
-        flips[chain] = sign_flips(advantages[:, :1], advantages[:, 1:]).mean(1)
-    return {f'{b} over {a}': paired_interval(flips[a], flips[b]) for a, b in zip(SAME_KERNEL, SAME_KERNEL[1:])}
+    flips = {chain: _flips(advantages[chain]).mean(1) for chain in SAME_KERNEL}
+    pairs = zip(SAME_KERNEL, SAME_KERNEL[1:])
+    return {f'{b} over {a}': paired_interval(flips[a], flips[b]) for a, b in pairs}
+
+def _shares(
+    scores, # (P,1+n,G) scores of a chain and of redraws that keep the past
+)->dict: # by_step: (mean, low, high) for each step
+    "Share of a reward that each step of a chain explains."
+    return dict(by_step=column_intervals(credit_shares(redraw_advantages(scores))))
 
 # %% ../../nbs/paper/05_credit.ipynb #9fd01e22
 def credit_data(
@@ -187,21 +207,23 @@ def credit_data(
 )->dict: # The record's data
     "Measure how ambiguous advantages are in chains of several stochastic steps (E-GRPO, Fig. 3)."
     size, policy, prompts = untrained('credit', scale)
-    generations = size['generations']
     rewards = get_reward(REWARDS)
-    plans = {name: chain_plan(num_generations=generations, **chain) for name, chain in CHAINS.items()}
-    scores = {name: redraw_scores(policy, prompts, plan, rewards) for name, plan in plans.items()}
-    past = {name: redraw_scores(policy, prompts, plans[name], rewards, keep='past') for name in ('4 steps', '8 steps')}
-    spans = [(0, CHAINS[name]['length']) for name in SAME_KERNEL]
-    merged = explore(policy, prompts, exploration_plan(spans, generations), rewards).scores
-    credit, level, shares, growth = {}, {}, {}, {}
+    scores, past = {}, {}
+    for chain, settings in CHAINS.items():
+        plan = chain_plan(num_generations=size['generations'], **settings)
+        scores[chain] = redraw_scores(policy, prompts, plan, rewards)
+        if chain in ('4 steps', '8 steps'): past[chain] = redraw_scores(policy, prompts, plan, rewards, keep='past')
+    spans = [(0, CHAINS[chain]['length']) for chain in SAME_KERNEL]
+    merged = explore(policy, prompts, exploration_plan(spans, size['generations']), rewards).scores
+    data = dict(prompts=len(prompts), generations=size['generations'], seed=0, nfe=policy.nfe, chains=CHAINS)
+    data |= dict(credit={}, merged={}, shares={}, growth={})
     for reward in rewards.names:
-        chains = {name: values[reward] for name, values in scores.items()}
-        credit[reward] = {name: _credit(values) for name, values in chains.items()}
-        growth[reward] = _growth(chains)
-        level[reward] = {name: _level(merged[reward][:, i]) for i, name in enumerate(SAME_KERNEL)}
-        settled = {name: redraw_advantages(values[reward]) for name, values in past.items()}
-        shares[reward] = {name: dict(by_step=column_intervals(credit_shares(a))) for name, a in settled.items()}
-    advantages = {name: redraw_advantages(values['preference']).transpose(0, 1) for name, values in scores.items()}
-    return dict(prompts=len(prompts), generations=generations, seed=0, nfe=policy.nfe, chains=CHAINS, credit=credit,
-                merged=level, shares=shares, growth=growth, advantages={k: rounded(a, 3) for k, a in advantages.items()})
+        own = {chain: values[reward] for chain, values in scores.items()}
+        advantages = {chain: redraw_advantages(values) for chain, values in own.items()}
+        data['credit'][reward] = _credit(own, advantages)
+        data['growth'][reward] = _growth(advantages)
+        data['merged'][reward] = dict(zip(SAME_KERNEL, map(_level, merged[reward].unbind(1))))
+        data['shares'][reward] = {chain: _shares(values[reward]) for chain, values in past.items()}
+        if reward == 'preference':
+            data['advantages'] = {chain: rounded(a.transpose(0, 1), 3) for chain, a in advantages.items()}
+    return data

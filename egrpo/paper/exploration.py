@@ -37,7 +37,8 @@ def exploration_plan(
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
 )->Plan: # The plan of one prompt: a branch per step, then the plain ODE
     "One branch per step, each stochastic there alone, and last the ODE; nothing is trained."
-    branches = [Branch((SDEStep(k, l, num_generations, weight=0),)) for k, l in steps]
+    alone = [SDEStep(k, length, num_generations, weight=0) for k, length in steps]
+    branches = [Branch((step,)) for step in alone]
     return Plan(flow_sigmas(num_steps, shift), (*branches, Branch()), noise_level, kernel)
 
 # %% ../../nbs/paper/04_exploration.ipynb #d9371001
@@ -89,7 +90,8 @@ def _score_steps(
     scores = {name: values.view(shape) for name, values in found.items()}
     scores['moved'] = moved(samples, ode[:, None])
     of_ode = rewards(ode, prompts)
-    return scores, of_ode | {'moved': torch.zeros(len(prompts))}, latents
+    of_ode['moved'] = torch.zeros(len(prompts))
+    return scores, of_ode, latents
 
 def join_scores(
     parts, # Dicts with the same names -> (P',...) scores
@@ -119,7 +121,8 @@ def explore(
     scores, odes, latents = zip(*parts)
     steps = [branch.steps[0] for branch in plan.branches[:-1]]
     places = [(step.start, step.length) for step in steps]
-    return Exploration(places, join_scores(scores), join_scores(odes), torch.cat(latents), policy.nfe - before)
+    nfe = policy.nfe - before
+    return Exploration(places, join_scores(scores), join_scores(odes), torch.cat(latents), nfe)
 
 # %% ../../nbs/paper/04_exploration.ipynb #6f45cfdf
 def spread(
@@ -138,10 +141,11 @@ def add_noise(
 )->Tensor: # (P,G,...) noisy copies
     "Copies of finished images or latents with noise mixed in: (1 - level)·clean + level·noise."
     if not 0 <= level <= 1: raise ValueError(f"level must be a share from 0 to 1, got {level}: the paper's is 0.1")
-    copies = [(p, g) for p in range(len(clean)) for g in range(num_generations)]
-    noise = torch.stack([addressed_noise(clean.shape[1:], *address, p, g) for p, g in copies])
-    noise = noise.unflatten(0, (len(clean), num_generations)).to(clean)
-    return (1 - level) * clean[:, None] + level * noise
+    noisy = []
+    for p, one in enumerate(clean):
+        noise = torch.stack([addressed_noise(one.shape, *address, p, g) for g in range(num_generations)])
+        noisy.append((1 - level) * one + level * noise.to(clean))
+    return torch.stack(noisy)
 
 # %% ../../nbs/paper/04_exploration.ipynb #1a24720e
 def noise_on_result(
@@ -196,7 +200,8 @@ def _noise_variance(
     for where in ('image', 'latents'):
         images = noise_on_result(policy, found.latents, where, .1, generations)
         scores = rewards(images.flatten(0, 1), repeat_each(prompts, generations))
-        for name, values in scores.items(): variance[name][where] = spread(values.view(len(prompts), generations))
+        for name, values in scores.items():
+            variance[name][where] = spread(values.view(len(prompts), generations))
     return variance
 
 # %% ../../nbs/paper/04_exploration.ipynb #66b15c0c
@@ -236,6 +241,7 @@ def one_step_data(
         variance = dict(zip(steps, spread(found.scores[name]).T))
         contrasts[name] = _contrasts(variance | noise[name], prompts)
         noise_variance[name] = {where: rounded(values, 9) for where, values in noise[name].items()}
-    data = dict(prompts=len(prompts), texts=len(set(prompts)), generations=generations, seed=0, steps=steps, nfe=policy.nfe)
+    data = dict(prompts=len(prompts), texts=len(set(prompts)), generations=generations)
+    data |= dict(seed=0, steps=steps, nfe=policy.nfe)
     data['variance'] = _step_variance(found.scores, rewards.names)
     return data | dict(map=mapped, noise_variance=noise_variance, contrasts=contrasts)

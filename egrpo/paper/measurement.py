@@ -54,9 +54,11 @@ def size_note(
     record:dict, # A record of a measurement
 )->str: # A sentence; '' where the record has all prompts of its scale
     "Say that a record is smaller than its scale is now."
-    has, now = record['data']['prompts'], measurement_size(record['name'], get_scale(record['scale']))['prompts']
+    scale = record['scale']
+    has = record['data']['prompts']
+    now = measurement_size(record['name'], get_scale(scale))['prompts']
     if has >= now: return ''
-    return f"measured with {has} prompts, where scale {record['scale']} now has {now}: {record['command']}"
+    return f"measured with {has} prompts, where scale {scale} now has {now}: {record['command']}"
 
 # %% ../../nbs/paper/03_measurement.ipynb #3bad43af
 @dataclass(frozen=True)

@@ -154,7 +154,8 @@ def chosen_minus_rest(
     "Mean over each prompt's chosen steps less the mean over its other steps."
     values = np.asarray(values, dtype=float)
     picked = step_mask(chosen, values.shape[1])
-    if picked.shape != values.shape or picked.all(1).any() or not picked.any(1).all():
+    some = picked.any(1) & ~picked.all(1)
+    if len(picked) != len(values) or not some.all():
         raise ValueError(f"chosen must name some but not all of the {values.shape[1]} steps, for each of {len(values)} prompts")
     return np.array([own[mask].mean() - own[~mask].mean() for own, mask in zip(values, picked)])
 
@@ -200,7 +201,8 @@ def _step_statistics(
     step = np.broadcast_to(np.asarray(entropy, dtype=float), values.shape)
     by_attention = rank_correlation(attention, values)
     by_step = rank_correlation(step, values)
-    along = {'attention entropy': bootstrap_interval(by_attention), 'step entropy': bootstrap_interval(by_step)}
+    along = {'attention entropy': by_attention, 'step entropy': by_step}
+    along = {name: bootstrap_interval(values) for name, values in along.items()}
     across = draws_interval(correlation_draws(attention.T[None], values.T[None]))
     choices = _choices(log_variance(values) if logs else values, rules, texts)
     lead = paired_interval(by_step, by_attention)
@@ -214,7 +216,9 @@ def kernel_statistics(
 )->dict: # Value -> its statistics
     "Statistics of both entropies against the steps of a kernel; variances enter as logarithms."
     rules = _rules(profiles, entropy)
-    return {n: _step_statistics(v, profiles, entropy, rules, texts, n == 'variance') for n, v in values.items()}
+    found = {}
+    for name, own in values.items(): found[name] = _step_statistics(own, profiles, entropy, rules, texts, name == 'variance')
+    return found
 
 def _kernel_steps(
     policy, # A policy

@@ -34,12 +34,15 @@ def group_agreement(
     ranks:bool=False, # Spearman's correlation instead of Pearson's?
 )->np.ndarray: # (P',) mean correlation of a prompt's groups, P' <= P prompts
     "Correlation of two rewards within groups."
-    a, b = np.asarray(scores, dtype=float), np.asarray(exact, dtype=float)
-    if a.shape != b.shape or a.ndim != 3: raise ValueError(f"scores and exact must both be (P,B,G), got {a.shape} and {b.shape}")
+    a = np.asarray(scores, dtype=float)
+    b = np.asarray(exact, dtype=float)
+    if a.shape != b.shape or a.ndim != 3:
+        raise ValueError(f"scores and exact must both be (P,B,G), got {a.shape} and {b.shape}")
     if ranks: a, b = rankdata(a, axis=-1), rankdata(b, axis=-1)
     found, defined = correlation(a, b, 1e-12)
     groups = defined.sum(-1)
-    return found.sum(-1)[groups > 0] / groups[groups > 0]
+    counted = groups > 0
+    return found.sum(-1)[counted] / groups[counted]
 
 # %% ../../nbs/paper/09_suffix.ipynb #64d75e09
 STRIDES = (1, 2, 3, 4)
@@ -65,14 +68,16 @@ def suffix_scores(
 )->list: # For every stride: name -> (P,B,G) scores
     "Scores of the same samples, reached at several strides."
     plan = replace(plan, strides=tuple(strides), solver=solver)
+    shape = 1, len(strides), len(plan.branches), -1
     per_prompt = []
     for p, prompt in enumerate(prompts):
         out = rollout(policy, policy.encode([prompt]), plan, 'suffix', 0, prompt_ids=[p])
         scores = rewards(policy.decode(out.latents), [prompt] * len(out.latents))
-        shape = 1, len(strides), len(plan.branches), -1
         per_prompt.append({name: values.view(shape) for name, values in scores.items()})
-    joined = join_scores(per_prompt) # name -> (P,strides,B,G)
-    return [{name: values[:, i] for name, values in joined.items()} for i in range(len(strides))]
+    per_stride = [{} for _ in strides]
+    for name, values in join_scores(per_prompt).items():
+        for scores, own in zip(per_stride, values.unbind(1)): scores[name] = own
+    return per_stride
 
 # %% ../../nbs/paper/09_suffix.ipynb #5cb615e7
 def suffix_costs(

@@ -81,8 +81,9 @@ def base_reward(
     texts = [text for batch in batches for text in batch]
     measured = scores[next(iter(weights))]
     if not measured.keys() >= set(texts): return None
-    each = {reward: np.array([scores[reward][text] for text in texts]) for reward in weights}
-    return weighted_sum(each, weights).reshape(-1, n).mean(1)
+    table = pd.DataFrame({reward: scores[reward] for reward in weights}).loc[texts]
+    total = weighted_sum(table, weights).to_numpy()
+    return total.reshape(-1, n).mean(1)
 
 def training_rewards(
     results:list, # Results of one setting, a seed each
