@@ -44,7 +44,7 @@ from ..base.files import digest, read_object, write_text, write_whole
 from ..core.entropy import merge_lengths, step_entropy
 from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
-from ..methods.registry import METHODS, PUBLISHED, method_settings, taken
+from ..methods.registry import METHODS, PUBLISHED, fitting, method_settings
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
 from ..models.policy import best_device
 from .attention_signal import rank_correlation
@@ -178,7 +178,8 @@ def run_cell(
     with threads, tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
         where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
-        trainer = Trainer(TrainConfig(**taken(asdict(config), config.method, config.base) | where))
+        plan = fitting(config.method, config.plan)
+        trainer = Trainer(replace(config, plan=plan, **where))
         if len(set(gather_object([cell_key(config)]))) > 1:
             raise ValueError("the processes were about to run different cells: another command fills this store, let it end first")
         frame = trainer.fit()
@@ -1129,8 +1130,8 @@ def _signal_config(
     fields:dict, # Those of one
 )->TrainConfig: # Without what its method does not take
     "The configuration of a setting."
-    method = fields.get('method', TrainConfig.method)
-    return TrainConfig(**taken({**base, **fields}, method, fields.get('base')))
+    config = TrainConfig(**{**base, **fields})
+    return replace(config, plan=fitting(config.method, config.plan))
 
 # %% ../../nbs/paper/09_experiments.ipynb #5a32b0c5
 def _trained_model(
