@@ -192,8 +192,10 @@ def _growth(
 )->dict: # 'b over a' -> (mean, low, high)
     "Difference in flipped signs between a chain and the one half as long, paired by prompt."
     flips = {chain: _flips(advantages[chain]).mean(1) for chain in SAME_KERNEL}
-    pairs = zip(SAME_KERNEL, SAME_KERNEL[1:])
-    return {f'{b} over {a}': paired_interval(flips[a], flips[b]) for a, b in pairs}
+    growth = {}
+    for half, chain in zip(SAME_KERNEL, SAME_KERNEL[1:]):
+        growth[f'{chain} over {half}'] = paired_interval(flips[half], flips[chain])
+    return growth
 
 def _shares(
     scores, # (P,1+n,G) scores of a chain and of redraws that keep the past

@@ -88,8 +88,8 @@ def _add_finished(
     "All runs that a record is made of: the chosen ones, and of other settings those that are finished."
     found = {}
     for setting, runs in cells.items():
-        finished = [config for config in runs if cell_path(config, store).exists()]
-        there = chosen.get(setting) or finished
+        there = chosen.get(setting)
+        if not there: there = [config for config in runs if cell_path(config, store).exists()]
         if there: found[setting] = there
     if not found: raise ValueError("no cell of the experiment is finished yet: run it without --partial first")
     return found

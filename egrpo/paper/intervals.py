@@ -92,8 +92,9 @@ def _seed_part(
     if len(x) == 1: return 0., 0.
     means = x @ share
     residual = x - means[:, None] - x.mean(0) + means.mean()
-    rest = _spread(residual, share).sum() / (len(x) - 1)
-    return means.var(ddof=1), rest / len(x)
+    seeds = len(x)
+    rest = _spread(residual, share).sum() / (seeds - 1)
+    return means.var(ddof=1), rest / seeds
 
 def _seed_variance(
     sides:list, # (S,T) means per text, of a setting each
@@ -120,9 +121,11 @@ def _mixed(
     of_texts = _spread(effect, share)
     variance = max(of_seeds + of_texts - residual, residual, 1e-30)
     texts = max(1 / (share**2).sum() - 1, 1.) # one text says nothing of others
-    df = _degrees(variance, [*own, (of_texts, texts), (residual, texts * max(seeds - 1, 1))])
+    parts = [*own, (of_texts, texts), (residual, texts * max(seeds - 1, 1))]
+    df = _degrees(variance, parts)
+    mean = float(effect @ share)
     rest = float(max(of_texts - residual, 0.))
-    return Estimate(float(effect @ share), math.sqrt(variance), df, seeds, float(of_seeds * seeds), rest)
+    return Estimate(mean, math.sqrt(variance), df, seeds, float(of_seeds * seeds), rest)
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0009
 def difference(
@@ -156,9 +159,9 @@ def pooled_training(
     means = [m for m in means if len(m) > 1]
     if len(means) < 2 or min(m.var() for m in means) == 0: return None
     if stats.bartlett(*means).pvalue < level: return None
-    df = sum(len(m) - 1 for m in means)
-    squares = sum((len(m) - 1) * m.var(ddof=1) for m in means)
-    return squares / df, df
+    degrees = [len(m) - 1 for m in means]
+    squares = sum(n * m.var(ddof=1) for n, m in zip(degrees, means))
+    return squares / sum(degrees), sum(degrees)
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0016
 def seeds_needed(
@@ -224,15 +227,19 @@ def correlation(
     b = b - b.mean(-1, keepdims=True)
     size = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
     defined = size > least
-    return np.divide((a * b).sum(-1), size, out=np.zeros_like(size), where=defined), defined
+    found = np.zeros_like(size)
+    np.divide((a * b).sum(-1), size, out=found, where=defined)
+    return found, defined
 
 def rank_correlation(
     a, # (...,N) numbers
     b, # (...,N) numbers
 )->np.ndarray: # (...) in [-1, 1]; 0 where all of a or all of b are equal
     "Spearman's rank correlation along the last axis."
-    ranks = [rankdata(np.asarray(o, dtype=float), axis=-1) for o in (a, b)]
-    return correlation(*ranks)[0]
+    a = rankdata(np.asarray(a, dtype=float), axis=-1)
+    b = rankdata(np.asarray(b, dtype=float), axis=-1)
+    found, _ = correlation(a, b)
+    return found
 
 def correlation_draws(
     a, # (S,C,P) numbers of S runs, C checkpoints, P prompts
@@ -241,15 +248,18 @@ def correlation_draws(
     seed:int=0, # Of the resampling; the same seed draws the same runs and prompts
 )->np.ndarray: # (1+n,) mean correlation: measured, then resampled
     "Mean rank correlation over prompts, as measured and under resampling of runs and of prompts within them."
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    a = np.asarray(a, dtype=float)
+    b = np.asarray(b, dtype=float)
     if a.ndim != 3 or a.shape != b.shape:
         raise ValueError(f"a and b must be (runs, checkpoints, prompts), got {a.shape} and {b.shape}")
     seeds, _, prompts = a.shape
     rng = np.random.default_rng(seed)
     runs = rng.integers(seeds, size=(n, seeds))
     places = rng.integers(prompts, size=(n, seeds, 1, prompts))
-    drawn = [np.take_along_axis(o[runs], places, -1) for o in (a, b)] # (n,S,C,P) each
-    return np.array([rank_correlation(a, b).mean(), *rank_correlation(*drawn).mean((1, 2))])
+    drawn_a = np.take_along_axis(a[runs], places, -1) # (n,S,C,P)
+    drawn_b = np.take_along_axis(b[runs], places, -1)
+    measured = rank_correlation(a, b).mean()
+    return np.array([measured, *rank_correlation(drawn_a, drawn_b).mean((1, 2))])
 
 def quantiles(
     draws, # (n,) resampled numbers

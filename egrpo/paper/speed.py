@@ -23,5 +23,5 @@ def speed_data(
     found = speed_of(config, size['rounds'])
     compiled = compiled_of(config, size['rounds']) if size['rounds'] > 1 else [] # compiling takes minutes
     found['nfe'] += sum(o['nfe'] for o in compiled)
-    plan = describe(make_plan('egrpo', **vars(config)))
+    plan = describe(make_plan('egrpo', **config.flat()))
     return dict(size, seed=0, threads=1, clock='processor time', plan=plan, **found, compiled=compiled)

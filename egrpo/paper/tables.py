@@ -13,12 +13,14 @@ from .records import load_record, record_path, show_interval
 # %% ../../nbs/paper/22_tables.ipynb #685857f5
 PAPER_COLUMNS = ('paper HPS', 'paper CLIP', 'paper PickScore', 'paper ImageReward')
 
-def _shown(
+def _as_text(
     intervals:dict, # reward -> (mean, low, high)
     sign:str='', # '+' shows the sign of positive numbers, too
 )->dict: # reward -> text
     "Intervals as text."
     return {reward: show_interval(interval, sign) for reward, interval in intervals.items()}
+
+def _scores(scores:dict, when:str)->dict: return _as_text({reward: own[when] for reward, own in scores.items()})
 
 def score_table(
     data:dict, # A record's data, as `grid_data` makes it
@@ -26,9 +28,8 @@ def score_table(
 )->pd.DataFrame: # A row before training and one per setting, a column per reward
     "Scores after training, with 95 % intervals over seeds and prompts."
     first = next(iter(data['settings'].values()))
-    rows = {'before training': _shown({reward: scores['before'] for reward, scores in first.items()})}
-    for setting, scores in data['settings'].items():
-        rows[setting] = _shown({reward: own['after'] for reward, own in scores.items()})
+    rows = {'before training': _scores(first, 'before')}
+    for setting, scores in data['settings'].items(): rows[setting] = _scores(scores, 'after')
     for setting, scores in (paper or {}).items():
         shown = [f'{score:.3f}' for score in scores]
         rows[setting] = rows.get(setting, {}) | dict(zip(PAPER_COLUMNS, shown))
@@ -39,11 +40,11 @@ def difference_table(
     equal_iterations:bool=False, # At equal iterations instead of at the end of the runs?
 )->pd.DataFrame: # A row per other setting, a column per reward
     "Differences of all settings from the one they are compared with, on the same prompts."
-    rows = {setting: _shown(leads, '+') for setting, leads in data['against_best'].items()}
+    rows = {setting: _as_text(leads, '+') for setting, leads in data['against_best'].items()}
     if equal_iterations:
         rows = {}
         for setting, equal in data['equal_iterations'].items():
-            rows[setting] = dict(iteration=equal['iteration']) | _shown(equal['against_best'], '+')
+            rows[setting] = dict(iteration=equal['iteration']) | _as_text(equal['against_best'], '+')
     return pd.DataFrame(rows).T.rename_axis(f"minus {data['best']}")
 
 def cost_table(
@@ -81,7 +82,8 @@ def seeds_of(
 )->int: # Fewest seeds of a setting
     "Number of seeds of a comparison."
     finished = data['seeds_finished']
-    seeds = [set(finished[setting]) for setting in finished if settings is None or setting in settings]
+    chosen = finished if settings is None else [setting for setting in finished if setting in settings]
+    seeds = [set(finished[setting]) for setting in chosen]
     return len(set.intersection(*seeds)) if paired else min(map(len, seeds))
 
 def find_record(
