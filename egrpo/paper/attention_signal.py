@@ -19,8 +19,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from ..core.advantage import group_advantages
+from ..core.noise import addressed_noise
 from ..core.plan import Branch, Plan
-from ..core.rollout import Rollout, addressed_noise, prune, rollout
+from ..core.rollout import Rollout, prune, rollout
 from ..core.sde import ode_step
 from ..methods.aegpo import delta_entropy, query_share
 from ..methods.registry import make_plan

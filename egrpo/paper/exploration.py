@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..core.advantage import group_advantages
 from ..core.entropy import landing_noise, step_entropy
+from ..core.noise import addressed_noise
 from ..core.plan import Branch, Plan, SDEStep
-from ..core.rollout import addressed_noise, rollout
+from ..core.rollout import rollout
 from ..core.sde import ode_step, sde_sample, sde_step
 from ..core.sigmas import flow_sigmas
 

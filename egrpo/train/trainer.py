@@ -39,8 +39,9 @@ from ..base.files import digest, hold, remove_drafts, sync, write_text, write_wh
 from ..base.inputs import PATHS, check_kind, expand, to_json
 from ..core.advantage import combine_advantages, sample_weights, transition_values, zero_variance_groups
 from ..core.loss import guard_logratio, loss_metrics, policy_loss
+from ..core.noise import check_seed
 from ..core.plan import Branch, Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
-from ..core.rollout import Rollout, check_seed, prune, rollout, transition_log_prob, transition_mean
+from ..core.rollout import Rollout, prune, rollout, transition_log_prob, transition_mean
 from ..core.sde import gaussian_kl
 from ..core.sigmas import flow_sigmas
 from ..methods.aegpo import CHOOSES, AttentionPlanner, allocated_plans, share_work, signal_needed
