@@ -23,7 +23,7 @@ def planted(module, old, new):
     "A copy of the module `egrpo.core.<module>` with the only occurrence of `old` replaced."
     source = inspect.getsource(importlib.import_module(f'egrpo.core.{module}'))
     if source.count(old) != 1: raise LookupError(f"{old!r} occurs {source.count(old)} times: the bug cannot be planted")
-    scope = {'__name__': f'planted_{module}'}
+    scope = {'__name__': f'planted_{module}', '__package__': 'egrpo.core'}
     exec(compile(source.replace(old, new), f'planted {module}', 'exec'), scope)
     return SimpleNamespace(**scope)
 
