@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import egrpo
+from .judge import judge
 from .published import REWARD_MODELS, RewardError, RewardModel
 from .server import RewardClient, public_address
 
@@ -237,7 +238,7 @@ def _called(
     times = Counter(name for _, name, _ in terms)
     names = []
     for _, name, place in terms:
-        shown = public_address(place) if name == 'server' and place else place
+        shown = public_address(place) if name in ('server', 'judge') and place else place
         names.append(f'{name}({shown})' if times[name] > 1 and place else name)
     twice = [name for name, n in Counter(names).items() if n > 1]
     if twice: raise ValueError(f"reward {public_address(spec)!r} names {twice[0]!r} twice: add up its weights")
@@ -272,11 +273,17 @@ def _find(
         except ValueError: raise ValueError("reward server(address, X): after the comma stand seconds to wait: "
                                             "write server(http://127.0.0.1:8000, 600)") from None
         return RewardClient(url.strip(), wait)
+    if name == 'judge':
+        words = [word.strip() for word in (place or '').split(',')]
+        if len(words) not in (2, 3): raise ValueError("reward judge needs an address and a model: write "
+                                                      "judge(http://127.0.0.1:8000/v1, MODEL) or judge(http://…/v1, MODEL, levels)")
+        return judge(words[0], words[1], read=(words[2:] or ['yes'])[0])
     if name in REWARD_MODELS: return RewardModel(name, place)
     if place: raise ValueError(f"reward {name!r} has no place to name: leave out ({place})")
     if name in BUILT_IN: return BUILT_IN[name]
     if ':' not in name:
         raise ValueError(f"unknown reward {name!r}: choose from {', '.join([*BUILT_IN, *REWARD_MODELS])}, server(http://…), "
+                         "judge(http://…/v1, MODEL), "
                          "or give your own as module:function or file.py:function")
     module, function = name.split(':')
     try: return getattr(_import(module), function)
@@ -305,4 +312,5 @@ def describe_rewards()->list: # A dict per reward: name, what it is, where its w
     published = [dict(reward=k, what=p.text, weights=f'{p.repo} {p.file}'.strip() if p.repo else f'pip install egrpo[{k}]')
                  for k, p in REWARD_MODELS.items()]
     return [*ours, *published, dict(reward='server(http://…)', what='what a server says (egrpo serve)', weights='its own'),
+            dict(reward='judge(http://…/v1, MODEL)', what='P(yes) of a vision-language model (vLLM, SGLang, llama.cpp)', weights='its own'),
             dict(reward='module:function', what='your own of (images, prompts), or file.py:name', weights='its own')]
