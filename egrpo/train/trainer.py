@@ -887,7 +887,7 @@ class Trainer:
         if self.config.tracker: self.accelerator.log(flat, step=self.iteration)
         if metrics['ratio_error'] > self.config.clip_range:
             warnings.warn(f"ratio_error {metrics['ratio_error']:.1g} is above clip_range {self.config.clip_range:g}: samples are clipped "
-                          "before anything has moved (nbs/67_diagnostics.ipynb says why)", stacklevel=2)
+                          "before anything has moved (nbs/guides/diagnostics.ipynb says why)", stacklevel=2)
         rewards = {k[7:]: f'{v:.3f}' for k, v in flat.items() if k.startswith('reward/')}
         evaluation = ' '.join(f'{v:.3f}' for v in self.scores().values())
         bar.set_postfix(**rewards, eval=evaluation, ratio=f"1±{metrics['ratio_error']:.0e}", refresh=False)
