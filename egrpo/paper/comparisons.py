@@ -254,11 +254,10 @@ def grid_data(
     every = [result for runs in results.values() for result in runs]
     comparisons = dict(end=end['end'], equal=equal['equal'], gain=own.pop('gain'))
     comparisons |= dict(rise=end['rise'], rise_equal=equal['rise_equal'])
-    cells = own.pop('cells')
+    cost, cells = own.pop('cost'), own.pop('cells')
     data = dict(best=best, settings=own.pop('settings'), against_best=end['against_best'])
     data |= dict(equal_iterations=equal['equal_iterations'], comparisons=comparisons)
     data['minus_base'] = all(base_reward(result) is not None for result in every)
     data |= own
-    data['rise_against_best'] = end['rise_against_best']
-    data['ratio_error'] = max(result['ratio_error'] for result in every)
-    return data | dict(cells=cells)
+    ratio_error = max(result['ratio_error'] for result in every)
+    return data | dict(rise_against_best=end['rise_against_best'], cost=cost, ratio_error=ratio_error, cells=cells)

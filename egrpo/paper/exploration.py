@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core.entropy import merge_lengths
+from ..core.noise import addressed_noise
 from ..core.plan import Branch, Plan, SDEStep
-from ..core.rollout import addressed_noise, rollout
+from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
 from .intervals import as_ratio, column_intervals, log_ratio
 from .measurement import REWARDS, repeat_each, rounded, untrained

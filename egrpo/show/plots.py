@@ -25,7 +25,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from ..base.bootstrap import bootstrap_interval
-from ..core.entropy import SCALES, merge_lengths, step_entropy
+from ..core.entropy import ENTROPY_SCALES, merge_lengths, step_entropy
 
 # %% ../../nbs/show/00_plots.ipynb #0782276d
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'] # Okabe and Ito's, in this order
@@ -83,8 +83,9 @@ def _draw_taus(
     scale:str, # exp, nats or bits
 ):
     "Dashed lines with labels at the right; tau = 0 has no place on a logarithmic scale."
-    shown = [tau for tau in sorted(taus) if tau > 0 or scale == 'exp']
-    heights = [float(SCALES[scale](torch.tensor(float(tau), dtype=torch.float64).log())) for tau in shown]
+    shown = [tau for tau in sorted(taus) if tau > 0 or scale == 'exp'] # the logarithm of 0 is no height
+    nats = [torch.tensor(float(tau), dtype=torch.float64).log() for tau in shown]
+    heights = [float(ENTROPY_SCALES[scale](h)) for h in nats]
     low, high = ax.get_ylim()
     size = STYLE['legend.fontsize']
     height = 72 * ax.bbox.height / ax.figure.dpi # of the axes, points
