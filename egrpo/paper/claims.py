@@ -298,9 +298,10 @@ def best(
     "The setting claimed to be best is above the others."
     def find(data):
         "The best setting's score and its lead over the rival that decides."
-        own = data['best']
+        own, ends = data['best'], data['comparisons']['end']
+        if not ends: return NOTHING
         reward = rewards_of(data)[place]
-        leads = _estimates(data['comparisons']['end'], reward, over)
+        leads = _estimates(ends, reward, over)
         if not leads: return NOTHING
         margin = margins_of(record)[reward]
         paper = scaled(_known_before(data, record), record, place)
