@@ -89,7 +89,7 @@ def test_no_conflict_markers(nb):
     assert not found, f'{nb.name}: solve the conflict in {", ".join(found)}'
 
 
-figures = pytest.mark.parametrize('nb', [p for p in pages if 'figures' in p.parts], ids=lambda p: p.stem)
+figures = pytest.mark.parametrize('nb', [p for p in pages if sync.root/'nbs/figures' in p.parents], ids=lambda p: p.stem)
 
 
 @figures

@@ -30,8 +30,9 @@ STYLE = """<style>
 .egrpo {max-width: 76em; line-height: 1.35; overflow-x: auto}
 .egrpo table {border-collapse: collapse; margin: .3em 0 1em; font-size: 13px}
 .egrpo td, .egrpo th {padding: .3em .9em; text-align: right; vertical-align: top; border-bottom: 1px solid rgba(128,128,128,.3)}
-.egrpo .left {text-align: left}
-.egrpo small {display: block; font-size: 11px; opacity: .75; white-space: nowrap}
+.egrpo .left, .egrpo .own {text-align: left}
+.egrpo:not(.box) .left:first-child, .egrpo .own {white-space: nowrap}
+.egrpo small {font-size: 11px; opacity: .75; white-space: nowrap}
 .egrpo .own {background: rgba(230,159,0,.16)}
 .egrpo .up {background: rgba(0,114,178,.2)}
 .egrpo .down {background: rgba(213,94,0,.2)}
@@ -57,15 +58,16 @@ class Cell:
         arrow = dict(up=' ▲', down=' ▼').get(self.kind, '')
         text = _lines(self.text) + arrow
         if self.kind == 'best': text = f'<b>{text}</b>'
-        small = f'<small>{escape(self.small)}</small>' if self.small else ''
-        return f'<td class="{self.kind}">{text}{small}</td>'
+        small = f'<br><small>{escape(self.small)}</small>' if self.small else ''
+        kind = f' class="{self.kind}"' if self.kind else ''
+        return f'<td{kind}>{text}{small}</td>'
 
 def _lines(
     text:str, # Numbers in words: 'a 0.1 [0.0, 0.2]; b 0.3 [0.2, 0.4]'
 )->str: # HTML
     "Break numbers into lines, with intervals small beneath them."
     text = escape(text).replace('; ', '<br>')
-    return re.sub(r' (\[[^\]]*\])', r'<small>\1</small>', text).replace('</small><br>', '</small>')
+    return re.sub(r' (\[[^\]]*\])', r'<br><small>\1</small>', text)
 
 BLANK = Cell('')
 
@@ -91,7 +93,8 @@ class Table:
     @property
     def html(self)->str: # HTML
         "The table in HTML."
-        head = ''.join(f'<th class="left">{escape(c)}</th>' for c in self.columns)
+        words = [cell.kind in ('left', 'own') for cell in self.rows[0]]
+        head = ''.join(f'<th{" class=left" * left}>{escape(c)}</th>' for c, left in zip(self.columns, words))
         body = ''.join(f'<tr>{"".join(c.html for c in row)}</tr>' for row in self.rows)
         return f'<p><b>{escape(self.title)}</b></p><table><tr>{head}</tr>{body}</table>'
 
@@ -222,11 +225,11 @@ def sizes_line(
 )->str: # A line; '' where nothing was trained
     "Sizes that its runs share, as they were configured."
     settings = EXPERIMENTS[record['name']].cells(get_scale(record['scale']))
-    runs = sum(settings.values(), [])
+    runs = [run.flat() for run in sum(settings.values(), [])]
     if not runs: return ''
     parts = []
     for field, words in SIZES.items():
-        values = sorted({getattr(run, field) for run in runs})
+        values = sorted({run[field] for run in runs} - {None})
         shown = ', '.join(f'{v:g}' for v in values)
         parts.append(f'{words} {shown}')
     return '; '.join(parts)
