@@ -46,7 +46,7 @@ from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
 from ..methods.registry import METHODS, PUBLISHED, method_settings, taken
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
-from ..models.policy import best_device
+from ..models.device import best_device
 from .attention_signal import rank_correlation
 from .intervals import Estimate, difference, pooled_training
 from .measurements import MEASUREMENTS
