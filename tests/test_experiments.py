@@ -19,7 +19,7 @@ from egrpo.methods.registry import METHODS, check_plan, fitting
 from egrpo.paper import cells as cells_module
 from egrpo.paper import experiments, grids, pool
 from egrpo.paper.cells import FALL, _costs, _pack, _unpack, cell_path, load_cell, run_cell
-from egrpo.paper.claims import verdict_lines
+from egrpo.paper.claims import best
 from egrpo.paper.comparisons import Comparison, contrast, evaluation_texts, grid_data, summarize
 from egrpo.paper.experiments import EXPERIMENTS, cells_of, registered, reproduce
 from egrpo.paper.grids import learning_rate
@@ -399,8 +399,7 @@ def test_settings_left_out_leave_a_claim_open(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, 'run_cells', results)
     data = load_record(reproduce('tau', 'mini', 0, tmp_path/'cells', tmp_path/'tau.json', only=['2.2', '0']))['data']
     assert made == [10] and {k: len(v) for k, v in data['seeds_finished'].items()} == {'0': 5, '1.8': 0, '2': 0, '2.2': 5, '2.6': 0}
-    line = verdict_lines(dict(data=data, scale='mini', name='tau'), 'best').splitlines()[0]
-    assert line.startswith('best, at scale mini, margin 0.005: open (0 of 5 seeds)')
+    assert best(0, None, 'tau')(data).verdict == 'open (0 of 5 seeds)'
     path = cell_path(EXPERIMENTS['tau'].cells(get_scale('mini'))['2.6'][1], tmp_path/'cells')
     path.parent.mkdir()
     path.touch()

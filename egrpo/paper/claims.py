@@ -7,8 +7,8 @@ __all__ = ['CONFIRMING', 'NOTHING', 'NOT_MEASURED', 'MARGINS', 'TABLE_1', 'TABLE
            'NAMES', 'ROUNDED', 'ALONE', 'JOINT', 'CLAIMS', 'MARKS', 'UNDECIDED', 'COLUMNS', 'PAGE', 'Finding', 'Claim',
            'records_of', 'judged', 'margins_of', 'quoted', 'scaled', 'margins_text', 'best', 'moves', 'training_best',
            'explores', 'ambiguous', 'entropy_falls', 'merging_raises', 'hacked', 'predicts', 'pays', 'faster',
-           'overhead', 'joint_prevents', 'claims_table', 'counts_text', 'verdict_lines', 'claims_text', 'claims_json',
-           'claims_markdown', 'claims_summary', 'papers_markdown']
+           'overhead', 'joint_prevents', 'claims_table', 'counts_text', 'claims_text', 'claims_json', 'claims_markdown',
+           'claims_summary', 'papers_markdown']
 
 # %% ../../nbs/paper/23_claims.ipynb #98ab00bc
 import json
@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .comparisons import rewards_of, seeds_of
 from .experiments import EXPERIMENTS
 from .intervals import Estimate, holm, judge
 from .measurement import SIZES, size_note
 from .records import SEEDS_NEEDED, load_record, record_path, show_interval, verdict
 from .registered import RIVALS
-from .tables import rewards_of, seeds_of
 
 # %% ../../nbs/paper/23_claims.ipynb #04ab3f3a
 CONFIRMING = 100 # the first seed of runs that confirm
@@ -606,21 +606,6 @@ def counts_text(
     "Count of each verdict."
     words = list(words)
     return ', '.join(f'{mark} {w} {words.count(w)}' for w, mark in MARKS.items() if w in words)
-
-def verdict_lines(
-    record:dict, # A record of a grid
-    claim:str, # That its setting `best` is above the others in the reward trained on, in words
-    over:tuple|None=None, # Which other settings the claim is about; None = all
-)->str: # Lines
-    "The verdict on a claim and on each comparison in it, at equal network evaluations and at equal iterations."
-    data, name = record['data'], record['name']
-    def find(over):
-        "Both verdicts."
-        found = best(0, over, name)(data)
-        return found.verdict + f'; at equal iterations {found.equal.verdict}' * bool(found.equal)
-    margin = margins_of(name)[rewards_of(data)[0]]
-    head = f"{claim}, at scale {record['scale']}, margin {margin:g}: {find(over)}"
-    return '\n'.join([head, *(f'  better than {k}: {find((k,))}' for k in data['comparisons']['end'])])
 
 # %% ../../nbs/paper/23_claims.ipynb #b5be1306
 def _beside(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['scores_at', 'changes', 'evaluation_texts', 'gain', 'summarize', 'paired_seeds', 'contrast', 'evaluations',
-           'held_out_curve', 'run_cost', 'shared_iteration', 'Comparison', 'swap_keys', 'grid_data']
+           'held_out_curve', 'run_cost', 'shared_iteration', 'Comparison', 'swap_keys', 'grid_data', 'rewards_of',
+           'seeds_of']
 
 # %% ../../nbs/paper/16_comparisons.ipynb #495d31cc
 from collections import defaultdict
@@ -261,3 +262,21 @@ def grid_data(
     data |= own
     ratio_error = max(result['ratio_error'] for result in every)
     return data | dict(rise_against_best=end['rise_against_best'], cost=cost, ratio_error=ratio_error, cells=cells)
+
+# %% ../../nbs/paper/16_comparisons.ipynb #109cb051
+def rewards_of(
+    data:dict, # A record's data, as `grid_data` makes it
+)->list: # Names: the reward trained on, then those that stand for the paper's CLIP, PickScore and ImageReward
+    "The rewards that were measured, in their order."
+    return list(next(iter(data['settings'].values())))
+
+def seeds_of(
+    data:dict, # A record's data
+    settings:tuple|None=None, # The settings compared; None = all
+    paired:bool=False, # Count only those that all of them have?
+)->int: # Fewest seeds of a setting
+    "Number of seeds of a comparison."
+    finished = data['seeds_finished']
+    chosen = finished if settings is None else [setting for setting in finished if setting in settings]
+    seeds = [set(finished[setting]) for setting in chosen]
+    return len(set.intersection(*seeds)) if paired else min(map(len, seeds))

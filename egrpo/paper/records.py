@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINI', 'REGISTERED_SEEDS', 'SCALES', 'FIELDS', 'SEEDS_NEEDED', 'Scale', 'get_scale', 'figures_dir', 'check_record',
-           'code_commit', 'versions', 'device_name', 'record_path', 'save_record', 'load_record', 'verdict',
-           'show_interval']
+           'code_commit', 'versions', 'device_name', 'record_path', 'save_record', 'load_record', 'find_record',
+           'verdict', 'show_interval']
 
 # %% ../../nbs/paper/00_records.ipynb #77d8228b
 import json
@@ -190,6 +190,13 @@ def load_record(
     try: record = json.loads(path.read_text(encoding='utf-8'))
     except json.JSONDecodeError as e: raise ValueError(f"{path.name} is not JSON ({e}): make it again") from e
     return check_record(record, path.name)
+
+def find_record(
+    name:str, # Name of a figure
+)->dict|None: # The record; None, with a line that says how to make it, where there is none
+    "A record that may not have been measured yet."
+    if record_path(name).exists(): return load_record(name)
+    print(f'no record of {name} yet: run `egrpo reproduce {name} --scale mini`')
 
 # %% ../../nbs/paper/00_records.ipynb #366d9ffa
 SEEDS_NEEDED = 5

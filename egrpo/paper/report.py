@@ -17,13 +17,12 @@ import numpy as np
 
 from .cells import load_cell, store_dir
 from .claims import CLAIMS, MARKS, NAMES, PAPER, PAPER_BEFORE, SCORES, best, judged
-from .comparisons import evaluation_texts
+from .comparisons import evaluation_texts, rewards_of
 from .experiments import EXPERIMENTS, cells_of, reproduce
 from .intervals import difference
 from .pictures import save_figure
-from .records import get_scale
+from .records import find_record, get_scale
 from .registered import DESIGN
-from .tables import find_record, rewards_of
 
 # %% ../../nbs/paper/30_report.ipynb #6dacdccc
 STYLE = """<style>
