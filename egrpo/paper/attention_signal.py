@@ -23,7 +23,7 @@ from ..methods.aegpo import delta_entropy, entropy_peaks, query_share
 from ..methods.registry import make_plan
 from ..models.recorder import record_attention_entropy
 from .intervals import column_intervals, correlation_draws, draws_interval
-from .measurement import measurement_size, repeat_each, rounded, untrained, weighted_sum
+from .measurement import measurement_size, repeat_each, rounded, untrained
 from ..rewards.reward import get_reward
 from ..train.prompts import load_prompts
 from ..train.trainer import TrainConfig, Trainer, loss_weights, ode_plan, rows_loss, sample_images
@@ -122,7 +122,7 @@ def group_signals(
         rewards = trainer.reward(policy.decode(out.latents), [prompt] * len(out.latents))
         advantages, _ = trainer.advantages(out, rewards)
         gradient = policy_gradient(policy, cond, prune(out, advantages), advantages, trainer.config)
-        total = weighted_sum(rewards, trainer.reward.weights)
+        total = trainer.reward.weigh(rewards)
         variance.append(float(total.double().var()))
         length.append(float(gradient.norm()))
     return dict(variance=torch.tensor(variance), gradient=torch.tensor(length))

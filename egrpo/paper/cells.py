@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..base.files import read_object, write_text, write_whole
+from ..core.advantage import weighted_sum
 from ..core.rollout import rollout
 from ..methods.registry import fitting
-from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
+from ..miniature.world import by_category, verify_batch
 from ..models.device import best_device
-from .measurement import weighted_sum
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
 from ..train.checkpoint import find_checkpoint
@@ -92,11 +92,7 @@ def fixed_places(
     n:int=2, # Of each category
 )->list: # Places in `prompts`
     "The first prompts of each category."
-    by_category = {category: [] for category in CATEGORIES}
-    for i, prompt in enumerate(prompts):
-        category = parse_prompt(prompt).category
-        by_category[category].append(i)
-    return [i for places in by_category.values() for i in places[:n]]
+    return [i for places in by_category(prompts).values() for i in places[:n]]
 
 def hacked_places(
     learned:np.ndarray, # (2,P) learned reward before and after
@@ -132,8 +128,8 @@ def _kept_places(
     if 'verifier' not in frame: return dict(fixed=list(range(len(prompts)))[:12], hacked=[])
     before = frame[frame.iteration == frame.iteration.min()]
     after = frame[frame.iteration == frame.iteration.max()]
-    weights = trainer.reward.weights
-    learned = np.stack([weighted_sum(scores, weights) for scores in (before, after)])
+    names = list(trainer.reward.weights)
+    learned = np.stack([trainer.reward.weigh(scores[names]) for scores in (before, after)])
     truth = np.stack([before['verifier'], after['verifier']])
     return dict(fixed=fixed_places(prompts), hacked=hacked_places(learned, truth))
 

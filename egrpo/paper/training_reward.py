@@ -14,9 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..base.files import digest
+from ..core.advantage import weighted_sum
 from ..models.policy import load_policy
 from .intervals import difference
-from .measurement import measurement_size, repeat_each, rounded, weighted_sum
+from .measurement import measurement_size, repeat_each, rounded
 from .records import load_record, record_path
 from ..rewards.reward import get_reward
 from ..train.prompts import load_prompts, prompt_batch
