@@ -1247,7 +1247,7 @@ def run_demo(
 ):
     "egrpo demo: train on the miniature and show before and after."
     began = time.monotonic()
-    from egrpo.paper.experiments import images_at
+    from egrpo.paper.cells import images_at
     from egrpo.train.trainer import Trainer, describe_run
     config, out = demo_config(args), check_demo(args.out)
     check_run(replace(config, resume=True)) # an earlier demo in the folder is no obstacle
