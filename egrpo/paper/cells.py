@@ -25,7 +25,7 @@ from ..base.files import read_object, write_text, write_whole
 from ..core.rollout import rollout
 from ..methods.registry import taken
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
-from ..models.policy import best_device
+from ..models.device import best_device
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
 from ..train.checkpoint import find_checkpoint

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..base.files import digest
 from ..methods.registry import METHODS
-from ..models.policy import best_device, default_dtype, model_sigmas
+from ..models.device import best_device
+from ..models.policy import model_sigmas
+from ..models.precision import default_dtype
 from ..rewards.reward import get_reward
 from .checkpoint import code_of
 from .trainer import TrainConfig, plan_settings

@@ -20,7 +20,7 @@ from ..core.loss import policy_loss
 from ..core.plan import Plan
 from ..core.rollout import addressed_noise, rollout, transition_log_prob, transition_mean
 from ..core.sde import ode_step, sde_sample
-from ..models.policy import compile_blocks
+from ..models.precision import compile_blocks
 from .prompts import prompt_batch
 from .timing import one_thread
 from .trainer import Trainer

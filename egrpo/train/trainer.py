@@ -45,19 +45,11 @@ from ..core.sde import gaussian_kl
 from ..core.sigmas import flow_sigmas
 from ..methods.aegpo import CHOOSES, AttentionPlanner, allocated_plans, share_work, signal_needed
 from ..methods.registry import METHODS, check_taken, make_plan, method_name, method_settings
-from egrpo.models.policy import (
-    best_device,
-    check_settings,
-    check_torch,
-    is_out_of_memory,
-    load_policy,
-    model_sigmas,
-    own_part,
-    swapped,
-    synchronize,
-    whole_tensor,
-    whole_tensors,
-)
+from ..models.base_policy import check_settings
+from ..models.device import best_device, check_torch, is_out_of_memory, synchronize
+from ..models.policy import load_policy, model_sigmas
+from ..models.reference import swapped
+from ..models.sharing import own_part, whole_tensor, whole_tensors
 from ..rewards.reward import RewardError, get_reward
 from egrpo.train.checkpoint import (
     check_new,
