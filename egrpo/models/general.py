@@ -245,9 +245,9 @@ class GeneralPolicy(Policy):
     def unguided(self):
         "Inside: guidance takes no second evaluation, so that every velocity is one evaluation, a row for a row."
         guidance = self.guidance
-        off = [g for g in (guidance, 1., 0.) if self._count(g) == 1]
-        if not off: raise ValueError(f"the guidance of a {type(self.pipeline).__name__} cannot be switched off")
-        self.guidance = off[0]
+        off = next((g for g in (guidance, 1., 0.) if self._count(g) == 1), None)
+        if off is None: raise ValueError(f"the guidance of a {type(self.pipeline).__name__} cannot be switched off")
+        self.guidance = off
         try: yield self
         finally: self.guidance = guidance
 
