@@ -7,7 +7,6 @@ import torch
 from parity import FAST, PROMPTS, ask, brightness, differences, fast_path, general_policy, load_loras, train
 from torch.testing import assert_close
 
-from egrpo.core.entropy import merge_lengths
 from egrpo.core.plan import gradient_nfe, rollout_nfe
 from egrpo.core.rollout import rollout
 from egrpo.methods.registry import make_plan
@@ -116,7 +115,7 @@ def test_gradient_checkpointing_changes_nothing():
     def gradient(**how):
         policy = moved(general_policy('chroma', lora_rank=2, **how))
         policy.velocity(*inputs(policy)).square().mean().backward()
-        return torch.cat([p.grad.flatten() for p in policy.parameters().values()])
+        return torch.cat([p.grad.flatten() for p in policy.parameters().values() if p.grad is not None])
     assert_close(gradient(gradient_checkpointing=True), gradient(), atol=1e-6, rtol=1e-4)
 
 
@@ -128,7 +127,8 @@ def test_low_precision(name, dtype):
     expected = velocity(exact)
     assert_close(velocity(policy), expected, atol=.05 * expected.abs().max().item(), rtol=0)
     policy.velocity(*inputs(policy)).square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in policy.parameters().values())
+    gradients = [p.grad for p in policy.parameters().values() if p.grad is not None] # the last block's text goes nowhere
+    assert len(gradients) > 8 and all(g.isfinite().all() for g in gradients)
     assert policy.decode(inputs(policy)[0]).isfinite().all()
 
 
@@ -177,7 +177,7 @@ def test_videos_are_scored_by_their_frames():
 def test_a_shift_is_an_override():
     policy = general_policy('cogview4')
     assert policy.sigmas(4, 3.)[1] == pytest.approx(.9)
-    assert merge_lengths(policy.sigmas(4), .5)
+    assert policy.sigmas(4)[1] < .8
 
 
 def test_pipelines_that_cannot_be_entered(monkeypatch):

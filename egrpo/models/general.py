@@ -162,6 +162,7 @@ class GeneralPolicy(Policy):
         "Move the parts to the device, and find out what the pipeline does not say."
         super()._place(vae_tiling)
         self.entrance = Entrance(self.pipeline, self.device, self._arguments())
+        self.recorded_guidance = self.guidance # embeddings stay those of guidance while it is off
         try: self._explore()
         except Exception as e: # each pipeline has errors of its own
             if is_out_of_memory(e): raise
@@ -178,7 +179,7 @@ class GeneralPolicy(Policy):
     def _explore(self):
         "Find the shape of latents, the layout of embeddings, and the network's times."
         with self._encoders_on_device():
-            one, two = (self.entrance.record([''] * n, self.guidance) for n in (1, 2))
+            one, two = (self.entrance.record([''] * n, self.recorded_guidance) for n in (1, 2))
         if not one: raise ValueError("its call does not embed prompts by encode_prompt")
         self.entrance.layout = row_layout(one, two)
         self._empty = RecordedConditions([one])
@@ -206,7 +207,7 @@ class GeneralPolicy(Policy):
         prompt:str, # A prompt
     )->RecordedConditions: # One row
         "Embed a prompt."
-        return RecordedConditions([self.entrance.record([prompt], self.guidance)])
+        return RecordedConditions([self.entrance.record([prompt], self.recorded_guidance)])
 
     def _gather(self,
         rows:dict, # Prompt -> its row

@@ -17,7 +17,7 @@ from .base_policy import Policy
 from .device import best_device, check_torch
 from .families import FluxPolicy, SD3Policy, UNetPolicy
 from .general import GeneralPolicy, check_enterable, own_resolution
-from .pipeline import bare_pipeline, load_pipeline
+from .pipeline import _quietly, bare_pipeline, load_pipeline
 from .precision import _check_dtype
 
 # %% ../../nbs/models/13_policy.ipynb #e68d8929
@@ -32,9 +32,10 @@ def _cast(
     "Cast the parts of a pipeline that was loaded elsewhere."
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(f"model is a {type(pipeline).__name__}: give a name, a folder or a DiffusionPipeline")
-    for name, part in pipeline.components.items():
-        own = network if network and name.startswith(('transformer', 'unet')) else dtype
-        if isinstance(part, torch.nn.Module): part.to(own)
+    with _quietly():
+        for name, part in pipeline.components.items():
+            own = network if network and name.startswith(('transformer', 'unet')) else dtype
+            if isinstance(part, torch.nn.Module): part.to(own)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
