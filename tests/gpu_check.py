@@ -237,6 +237,7 @@ def flux_policy(
 )->tuple: # The policy, the settings of `TrainConfig` that it has
     "A policy of FLUX.1-dev's size with a LoRA; of a small one where all is tiny."
     from egrpo.models.families import FluxPolicy
+
     from egrpo.testing.pipelines import small_pipeline
     model, resolution, rank = 'flux.1-dev', 720, 32
     if stage.tiny:
@@ -276,7 +277,7 @@ def flux(
     def cost(n): return sum(iteration_seconds(replace(config, num_generations=n), seconds[4]).values())
     fitting = [n for n in ((4,) if stage.tiny else (12, 8, 4)) if cost(n) < stage.left - 30]
     config = replace(config, num_generations=(fitting or [2])[0])
-    stage.results.add(num_generations=config.num_generations, nfe=iteration_nfe(config),
+    stage.results.add(num_generations=config.plan['num_generations'], nfe=iteration_nfe(config),
                       predicted_seconds=iteration_seconds(config, seconds[4]))
     stage.results.measure('iteration', lambda: flux_iteration(Trainer(config, policy, mean_brightness)))
     stage.results.measure('predicted_bytes', lambda: run_memory(config))
@@ -334,6 +335,7 @@ def compiled_seconds(
 )->dict: # first: seconds of compiling, forward, backward, image: of one latent, times as fast
     "Compile the network's blocks and measure again."
     from egrpo.models.precision import compile_blocks
+
     from egrpo.train.cost import probe
     began = time.perf_counter()
     compile_blocks(policy.transformer, policy.device)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..base.bootstrap import bootstrap_interval
-from ..core.rollout import Rollout, addressed_noise, prune, rollout
+from ..core.noise import addressed_noise
+from ..core.rollout import Rollout, prune, rollout
 from ..core.sde import ode_step
 from ..methods.aegpo import delta_entropy, entropy_peaks, query_share
 from ..methods.registry import make_plan

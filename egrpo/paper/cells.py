@@ -12,26 +12,27 @@ import os
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from ..models.device import best_device
 from PIL import Image
 from torch import Tensor
 
 from ..base.files import read_object, write_text, write_whole
 from ..core.rollout import rollout
-from ..methods.registry import taken
+from ..methods.registry import fitting
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
-from ..models.device import best_device
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
 from ..train.checkpoint import find_checkpoint
+from ..train.config import EVAL_REWARDS, TrainConfig, evaluation_is_due
 from ..train.run import _sources, _what, cell_key
 from ..train.timing import one_thread
-from ..train.trainer import EVAL_REWARDS, TrainConfig, Trainer, evaluation_is_due, ode_plan, swapped
+from ..train.trainer import Trainer, ode_plan, swapped
 
 # %% ../../nbs/paper/13_cells.ipynb #441ec970
 def _pack(
@@ -131,7 +132,8 @@ def run_cell(
     with threads, tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
         where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
-        trainer = Trainer(TrainConfig(**taken(asdict(config), config.method, config.base) | where))
+        plan = fitting(config.method, config.plan)
+        trainer = Trainer(replace(config, plan=plan, **where))
         if len(set(gather_object([cell_key(config)]))) > 1:
             raise ValueError("the processes were about to run different cells: another command fills this store, let it end first")
         frame = trainer.fit()

@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from ..models.device import best_device
 from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from ..base.files import digest, read_object, write_text
-from ..methods.registry import PUBLISHED, taken
-from ..models.device import best_device
+from ..methods.registry import PUBLISHED, fitting
 from .cells import CHECKPOINT_EVERY, store_dir
 from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, TABLE_1, TAU, _base
 from .intervals import rank_correlation
@@ -28,9 +28,10 @@ from .pool import _alone, _is_first
 from .records import SCALES, device_name, get_scale, load_record, record_path
 from ..train import signal as gs
 from ..train.checkpoint import find_checkpoint
+from ..train.config import TrainConfig
 from ..train.run import cell_key
 from ..train.timing import one_thread
-from ..train.trainer import TrainConfig, Trainer
+from ..train.trainer import Trainer
 
 # %% ../../nbs/paper/20_signal_settings.ipynb #5a32b0c2
 SIGNAL_BATCHES = dict(smoke=(3, 4), mini=(128, 256), gpu=(512, 512)) # of every setting; of those in MORE_BATCHES
@@ -69,8 +70,8 @@ def _signal_config(
     fields:dict, # Those of one
 )->TrainConfig: # Without what its method does not take
     "The configuration of a setting."
-    method = fields.get('method', TrainConfig.method)
-    return TrainConfig(**taken({**base, **fields}, method, fields.get('base')))
+    config = TrainConfig(**{**base, **fields})
+    return replace(config, plan=fitting(config.method, config.plan))
 
 # %% ../../nbs/paper/20_signal_settings.ipynb #5a32b0c5
 def _trained_model(

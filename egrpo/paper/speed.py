@@ -24,5 +24,5 @@ def speed_data(
     found = speed_of(config, size['rounds'])
     compiled = compiled_of(config, size['rounds']) if size['rounds'] > 1 else [] # compiling takes minutes
     found['nfe'] += sum(o['nfe'] for o in compiled)
-    return dict(size, seed=0, threads=1, clock='processor time', plan=describe(make_plan('egrpo', **vars(config))), **found,
+    return dict(size, seed=0, threads=1, clock='processor time', plan=describe(make_plan('egrpo', **config.flat())), **found,
                 compiled=compiled)
