@@ -113,10 +113,16 @@ def test_a_whole_network_and_its_reference(name):
 
 def test_gradient_checkpointing_changes_nothing():
     def gradient(**how):
-        policy = moved(general_policy('chroma', lora_rank=2, **how))
+        policy = moved(general_policy('z-image', lora_rank=2, **how))
         policy.velocity(*inputs(policy)).square().mean().backward()
         return torch.cat([p.grad.flatten() for p in policy.parameters().values() if p.grad is not None])
     assert_close(gradient(gradient_checkpointing=True), gradient(), atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_checkpointing_that_changes_something_is_refused():
+    "Chroma's single blocks are not given the mask then (diffusers 0.42.1)."
+    with pytest.raises(ValueError, match='gradient_checkpointing changes what this network computes'):
+        general_policy('chroma', lora_rank=2, gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])

@@ -185,6 +185,19 @@ class GeneralPolicy(Policy):
         self._empty = RecordedConditions([one])
         self._shape = self.entrance.shape(one)
         self.entrance.learn_time(one)
+        if any(getattr(o, 'gradient_checkpointing', False) for o in self._networks()): self._check_checkpointing()
+
+    def _networks(self)->list: # Networks
+        "The network, or both."
+        return [*self.pair.children()] if self.pair else [self.transformer]
+
+    def _check_checkpointing(self):
+        "Compare a velocity with gradient, where activations are dropped, with one without."
+        noise = torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        with torch.enable_grad(): dropped = self._enter(noise, .5, self._empty.rows, self.guidance).detach()
+        with torch.no_grad(): plain = self._enter(noise, .5, self._empty.rows, self.guidance)
+        if (dropped - plain).abs().max() < .01 * plain.abs().max(): return
+        raise ValueError("gradient_checkpointing changes what this network computes (a fault of diffusers): leave it out")
 
     def _count(self,
         guidance:float, # Scale
@@ -192,8 +205,7 @@ class GeneralPolicy(Policy):
         "Count the evaluations of one velocity."
         if guidance in self._counts: return self._counts[guidance]
         rows = []
-        networks = self.pair.children() if self.pair else [self.transformer]
-        hooks = [o.register_forward_hook(lambda module, inputs, out: rows.append(len(out[0]))) for o in networks]
+        hooks = [o.register_forward_hook(lambda module, inputs, out: rows.append(len(out[0]))) for o in self._networks()]
         latents = torch.zeros(1, *self.latent_shape, device=self.device)
         try:
             with torch.no_grad(): self._enter(latents, .5, self._empty.rows, guidance)
