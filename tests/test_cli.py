@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from egrpo.models.pipeline import load_pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 from egrpo.cli import commands as cli
@@ -23,6 +22,7 @@ from egrpo.cli.commands import COMMANDS, main
 from egrpo.core.entropy import merge_lengths
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.registry import METHODS, find_method, method_settings, published
+from egrpo.models.pipeline import load_pipeline
 from egrpo.models.policy import model_sigmas
 from egrpo.paper.claims import CLAIMS
 from egrpo.paper.experiments import EXPERIMENTS

@@ -5,7 +5,6 @@ import shlex
 import pytest
 import torch
 import torch.distributed as dist
-from egrpo.models.reference import swapped
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -21,6 +20,7 @@ from egrpo.core.plan import Branch, Plan, SDEStep, gradient_nfe, rollout_nfe
 from egrpo.core.rollout import ab2_velocity, rollout
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.models.policy import load_policy
+from egrpo.models.reference import swapped
 from egrpo.paper.suffix import group_agreement
 from egrpo.testing.pipelines import small_flux, small_pipeline, small_sd3
 from egrpo.train import cost, speed

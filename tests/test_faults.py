@@ -17,11 +17,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from egrpo.models.pipeline import limit_hub_waiting
 from safetensors.torch import load_file
 
 from egrpo.cli import commands as cli
 from egrpo.cli.commands import main
+from egrpo.models.pipeline import limit_hub_waiting
 from egrpo.models.policy import load_policy
 from egrpo.rewards.reward import RewardError, get_reward
 from egrpo.train import checkpoint as checkpoint_module

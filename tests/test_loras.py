@@ -10,9 +10,6 @@ from functools import partial
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from egrpo.models.lora import load_lora
-from egrpo.models.lora_files import lora_file
-from egrpo.models.pipeline import load_pipeline
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -20,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_policy import theirs
 from torch.testing import assert_close
 
+from egrpo.models.lora import load_lora
+from egrpo.models.lora_files import lora_file
+from egrpo.models.pipeline import load_pipeline
 from egrpo.models.policy import POLICIES, load_policy
 from egrpo.testing.pipelines import small_pipeline
 

@@ -18,10 +18,6 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from egrpo.models.device import is_out_of_memory
-from egrpo.models.families import SD3Policy
-from egrpo.models.lora import _add_lora
-from egrpo.models.pipeline import limit_hub_waiting, load_pipeline
 from huggingface_hub import get_session, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from peft import LoraConfig, get_peft_model_state_dict
@@ -36,6 +32,10 @@ from egrpo.core.rollout import rollout
 from egrpo.core.sde import ode_step
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.registry import METHODS
+from egrpo.models.device import is_out_of_memory
+from egrpo.models.families import SD3Policy
+from egrpo.models.lora import _add_lora
+from egrpo.models.pipeline import limit_hub_waiting, load_pipeline
 from egrpo.models.policy import load_policy, model_sigmas
 from egrpo.models.recorder import record_attention_entropy
 from egrpo.rewards.reward import get_reward

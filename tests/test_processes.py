@@ -19,15 +19,15 @@ import torch.distributed as dist
 import torch.multiprocessing
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
-from egrpo.models.pipeline import assets_path
-from egrpo.models.sharing import PASSES, whole_tensor
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessRaisedException
 
 from egrpo.cli.commands import main
+from egrpo.models.pipeline import assets_path
 from egrpo.models.policy import load_policy
+from egrpo.models.sharing import PASSES, whole_tensor
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import trainer as trainer_module
 from egrpo.train.trainer import TrainConfig, Trainer

@@ -713,9 +713,8 @@ def load_sampler(
     lora=None, # A LoRA to put in: its folder, its .safetensors file, or a hub id
 ):
     "A policy to sample from."
-    from egrpo.models.lora_files import lora_file
-
     from egrpo.core.noise import check_seed
+    from egrpo.models.lora_files import lora_file
     from egrpo.models.policy import load_policy
     check_seed(config.seed)
     check_device(config.device)

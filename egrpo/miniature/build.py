@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ..models.device import seeded
-from ..models.pipeline import assets_path
 from torch import Tensor, nn
 
 from ..base.files import save_whole
@@ -41,6 +39,8 @@ from egrpo.miniature.world import (
     sample_scene,
     verify_batch,
 )
+from ..models.device import seeded
+from ..models.pipeline import assets_path
 
 # %% ../../nbs/miniature/01_build.ipynb #5c824fac
 def scenes(

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from ..models.device import best_device
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from ..base.files import read_object, write_text, write_whole
 from ..core.rollout import rollout
 from ..methods.registry import fitting
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
+from ..models.device import best_device
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
 from ..train.checkpoint import find_checkpoint

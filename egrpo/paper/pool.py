@@ -18,11 +18,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
-from ..models.device import best_device
 from filelock import FileLock
 from torch import distributed
 from tqdm.auto import tqdm
 
+from ..models.device import best_device
 from .cells import cell_path, load_cell, run_cell, save_cell
 from ..train.checkpoint import find_checkpoint
 from ..train.trainer import TrainConfig

@@ -497,9 +497,10 @@ def download(
     remedy:str, # What else can be done, for the message
 )->Path: # The folder that has them
     "Files of the hub, from its cache where they are there already."
-    from egrpo.models.pipeline import limit_hub_waiting
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
+
+    from egrpo.models.pipeline import limit_hub_waiting
     limit_hub_waiting()
     try: place = Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError as e:

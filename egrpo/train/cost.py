@@ -20,18 +20,18 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from ..models.base_policy import MICRO_BATCH_ELEMENTS
-from ..models.device import best_device, is_out_of_memory, synchronize
-from ..models.lora import lora_layers
-from ..models.lora_files import lora_file
-from ..models.pipeline import assets_path
-from ..models.precision import DTYPES, default_dtype
 from safetensors import safe_open
 
 from ..core.plan import count_leaves, gradient_nfe
 from ..methods.aegpo import signal_needed
 from ..methods.registry import make_plan
+from ..models.base_policy import MICRO_BATCH_ELEMENTS
+from ..models.device import best_device, is_out_of_memory, synchronize
+from ..models.lora import lora_layers
+from ..models.lora_files import lora_file
+from ..models.pipeline import assets_path
 from ..models.policy import load_policy
+from ..models.precision import DTYPES, default_dtype
 from .timing import highest_rise
 from .trainer import TrainConfig, chooses_steps, iteration_nfe, plan_settings
 

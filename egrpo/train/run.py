@@ -9,13 +9,13 @@ __all__ = ['ALWAYS', 'cell_key']
 import json
 from pathlib import Path
 
-from ..models.device import best_device
-from ..models.precision import default_dtype
 from torch import Tensor
 
 from ..base.files import digest
 from ..methods.registry import METHODS, find_method
+from ..models.device import best_device
 from ..models.policy import model_sigmas
+from ..models.precision import default_dtype
 from ..rewards.reward import get_reward
 from .checkpoint import code_of
 from .config import SETTINGS, TrainConfig, names_of

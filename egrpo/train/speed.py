@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import torch
 import torch._inductor.config as inductor
-from ..models.precision import compile_blocks
 from torch import Tensor
 
 from ..core.advantage import combine_advantages
@@ -22,6 +21,7 @@ from ..core.noise import addressed_noise
 from ..core.plan import Plan
 from ..core.rollout import rollout, transition_log_prob, transition_mean
 from ..core.sde import ode_step, sde_sample
+from ..models.precision import compile_blocks
 from .prompts import prompt_batch
 from .timing import one_thread
 from .trainer import Trainer

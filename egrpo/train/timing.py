@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
 from ..models.device import synchronize
 
 # %% ../../nbs/train/08_timing.ipynb #c2246ad1

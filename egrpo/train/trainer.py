@@ -25,9 +25,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env, patch_environment
-from ..models.device import best_device, check_torch, is_out_of_memory, synchronize
-from ..models.reference import swapped
-from ..models.sharing import own_part, whole_tensor, whole_tensors
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -44,7 +41,10 @@ from ..core.sde import gaussian_kl
 from ..core.sigmas import flow_sigmas
 from ..methods.aegpo import AttentionPlanner, allocated_plans, share_work, signal_needed
 from ..methods.registry import check_plan, find_method, make_plan, method_name, method_settings
+from ..models.device import best_device, check_torch, is_out_of_memory, synchronize
 from ..models.policy import load_policy, model_sigmas
+from ..models.reference import swapped
+from ..models.sharing import own_part, whole_tensor, whole_tensors
 from ..rewards.reward import RewardError, get_reward
 from egrpo.train.checkpoint import (
     check_new,

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import test_loras as kinds
 from diffusers import FluxTransformer2DModel
-from egrpo.models.lora_files import LORA_CONFIG, read_lora
-from egrpo.models.pipeline import load_pipeline
 from huggingface_hub import constants
 
+from egrpo.models.lora_files import LORA_CONFIG, read_lora
+from egrpo.models.pipeline import load_pipeline
 from egrpo.models.policy import POLICIES, load_policy
 from egrpo.testing.pipelines import SMALL, small_pipeline
 
