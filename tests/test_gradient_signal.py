@@ -102,7 +102,7 @@ def test_steps_add_up_to_the_whole_gradient_and_nothing_moves(tmp_path, settings
     _, cond, out, _, rewards = t.sample(0, plans)
     advantages, _ = t.advantages(out, rewards)
     out = gs.prune(out, advantages)
-    t._gradient(cond, out, torch.unique(out.row[out.weight > 0]), advantages)
+    t.objective.gradient(cond, out, torch.unique(out.row[out.weight > 0]), advantages)
     torch.testing.assert_close(sum(found.values()), sketch(), rtol=1e-3, atol=1e-5 * float(sketch().norm()))
     if 'beta' not in settings and settings.get('method') not in ('aegpo', 'branch_grpo'): # probes; shares of siblings
         assert nfe == sum(rollout_nfe(p) + gradient_nfe(p) for p in plans)

@@ -26,7 +26,9 @@ from ..methods.aegpo import delta_entropy, query_share
 from ..methods.registry import make_plan
 from ..models.recorder import record_attention_entropy
 from ..rewards.reward import get_reward
-from ..train.trainer import TrainConfig, Trainer, loss_weights, ode_plan, rows_loss, sample_images
+from ..train.evaluate import ode_plan, sample_images
+from ..train.objective import loss_weights, rows_loss
+from ..train.trainer import TrainConfig, Trainer
 
 # %% ../../nbs/paper/04_attention_signal.ipynb #d0ba437e
 @torch.no_grad()

@@ -46,7 +46,7 @@ from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
 from ..methods.registry import METHODS, PUBLISHED, method_settings, taken
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
-from ..models.policy import best_device
+from ..models.policy import best_device, swapped
 from .attention_signal import rank_correlation
 from .intervals import Estimate, difference, pooled_training
 from .measurements import MEASUREMENTS
@@ -66,6 +66,7 @@ from .registered import LEARNING_RATES as REGISTERED_RATES
 from ..rewards.reward import get_reward
 from ..train import signal as gs
 from ..train.checkpoint import find_checkpoint
+from ..train.evaluate import ode_plan
 from ..train.prompts import load_prompts, prompt_batch
 from ..train.run import _sources, _what, cell_key
 from ..train.timing import one_thread
@@ -75,8 +76,6 @@ from egrpo.train.trainer import (
     Trainer,
     evaluation_is_due,
     iteration_nfe,
-    ode_plan,
-    swapped,
     training_nfe,
 )
 

@@ -24,7 +24,8 @@ from ..core.plan import Plan, gradient_nfe, rollout_nfe
 from ..core.rollout import prune
 from ..core.sde import step_std
 from ..methods.registry import explored, stochastic_steps
-from .trainer import Trainer, loss_weights
+from .objective import loss_weights
+from .trainer import Trainer
 
 # %% ../../nbs/train/11_signal.ipynb #78b3348e
 SKETCH_SIZE = 2**16
@@ -88,11 +89,13 @@ def step_sketches(
     advantages, _ = trainer.advantages(out, rewards)
     out = prune(out, advantages)
     rows = torch.unique(out.row[out.weight > 0])
-    shares, found = loss_weights(out, trainer.config), {}
+    weights = loss_weights(out, trainer.config)
+    found = {}
     for k in out.start[rows].unique().tolist():
         own = rows[out.start[rows] == k]
-        trainer._gradient(cond, out, own, advantages)
-        share = shares[torch.isin(out.row, own)].sum() / shares.sum()
+        trainer.optimizer.zero_grad()
+        trainer.objective.gradient(cond, out, own, advantages, weights)
+        share = weights[torch.isin(out.row, own)].sum() / weights.sum()
         found[k] = sketch() * share
     trainer.optimizer.zero_grad()
     return found, plans, trainer.policy.nfe - before + choice.get('nfe_probe', 0)
