@@ -276,7 +276,7 @@ def flux(
     def cost(n): return sum(iteration_seconds(replace(config, num_generations=n), seconds[4]).values())
     fitting = [n for n in ((4,) if stage.tiny else (12, 8, 4)) if cost(n) < stage.left - 30]
     config = replace(config, num_generations=(fitting or [2])[0])
-    stage.results.add(num_generations=config.num_generations, nfe=iteration_nfe(config),
+    stage.results.add(num_generations=config.plan['num_generations'], nfe=iteration_nfe(config),
                       predicted_seconds=iteration_seconds(config, seconds[4]))
     stage.results.measure('iteration', lambda: flux_iteration(Trainer(config, policy, mean_brightness)))
     stage.results.measure('predicted_bytes', lambda: run_memory(config))

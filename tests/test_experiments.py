@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,14 @@ import pytest
 import torch
 from scipy import stats
 
+from egrpo.methods.registry import check_plan
 from egrpo.paper import experiments as ex
 from egrpo.paper.claims import verdict_lines
 from egrpo.paper.records import get_scale, load_record, verdict
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import run as run_module
-from egrpo.train.trainer import TrainConfig, check_config, check_method
+from egrpo.train.config import TrainConfig, check_config
+from egrpo.train.trainer import check_method
 
 FIGURES = Path(__file__).parent.parent/'figures'
 CELLS = sorted((FIGURES/'cells').glob('*.json'))
@@ -73,11 +75,12 @@ def test_a_schedule_has_one_name(tmp_path):
 
 @pytest.mark.parametrize('method', list(ex.METHODS))
 def test_every_method_keeps_what_belongs_to_the_run(method):
-    settings = asdict(TrainConfig(method=method, seed=7, shift=2.))
-    base = 'dance_grpo' if method == 'aegpo' else None
-    kept = ex.taken(settings, method, base)
-    assert kept['seed'] == 7 and kept['shift'] == 2.
-    assert {k for k in settings if k not in kept and settings[k] is not None} <= {'tau'} # the one setting with a default of its own
+    config = TrainConfig(method=method, seed=7, shift=2., tau=1., stride=2, window=3, num_generations=4)
+    kept = replace(config, plan=ex.fitting(method, config.plan))
+    check_plan(method, kept.plan)
+    assert kept.seed == 7 and kept.shift == 2. and kept.plan['num_generations'] == 4
+    for name in config.plan.keys() - kept.plan.keys():
+        with pytest.raises(ValueError, match='is no setting of'): check_plan(method, {name: config.plan[name]})
 
 
 def test_seeds_differ(tmp_path):
@@ -109,7 +112,7 @@ def test_continues_where_it_stopped(tmp_path, monkeypatch):
     def stub(config, out):
         ran.append(config.seed)
         if len(ran) == 2: raise KeyboardInterrupt
-        return dict(config=asdict(config), scores={}, key='')
+        return dict(config=config.flat(), scores={}, key='')
     monkeypatch.setattr(ex, 'run_cell', stub)
     configs = [TrainConfig(**TINY, seed=s) for s in (2, 0, 1)]
     with pytest.raises(KeyboardInterrupt): ex.run_cells(configs, 0, tmp_path)

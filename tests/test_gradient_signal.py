@@ -1,7 +1,7 @@
 "Signal and noise of the gradient: what was planted is found, a wrong estimator is noticed, and nothing that is trained moves."
 import json
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from egrpo.cli.commands import main
 from egrpo.core.plan import gradient_nfe, rollout_nfe
-from egrpo.methods.registry import taken
+from egrpo.methods.registry import fitting
 from egrpo.paper import experiments as ex
 from egrpo.paper.records import SCALES
 from egrpo.testing.pipelines import small_pipeline
@@ -189,7 +189,7 @@ def test_every_setting_has_a_run_of_its_table():
     def fields(config): return {k: v for k, v in ex._what(config).items() if k not in lr}
     for record in ex._signal_tables():
         for name, runs in ex.EXPERIMENTS[record].cells(SCALES['mini']).items():
-            run = TrainConfig(**taken(asdict(runs[0]), runs[0].method, runs[0].base))
+            run = replace(runs[0], plan=fitting(runs[0].method, runs[0].plan))
             assert fields(settings[f'{record}: {name}']) == fields(run), (record, name)
 
 

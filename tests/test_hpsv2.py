@@ -1,6 +1,6 @@
 """Our HPS against the package hpsv2's own code: its model, preparation, tokenizer and `score`, on small random weights of the same layout.
 
-The package needs an arrangement of its own (nbs/64_your_own_reward.ipynb); where it is not installed, these are skipped, and
+The package needs an arrangement of its own (nbs/guides/your_own_reward.ipynb); where it is not installed, these are skipped, and
 test_reward_models.py still compares with the formula."""
 import importlib
 import sys

@@ -93,14 +93,35 @@ def test_no_path_of_one_machine(nb):
         assert not found, f'{nb.name}: {found[0]} exists on one machine only'
 
 
-def test_links():
+link = re.compile(r'\]\(([^)\s]+)\)|(?:src|href)="([^"\s]+)"')
+written = [sync.root/name for name in ('README.md', 'PAPERS.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]
+
+
+def prose(page):
+    "The Markdown of a page or notebook, without code."
+    text = page.read_text(encoding='utf-8')
+    if page.suffix == '.ipynb': text = '\n'.join(source(c) for c in cells(page) if c['cell_type'] == 'markdown')
+    return re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S)
+
+
+def targets(page):
+    "Where the relative links and pictures of a page lead."
+    found = [a or b for a, b in link.findall(prose(page))]
+    return [target for target in found if not re.match(r'[a-z]+:|#', target)]
+
+
+@pytest.mark.parametrize('page', [*pages, *written], ids=[*ids, *(p.name for p in written)])
+def test_links(page):
     "Every relative link and picture of a page leads to a file."
-    for nb in pages:
-        text = '\n'.join(source(c) for c in cells(nb) if c['cell_type'] == 'markdown')
-        text = re.sub(r'`[^`]*`', '', text)
-        for target in re.findall(r'\]\(([^)\s]+)\)', text):
-            if re.match(r'[a-z]+:|#', target): continue
-            assert (nb.parent/target.split('#')[0]).exists(), f'{nb.name}: link to {target}, which is not there'
+    lost = [target for target in targets(page) if not (page.parent/target.split('#')[0]).exists()]
+    assert not lost, f'{page.name}: links to {", ".join(lost)}, which are not there'
+
+
+def test_links_are_seen(tmp_path):
+    "Links and pictures in either form; not those in code, and not addresses."
+    page = tmp_path/'page.md'
+    page.write_text('[a](b.md) ![c](d.png) <img src="e.png"> `[f](g)`\n```sh\n[h](i)\n```\n[j](https://example.org) [k](#k)')
+    assert targets(page) == ['b.md', 'd.png', 'e.png']
 
 
 @pytest.mark.parametrize('there, here', [

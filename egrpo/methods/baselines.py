@@ -7,6 +7,7 @@ __all__ = ['chain', 'random_order', 'check_counts', 'flow_grpo', 'grpo_guard', '
            'tempflow_grpo', 'branch_grpo', 'g2rpo']
 
 # %% ../../nbs/methods/00_baselines.ipynb #ff0edb26
+from ..base.inputs import SettingError
 from ..core.plan import Branch, Plan, SDEStep
 from ..core.rollout import addressed_noise
 from ..core.sde import step_std
@@ -38,13 +39,13 @@ def check_counts(
     name:str='active_steps', # What to call `active_steps` in the message
 ):
     "Refuse counts that no plan can have."
-    if num_steps < 2: raise ValueError(f"num_steps must be >= 2, got {num_steps}: the last step is never stochastic")
-    if first_step < 0: raise ValueError(f"first_step must be >= 0, got {first_step}: 0 is where the noise is")
+    if num_steps < 2: raise SettingError('num_steps', f"must be >= 2, got {num_steps}: the last step is never stochastic")
+    if first_step < 0: raise SettingError('first_step', f"must be >= 0, got {first_step}: 0 is where the noise is")
     if not 1 <= active_steps <= num_steps - 1 - first_step:
         allowed = f"from 1 to num_steps - 1 = {num_steps - 1}" + f" - first_step {first_step}" * (first_step > 0)
-        raise ValueError(f"{name} must be {allowed}, got {active_steps}: the last step is never stochastic")
+        raise SettingError(name, f"must be {allowed}, got {active_steps}: the last step is never stochastic")
     if num_generations < 2:
-        raise ValueError(f"num_generations must be >= 2, got {num_generations}: a group of one has nothing to compare with")
+        raise SettingError('num_generations', f"must be >= 2, got {num_generations}: a group of one has nothing to compare with")
 
 # %% ../../nbs/methods/00_baselines.ipynb #e219fbf9
 def flow_grpo(
@@ -127,7 +128,7 @@ def flow_grpo_fast(
     "Flow-GRPO-Fast (code of arXiv 2505.05470): chains from as many noises, stochastic in a random window in the first half."
     check_counts(num_steps, window, num_generations, name='window')
     half = num_steps // 2
-    if window > half: raise ValueError(f"window must fit the first half, {half} of {num_steps} steps, got {window}")
+    if window > half: raise SettingError('window', f"must fit the first half, {half} of {num_steps} steps, got {window}")
     start = random_order(half - window + 1, seed, iteration)[0]
     branch = Branch(chain(range(start, start + window)), noises=num_generations)
     return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), solver)
@@ -148,7 +149,7 @@ def tempflow_grpo(
     sigmas, most = flow_sigmas(num_steps, shift), max(1, num_generations // 6)
     noises = noises or max(n for n in range(1, most + 1) if num_generations % n == 0)
     if num_generations % noises:
-        raise ValueError(f"num_generations ({num_generations}) must be a multiple of noises ({noises}): change one of them")
+        raise SettingError('num_generations', f"({num_generations}) must be a multiple of noises ({noises}): change one of them")
     stds = step_std(sigmas[:-2], sigmas[1:-1], noise_level, kernel, sigmas[1])
     weights = (stds / stds.mean()).tolist()
     branches = (Branch((SDEStep(k, 1, num_generations // noises, w),), noises) for k, w in enumerate(weights))
@@ -193,13 +194,14 @@ def _check_tree(
     slide_every:int, # Iterations between two places of them
 ):
     "Refuse a tree that cannot be."
-    if num_generations < 2: raise ValueError(f"num_generations must be >= 2, got {num_generations}: a tree of one leaf compares nothing")
+    if num_generations < 2:
+        raise SettingError('num_generations', f"must be >= 2, got {num_generations}: a tree of one leaf compares nothing")
     if split_every < 1: raise ValueError(f"split_every must be >= 1 step, got {split_every}: 3 is published")
     last = max(splits)
     if last > num_steps - 2:
         raise ValueError(f"splits at {list(splits)} do not fit {num_steps} steps: lower num_generations or split_every, or raise num_steps")
     if not 0 <= pruned_steps <= num_steps - 2 - last:
-        raise ValueError(f"pruned_steps must be from 0 to {num_steps - 2 - last}, the steps after the last split, got {pruned_steps}")
+        raise SettingError('pruned_steps', f"must be from 0 to {num_steps - 2 - last}, the steps after the last split, got {pruned_steps}")
     if slide_every < 1: raise ValueError(f"slide_every must be >= 1 iteration, got {slide_every}: 30 is published")
 
 # %% ../../nbs/methods/00_baselines.ipynb #dd76ad7c

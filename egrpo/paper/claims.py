@@ -487,9 +487,9 @@ CLAIMS = (
     Claim('AEGPO 6', 'it reaches that score with fewer network evaluations', 'not read', 'aegpo', faster('both')),
     Claim('AEGPO 6', 'it reaches that score in a fifth of the iterations', 'up to 5 times', 'aegpo', faster('both', 'iterations', 5.)),
     Claim('AEGPO 7', "an iteration takes at most 11.1 % longer than the base method's (memory not measured)", '+11.1 %, +1 GB', 'aegpo',
-          overhead('both', .111, 'iteration'), 'nbs/57_overhead.ipynb'),
+          overhead('both', .111, 'iteration'), 'nbs/figures/aegpo/claim7_overhead.ipynb'),
     Claim('AEGPO 7', 'its probes add at most 11.1 % to the rest of an iteration', 'not read', 'aegpo', overhead('both', .111, 'seconds'),
-          'nbs/57_overhead.ipynb'),
+          'nbs/figures/aegpo/claim7_overhead.ipynb'),
     Claim('AEGPO', 'on E-GRPO it is better than E-GRPO: a question of ours', 'not in it', 'on_egrpo', best(), registered=True),
     _ours('more of the truth: the verifier\'s graded score', 2),
     _ours('more of the truth: the strict score', 3),
@@ -581,7 +581,7 @@ def _cells(
     paper = row.paper + (f'; scaled to our gain {found.paper:+.4f}' if found.paper is not None else '')
     seeds = '' if found.seeds is None else str(found.seeds) + ', exploratory' * row.exploratory
     p = '' if found.p is None else ('< .0001' if found.p < 1e-4 else _short(found.p, 4)) + ', survives' * row.survives
-    link = f'[{notebook.stem}]({notebook.name})'
+    link = f'[{notebook.stem}]({notebook.relative_to("nbs").as_posix()})'
     return f'{MARKS[row.word]} {row.verdict}{_beside(row)}', row.place, row.claim, row.ours, same, paper, seeds, p, link
 
 def claims_markdown()->str: # A table in Markdown, with links as they work from nbs/

@@ -44,7 +44,7 @@ from ..base.files import digest, read_object, write_text, write_whole
 from ..core.entropy import merge_lengths, step_entropy
 from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
-from ..methods.registry import METHODS, PUBLISHED, method_settings, taken
+from ..methods.registry import METHODS, PUBLISHED, fitting, method_settings
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
 from ..models.policy import best_device, swapped
 from .attention_signal import rank_correlation
@@ -177,7 +177,8 @@ def run_cell(
     with threads, tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
         where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
-        trainer = Trainer(TrainConfig(**taken(asdict(config), config.method, config.base) | where))
+        plan = fitting(config.method, config.plan)
+        trainer = Trainer(replace(config, plan=plan, **where))
         if len(set(gather_object([cell_key(config)]))) > 1:
             raise ValueError("the processes were about to run different cells: another command fills this store, let it end first")
         frame = trainer.fit()
@@ -1128,8 +1129,8 @@ def _signal_config(
     fields:dict, # Those of one
 )->TrainConfig: # Without what its method does not take
     "The configuration of a setting."
-    method = fields.get('method', TrainConfig.method)
-    return TrainConfig(**taken({**base, **fields}, method, fields.get('base')))
+    config = TrainConfig(**{**base, **fields})
+    return replace(config, plan=fitting(config.method, config.plan))
 
 # %% ../../nbs/paper/09_experiments.ipynb #5a32b0c5
 def _trained_model(
@@ -1272,34 +1273,39 @@ def _attention_data(
 
 EXPERIMENTS = {
     'entropy_by_step': Experiment('E-GRPO Fig. 1b: entropy of a step against its place, for several merge lengths',
-                                  'nbs/40_entropy_by_step.ipynb', lambda scale: {}, _entropy_data),
-    'tau': Experiment('E-GRPO Table 4: the entropy threshold', 'nbs/41_tau.ipynb', lambda scale: grid(scale, TAU), _compared_with('2.2')),
-    'active_steps': Experiment('E-GRPO Fig. 1c and Table 3: which steps are trained', 'nbs/43_active_steps.ipynb',
+                                  'nbs/figures/egrpo/fig1b_entropy.ipynb', lambda scale: {}, _entropy_data),
+    'tau': Experiment('E-GRPO Table 4: the entropy threshold',
+                      'nbs/figures/egrpo/table4_tau.ipynb', lambda scale: grid(scale, TAU), _compared_with('2.2')),
+    'active_steps': Experiment('E-GRPO Fig. 1c and Table 3: which steps are trained', 'nbs/figures/egrpo/table3_active_steps.ipynb',
                                lambda scale: grid(scale, ACTIVE_STEPS), _compared_with('first 8')),
-    'merge_length': Experiment('E-GRPO Table 2: fixed and adaptive merging', 'nbs/44_merge_length.ipynb',
+    'merge_length': Experiment('E-GRPO Table 2: fixed and adaptive merging', 'nbs/figures/egrpo/table2_merge_length.ipynb',
                                lambda scale: grid(scale, MERGE_LENGTH), _compared_with('adaptive')),
-    'lr': Experiment('For E-GRPO Table 1: the learning rate of every method', 'nbs/46_methods.ipynb', _lr_cells, _lr_data),
-    'methods': Experiment('E-GRPO Table 1 and Fig. 4: the methods, trained on preference', 'nbs/46_methods.ipynb',
+    'lr': Experiment('For E-GRPO Table 1: the learning rate of every method',
+                     'nbs/figures/egrpo/table1_methods.ipynb', _lr_cells, _lr_data),
+    'methods': Experiment('E-GRPO Table 1 and Fig. 4: the methods, trained on preference', 'nbs/figures/egrpo/table1_methods.ipynb',
                           _method_cells, _method_data),
-    'methods_clip': Experiment('E-GRPO Table 1: the methods, trained on preference and CLIP', 'nbs/46_methods.ipynb',
+    'methods_clip': Experiment('E-GRPO Table 1: the methods, trained on preference and CLIP', 'nbs/figures/egrpo/table1_methods.ipynb',
                                lambda scale: _method_cells(scale, joint=True), _method_data),
-    'side_by_side': Experiment('E-GRPO Fig. 5 to 7: the same prompts and noise after every method', 'nbs/47_side_by_side.ipynb',
+    'side_by_side': Experiment('E-GRPO Fig. 5 to 7: the same prompts and noise after every method',
+                                'nbs/figures/egrpo/fig5_side_by_side.ipynb',
                                lambda scale: _first_seed(_method_cells(scale)), _side_data),
-    'reward_hacking': Experiment('E-GRPO Fig. 8: how much of a gain is real', 'nbs/48_reward_hacking.ipynb', _both_cells, _hacking_data),
-    'step_weights': Experiment('Beyond E-GRPO: weights of its steps in the loss', 'nbs/71_step_weights.ipynb',
+    'reward_hacking': Experiment('E-GRPO Fig. 8: how much of a gain is real',
+                                 'nbs/figures/egrpo/fig8_reward_hacking.ipynb', _both_cells, _hacking_data),
+    'step_weights': Experiment('Beyond E-GRPO: weights of its steps in the loss', 'nbs/figures/ours/step_weights.ipynb',
                                lambda scale: grid(scale, WEIGHTS), _compared_with('velocity')),
-    'kernels': Experiment('Beyond E-GRPO: the kernel of its stochastic step', 'nbs/61_kernels.ipynb',
+    'kernels': Experiment('Beyond E-GRPO: the kernel of its stochastic step', 'nbs/figures/ours/kernels.ipynb',
                           lambda scale: grid(scale, KERNELS), _compared_with('flow')),
-    'aegpo': Experiment('AEGPO: its two levels, alone and together', 'nbs/53_aegpo.ipynb',
+    'aegpo': Experiment('AEGPO: its two levels, alone and together', 'nbs/figures/aegpo/claim5_both_levels.ipynb',
                         lambda scale: aegpo_grid(scale, AEGPO), _aegpo_data('both', 'DanceGRPO')),
-    'allocation': Experiment('AEGPO: who gets 16 samples and who gets 8', 'nbs/54_allocation_controls.ipynb',
+    'allocation': Experiment('AEGPO: who gets 16 samples and who gets 8', 'nbs/figures/aegpo/claim3_allocation.ipynb',
                              lambda scale: aegpo_grid(scale, ALLOCATION), _aegpo_data('16/8 by ΔEntropy', 'uniform 12')),
-    'explored': Experiment('AEGPO: which steps explore', 'nbs/55_step_controls.ipynb',
+    'explored': Experiment('AEGPO: which steps explore', 'nbs/figures/aegpo/claim4_steps.ipynb',
                            lambda scale: aegpo_grid(scale, EXPLORED), _aegpo_data('4 peaks', 'all')),
-    'on_egrpo': Experiment('Beyond both papers: AEGPO on E-GRPO', 'nbs/56_aegpo_on_egrpo.ipynb',
+    'on_egrpo': Experiment('Beyond both papers: AEGPO on E-GRPO', 'nbs/figures/ours/aegpo_on_egrpo.ipynb',
                            lambda scale: aegpo_grid(scale, ON_EGRPO, 'egrpo'), _aegpo_data('AEGPO on E-GRPO', 'E-GRPO')),
-    'signal': Experiment('Beyond both: signal and noise of the gradient', 'nbs/70_gradient_signal.ipynb', lambda scale: {}, signal_data),
-    'attention_benchmark': Experiment('Beyond AEGPO: what attention entropy costs', 'nbs/62_attention_cost.ipynb',
+    'signal': Experiment('Beyond both: signal and noise of the gradient',
+                         'nbs/figures/ours/gradient_signal.ipynb', lambda scale: {}, signal_data),
+    'attention_benchmark': Experiment('Beyond AEGPO: what attention entropy costs', 'nbs/figures/ours/attention_cost.ipynb',
                                       lambda scale: {}, _attention_data),
     **{name: Experiment(title, notebook, lambda scale: {}, data) for name, (title, notebook, data) in MEASUREMENTS.items()},
 }

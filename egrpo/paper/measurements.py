@@ -478,7 +478,7 @@ def speed_data(
     found = speed_of(config, size['rounds'])
     compiled = compiled_of(config, size['rounds']) if size['rounds'] > 1 else [] # compiling takes minutes
     found['nfe'] += sum(o['nfe'] for o in compiled)
-    return dict(size, seed=0, threads=1, clock='processor time', plan=describe(make_plan('egrpo', **vars(config))), **found,
+    return dict(size, seed=0, threads=1, clock='processor time', plan=describe(make_plan('egrpo', **config.flat())), **found,
                 compiled=compiled)
 
 # %% ../../nbs/paper/08_measurements.ipynb #e2c5a038
@@ -530,13 +530,20 @@ def suffix_data(
 
 # %% ../../nbs/paper/08_measurements.ipynb #eeaaef27
 MEASUREMENTS = { # name -> title, notebook, function
-    'one_step': ('E-GRPO Fig. 1a: what one stochastic step explores', 'nbs/42_one_step.ipynb', one_step_data),
-    'credit': ('E-GRPO Fig. 3: whose credit a reward is', 'nbs/45_credit.ipynb', credit_data),
-    'merging_noise': ('What merging does to the noise, and a guard for tau', 'nbs/49_merging_noise.ipynb', merging_noise_data),
-    'attention_profile': ('AEGPO: attention entropy along the trajectory', 'nbs/50_attention_profile.ipynb', attention_profile_data),
-    'learning_value': ("AEGPO: does ΔEntropy predict a prompt's learning value", 'nbs/51_learning_value.ipynb', learning_value_data),
-    'peaks': ('AEGPO: do entropy peaks mark the steps that pay', 'nbs/52_peaks.ipynb', peaks_data),
-    'base_scores': ('For E-GRPO Fig. 1c and 4: scores of the training prompts before training', 'nbs/46_methods.ipynb', base_scores_data),
-    'speed': ('Beyond E-GRPO: an iteration against sample by sample', 'nbs/66_benchmark.ipynb', speed_data),
-    'suffix': ('Beyond E-GRPO: approximate suffixes', 'nbs/65_approximate_suffix.ipynb', suffix_data),
+    'one_step': ('E-GRPO Fig. 1a: what one stochastic step explores',
+                 'nbs/figures/egrpo/fig1a_one_step.ipynb', one_step_data),
+    'credit': ('E-GRPO Fig. 3: whose credit a reward is', 'nbs/figures/egrpo/fig3_credit.ipynb', credit_data),
+    'merging_noise': ('What merging does to the noise, and a guard for tau',
+                      'nbs/figures/ours/merging_noise.ipynb', merging_noise_data),
+    'attention_profile': ('AEGPO: attention entropy along the trajectory',
+                          'nbs/figures/aegpo/attention_profile.ipynb', attention_profile_data),
+    'learning_value': ("AEGPO: does ΔEntropy predict a prompt's learning value",
+                       'nbs/figures/aegpo/claim1_learning_value.ipynb', learning_value_data),
+    'peaks': ('AEGPO: do entropy peaks mark the steps that pay',
+              'nbs/figures/aegpo/claim2_peaks.ipynb', peaks_data),
+    'base_scores': ('For E-GRPO Fig. 1c and 4: scores of the training prompts before training',
+                    'nbs/figures/egrpo/table1_methods.ipynb', base_scores_data),
+    'speed': ('Beyond E-GRPO: an iteration against sample by sample',
+              'nbs/figures/ours/speed.ipynb', speed_data),
+    'suffix': ('Beyond E-GRPO: approximate suffixes', 'nbs/figures/ours/suffix.ipynb', suffix_data),
 }

@@ -6,21 +6,15 @@
 __all__ = ['BUILT_IN', 'score', 'RewardSet', 'get_reward', 'describe_rewards']
 
 # %% ../../nbs/rewards/02_reward.ipynb #39b90641
-import importlib
 import math
-import os
 import re
-import sys
-import traceback
 from collections import Counter
 from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import egrpo
+from ..base.functions import find_function, name_error
 from .published import REWARD_MODELS, RewardError, RewardModel
 from .server import RewardClient, public_address
 
@@ -59,18 +53,6 @@ def _as_scores(
                               "not finite): make it return a finite score for every image")
     return scores
 
-# %% ../../nbs/rewards/02_reward.ipynb #187546b6
-_libraries = tuple(os.path.dirname(o.__file__) + os.sep for o in (os, egrpo))
-
-def _named(
-    error:BaseException, # As it was caught
-)->str: # Its type, and ' in file.py:line' where that is known
-    "Name an error and the last line of the user's own code in its traceback."
-    files = [(o.filename, o.lineno) for o in traceback.extract_tb(error.__traceback__)]
-    own = [f' in {os.path.basename(file)}:{line}' for file, line in files
-           if os.path.isfile(file) and not file.startswith(_libraries) and not re.search(r'[\\/](site|dist)-packages[\\/]', file)]
-    return ''.join([type(error).__name__, *own[-1:]])
-
 # %% ../../nbs/rewards/02_reward.ipynb #b0188ffa
 def _failure(
     error:Exception, # What a reward raised
@@ -82,7 +64,7 @@ def _failure(
     elsewhere = "run it on another device (`egrpo serve` there, server(http://…) here)"
     remedy = f"take a smaller num_generations, or {elsewhere}"
     if is_out_of_memory(error): return f"ran out of memory on {len(prompts)} images: {remedy}"
-    return f"raised {_named(error)} on {len(prompts)} images, the first for prompt {prompts[0]!r}: {said}"
+    return f"raised {name_error(error)} on {len(prompts)} images, the first for prompt {prompts[0]!r}: {said}"
 
 # %% ../../nbs/rewards/02_reward.ipynb #cf6a7351
 def score(
@@ -243,23 +225,6 @@ def _called(
     if twice: raise ValueError(f"reward {public_address(spec)!r} names {twice[0]!r} twice: add up its weights")
     return names
 
-# %% ../../nbs/rewards/02_reward.ipynb #6866751f
-def _import(
-    module:str, # A module's name, or the path of a file that ends in .py
-):
-    "A module of one's own."
-    path = Path(module).resolve() if module.endswith('.py') else None
-    name, folder = str(path or module), str(path.parent) if path else os.getcwd()
-    if folder not in sys.path: sys.path.append(folder) # an installed command does not look there by itself
-    if not path or name in sys.modules: return importlib.import_module(name)
-    spec = spec_from_file_location(name, path)
-    sys.modules[name] = found = module_from_spec(spec)
-    try: spec.loader.exec_module(found)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return found
-
 # %% ../../nbs/rewards/02_reward.ipynb #2d47dcb9
 def _find(
     name:str, # A built-in or published name, 'server', module:function or file.py:function
@@ -278,11 +243,7 @@ def _find(
     if ':' not in name:
         raise ValueError(f"unknown reward {name!r}: choose from {', '.join([*BUILT_IN, *REWARD_MODELS])}, server(http://…), "
                          "or give your own as module:function or file.py:function")
-    module, function = name.split(':')
-    try: return getattr(_import(module), function)
-    except (Exception, SystemExit) as e:
-        raise ValueError(f"reward {name!r} cannot be imported, {_named(e)}: {' '.join(str(e).split())}. Check its name, its code and that "
-                         "Python finds what it imports (EGRPO_DEBUG=1 shows the traceback)") from e
+    return find_function(name, 'reward')
 
 # %% ../../nbs/rewards/02_reward.ipynb #a8152549
 def get_reward(
