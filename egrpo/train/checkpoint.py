@@ -27,7 +27,10 @@ def optimizer_tensors(
 )->dict: # 'name|key' -> tensor
     "An optimiser's state as named tensors."
     state = optimizer.state_dict()['state']
-    return {f'{name}|{key}': torch.as_tensor(value) for i, name in enumerate(names) for key, value in state.get(i, {}).items()}
+    tensors = {}
+    for i, name in enumerate(names):
+        for key, value in state.get(i, {}).items(): tensors[f'{name}|{key}'] = torch.as_tensor(value)
+    return tensors
 
 def load_optimizer_tensors(
     optimizer, # The optimiser to fill, changed in place
@@ -39,8 +42,9 @@ def load_optimizer_tensors(
     for full, value in tensors.items():
         name, key = full.rsplit('|', 1)
         if name in state: state[name][key] = value
-    state = {i: state[name] for i, name in enumerate(names) if state[name]}
-    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
+    numbered = {i: state[name] for i, name in enumerate(names) if state[name]}
+    groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict(dict(state=numbered, param_groups=groups))
 
 # %% ../../nbs/train/04_checkpoint.ipynb #a74fdc81
 def find_checkpoint(
@@ -53,7 +57,8 @@ def find_checkpoint(
 def _state_digest(state):
     "Hash a state without its sources and its own digest."
     kept = {k: v for k, v in state.items() if k not in ('sources', 'digest')}
-    return digest(json.dumps(kept, sort_keys=True).encode())
+    text = json.dumps(kept, sort_keys=True)
+    return digest(text.encode())
 
 def _write(
     folder:Path, # A folder that is not there yet
@@ -119,13 +124,20 @@ def load_checkpoint(
     folder, # A folder that `save_checkpoint` wrote
 )->tuple: # (section -> name -> tensor, info)
     "Read a checkpoint; a `ValueError` says what of it is damaged."
-    state, folder = read_state(folder), find_checkpoint(folder)
-    digests = state.get('digests') or {f.name: None for f in sorted(folder.glob('*.safetensors'))}
-    try: tensors = {Path(name).stem: _read_section(folder/name, known) for name, known in digests.items()}
-    except (OSError, SafetensorError, ValueError) as e: raise damaged(folder, e) from e
-    return tensors, {k: v for k, v in state.items() if k not in ('digest', 'digests')}
+    state = read_state(folder)
+    folder = find_checkpoint(folder)
+    digests = state.pop('digests', None) or {f.name: None for f in sorted(folder.glob('*.safetensors'))}
+    state.pop('digest', None)
+    tensors = {}
+    for name, expected in digests.items():
+        try: tensors[Path(name).stem] = _read_section(folder/name, expected)
+        except (OSError, SafetensorError, ValueError) as e: raise damaged(folder, e) from e
+    return tensors, state
 
-def _holds_something(path): return path.is_file() or (path.is_dir() and any(path.iterdir()))
+def _holds_something(path):
+    "Return whether this is a file, or a folder that is not empty."
+    if path.is_dir(): return any(path.iterdir())
+    return path.is_file()
 
 def check_new(
     out, # A run's folder; it need not be there
@@ -150,7 +162,8 @@ def check_tensors(
     "Refuse a section in which a tensor is missing, or has another shape."
     for name, tensor in like.items():
         if name not in saved: raise damaged(folder, f'{section} has no {name}')
-        shape, needed = tuple(saved[name].shape), tuple(tensor.shape)
+        shape = tuple(saved[name].shape)
+        needed = tuple(tensor.shape)
         if shape != needed: raise damaged(folder, f'{name} of {section} is {shape}, not {needed}')
     return {name: saved[name] for name in like}
 
@@ -194,23 +207,32 @@ def check_same_run(
     free=(), # Names that may differ: where a run happens and how it reports
 ):
     "Refuse a checkpoint of another configuration."
-    keys = [k for k in {**saved, **current} if k not in free]
-    differ = [f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in keys if saved.get(k) != current.get(k)]
-    if differ:
-        raise ValueError(f"resume: the checkpoint is of another configuration ({'; '.join(differ)}): use its settings, or another `out`")
+    differ = []
+    for name in {**saved, **current}:
+        was, now = saved.get(name), current.get(name)
+        if name not in free and was != now: differ.append(f"{name} was {was!r}, is {now!r}")
+    if not differ: return
+    remedy = "use its settings, or another `out`"
+    raise ValueError(f"resume: the checkpoint is of another configuration ({'; '.join(differ)}): {remedy}")
 
 # %% ../../nbs/train/04_checkpoint.ipynb #d31c60f8
+def _file_of(module):
+    "File of a module that was imported by its name or, if it ends in .py, by its path; None = it was not."
+    if module.endswith('.py'): module = str(Path(module).resolve())
+    return getattr(sys.modules.get(module), '__file__', None)
+
 def code_of(
     function, # A reward, or a method
     name:str='', # What it was called by; the module of module:function and file.py:function counts whole
 )->str|None: # A hash; None for the library's own, where Python knows no source, and for a lambda, whose source is the whole line around it
     "Hash the source code of a reward or method."
-    module = name.partition(':')[0]
-    loaded = sys.modules.get(str(Path(module).resolve()) if module.endswith('.py') else module) if ':' in name else None
-    if getattr(loaded, '__file__', None): return digest(Path(loaded.__file__).read_bytes())
+    module, colon, _ = name.partition(':')
+    file = _file_of(module) if colon else None
+    if file: return digest(Path(file).read_bytes())
     function = getattr(function, 'func', function) # of a partial
-    function = function if hasattr(function, '__qualname__') else type(function)
-    if (function.__module__ or '').split('.')[0] == 'egrpo' or function.__qualname__.endswith('<lambda>'): return None
+    if not hasattr(function, '__qualname__'): function = type(function)
+    room = (function.__module__ or '').split('.')[0]
+    if room == 'egrpo' or function.__qualname__.endswith('<lambda>'): return None
     for o in (function, function.__call__): # of a notebook's class Python may know the methods alone
         with suppress(OSError, TypeError): return digest(inspect.getsource(o).encode())
 

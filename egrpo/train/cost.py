@@ -14,7 +14,8 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 
 import diffusers
@@ -80,30 +81,40 @@ ARCHITECTURES = {
 }
 
 # %% ../../nbs/train/10_cost.ipynb #e4452783
+def _read_json(path): return json.loads(path.read_text(encoding='utf-8'))
+
+def _longest_text(tokenizer): return _read_json(tokenizer/'tokenizer_config.json').get('model_max_length', 512) # in tokens
+
 def _read_part(
     folder:Path, # A part's folder in a pipeline
 )->tuple: # Class name, configuration
     "Read a part's class and settings from its config.json."
-    config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
+    config = _read_json(folder/'config.json')
     return config.get('_class_name') or config['architectures'][0], config
 
 def architecture(
     model:str, # A name in `ARCHITECTURES`, a hub id that ends in one, 'miniature', or a pipeline's folder
 )->Architecture: # Its parts
     "The parts of a model: known by name, or read from a folder."
-    name, folder = model.lower().rstrip('/').split('/')[-1], assets_path(model) if model == 'miniature' else Path(model)
+    name = model.lower().rstrip('/').split('/')[-1]
+    folder = assets_path(model) if model == 'miniature' else Path(model)
     if not folder.is_dir() and name in ARCHITECTURES: return ARCHITECTURES[name]
-    try: network, vae = _read_part(folder/('unet' if (folder/'unet').is_dir() else 'transformer')), _read_part(folder/'vae')
+    denoiser = 'unet' if (folder/'unet').is_dir() else 'transformer'
+    try:
+        network = _read_part(folder/denoiser)
+        vae = _read_part(folder/'vae')
     except (OSError, ValueError) as e:
         known = ', '.join(['miniature', *ARCHITECTURES])
         raise ValueError(f"model {model!r} is not known here: name one of {known}, or a folder with transformer and vae") from e
-    if network[0] not in COUNTED:
-        raise ValueError(f"model {model!r} has a {network[0]}: costs are counted of {' and '.join(COUNTED)}; egrpo tune takes UNets, too")
-    text = tuple(_read_part(o) for o in sorted(folder.glob('text_encoder*')))
-    files = [o/'tokenizer_config.json' for o in sorted(folder.glob('tokenizer*'))]
-    limits = [json.loads(o.read_text(encoding='utf-8')).get('model_max_length', 512) for o in files]
-    if network[0] != _flux_class: return Architecture(network, vae, text, limits[0] + min(256, limits[-1]), True) # CLIP's and T5's
-    return Architecture(network, vae, text, min(512 if network[1]['guidance_embeds'] else 256, limits[-1]))
+    kind, settings = network
+    if kind not in COUNTED:
+        known = ' and '.join(COUNTED)
+        raise ValueError(f"model {model!r} has a {kind}: costs are counted of {known}; egrpo tune takes UNets, too")
+    text = tuple(map(_read_part, sorted(folder.glob('text_encoder*'))))
+    limits = [_longest_text(tokenizer) for tokenizer in sorted(folder.glob('tokenizer*'))]
+    if kind != _flux_class: return Architecture(network, vae, text, limits[0] + min(256, limits[-1]), True) # CLIP's and T5's
+    most = 512 if settings['guidance_embeds'] else 256
+    return Architecture(network, vae, text, min(most, limits[-1]))
 
 # %% ../../nbs/train/10_cost.ipynb #d755ff46
 def build_part(
@@ -113,15 +124,14 @@ def build_part(
 ): # The part, on the meta device
     "A part of a pipeline without numbers."
     with torch.device('meta'):
-        if hasattr(diffusers, name): return getattr(diffusers, name).from_config(dict(config)).to(dtype).eval()
-        part = getattr(transformers, name)
-        return part(part.config_class(**{k: v for k, v in config.items() if k not in ('architectures', 'model_type')})).to(dtype).eval()
+        if hasattr(diffusers, name): part = getattr(diffusers, name).from_config(dict(config))
+        else:
+            kind = getattr(transformers, name)
+            settings = {k: v for k, v in config.items() if k not in ('architectures', 'model_type')}
+            part = kind(kind.config_class(**settings))
+        return part.to(dtype).eval()
 
-def _count(
-    module, # A module
-)->int: # Parameters
-    "Number of a module's parameters."
-    return sum(p.numel() for p in module.parameters())
+def _count(module): return sum(p.numel() for p in module.parameters())
 
 def _lora_parameters(
     network, # A transformer on the meta device
@@ -138,10 +148,17 @@ def count_parameters(
     "Parameters of a model's parts."
     a = architecture(model)
     network = build_part(*a.network)
-    return dict(network=_count(network), text=sum(_count(build_part(*o)) for o in a.text), vae=_count(build_part(*a.vae)),
-                lora=_lora_parameters(network, lora_rank))
+    text = sum(_count(build_part(*part)) for part in a.text)
+    vae = _count(build_part(*a.vae))
+    return dict(network=_count(network), text=text, vae=vae, lora=_lora_parameters(network, lora_rank))
 
 # %% ../../nbs/train/10_cost.ipynb #b83355b2
+def _empty_like(network, batch):
+    "Function of a shape: zeros for a batch, on a network's device and in its dtype."
+    like = next(network.parameters())
+    def empty(*shape): return torch.zeros(batch, *shape, device=like.device, dtype=like.dtype)
+    return empty
+
 def flux_inputs(
     model, # A FluxTransformer2DModel
     batch:int, # Samples
@@ -149,12 +166,17 @@ def flux_inputs(
     text:int # Text tokens
 )->dict: # Arguments of its forward pass
     "Inputs of the right shapes for a FLUX transformer, on its device, in its dtype."
-    c, like = model.config, next(model.parameters())
-    def empty(*shape): return torch.zeros(shape, device=like.device, dtype=like.dtype)
-    ids = torch.zeros(image + text, 3, device=like.device)
-    return dict(hidden_states=empty(batch, image, c.in_channels), encoder_hidden_states=empty(batch, text, c.joint_attention_dim),
-                pooled_projections=empty(batch, c.pooled_projection_dim), timestep=empty(batch) + .5,
-                txt_ids=ids[:text], img_ids=ids[text:], guidance=empty(batch) + 3.5 if c.guidance_embeds else None)
+    c = model.config
+    empty = _empty_like(model, batch)
+    ids = torch.zeros(image + text, 3, device=model.device)
+    return dict(
+        hidden_states=empty(image, c.in_channels),
+        encoder_hidden_states=empty(text, c.joint_attention_dim),
+        pooled_projections=empty(c.pooled_projection_dim),
+        timestep=empty() + .5,
+        txt_ids=ids[:text],
+        img_ids=ids[text:],
+        guidance=empty() + 3.5 if c.guidance_embeds else None)
 
 # %% ../../nbs/train/10_cost.ipynb #6bd88bbc
 def network_inputs(
@@ -166,30 +188,41 @@ def network_inputs(
     "Inputs of the right shapes for a network."
     C, H, W = latent
     if a.network[0] == _flux_class: return flux_inputs(network, batch, H * W // 4, a.text_tokens)
-    c, like = network.config, next(network.parameters())
-    def empty(*shape): return torch.zeros(batch, *shape, device=like.device, dtype=like.dtype)
-    return dict(hidden_states=empty(C, H, W), encoder_hidden_states=empty(a.text_tokens, c.joint_attention_dim),
-                pooled_projections=empty(c.pooled_projection_dim), timestep=empty())
+    c = network.config
+    empty = _empty_like(network, batch)
+    return dict(
+        hidden_states=empty(C, H, W),
+        encoder_hidden_states=empty(a.text_tokens, c.joint_attention_dim),
+        pooled_projections=empty(c.pooled_projection_dim),
+        timestep=empty())
 
 def _blocks(
     network, # A transformer
 )->list: # Its blocks
     "The blocks of a transformer."
-    return [block for child in network.children() if isinstance(child, torch.nn.ModuleList) for block in child if _count(block) > 1e3]
+    lists = [child for child in network.children() if isinstance(child, torch.nn.ModuleList)]
+    return [block for block in chain.from_iterable(lists) if _count(block) > 1e3]
+
+def _address(tensor): return tensor.untyped_storage()._cdata
+
+def _bytes(tensor): return tensor.untyped_storage().nbytes()
 
 class _Kept:
     "Counts what autograd saves, by block."
     def __init__(self,
         network, # A transformer
     ):
-        self.parameters = {p.untyped_storage()._cdata for p in network.parameters()}
-        self.block, self.saved, self.inputs = None, {}, {}
+        self.parameters = {_address(p) for p in network.parameters()}
+        self.block = None # that runs now
+        self.saved = {} # address -> block, bytes
+        self.inputs = {} # address -> bytes
 
     def enter(self, block, args, kwargs):
         "A hook before a block: note its inputs."
         self.block = block
-        tensors = [t for o in (*args, *kwargs.values()) for t in (o if isinstance(o, (list, tuple)) else [o]) if torch.is_tensor(t)]
-        self.inputs |= {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        for given in (*args, *kwargs.values()):
+            several = given if isinstance(given, (list, tuple)) else [given]
+            for tensor in filter(torch.is_tensor, several): self.inputs[_address(tensor)] = _bytes(tensor)
 
     def leave(self, block, args, out):
         "A hook after a block."
@@ -197,8 +230,10 @@ class _Kept:
 
     def pack(self, tensor):
         "A hook of autograd: count a saved tensor."
-        storage, matrix = tensor.untyped_storage(), tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] > 1
-        if storage._cdata not in self.parameters and not matrix: self.saved.setdefault(storage._cdata, (self.block, storage.nbytes()))
+        address = _address(tensor)
+        matrix = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] > 1
+        known = address in self.parameters or address in self.saved
+        if not known and not matrix: self.saved[address] = self.block, _bytes(tensor)
         return tensor
 
     def totals(self)->tuple: # Bytes: all; with checkpointing
@@ -206,7 +241,9 @@ class _Kept:
         by_block = {}
         for block, n in self.saved.values(): by_block[block] = by_block.get(block, 0) + n
         outside = by_block.pop(None, 0)
-        return outside + sum(by_block.values()), outside + sum(self.inputs.values()) + max(by_block.values(), default=0)
+        largest = max(by_block.values(), default=0)
+        checkpointed = outside + sum(self.inputs.values()) + largest
+        return outside + sum(by_block.values()), checkpointed
 
 def kept_bytes(
     network, # A transformer, on any device
@@ -241,8 +278,10 @@ def _side(
     a:Architecture, # Its model's
 )->int: # Side of the latents
     "Side of an image's latents."
-    vae = a.vae[1]
-    return (config.resolution or vae.get('sample_size', 1024)) // 2 ** (len(vae.get('block_out_channels', (0,) * 4)) - 1)
+    _, vae = a.vae
+    pixels = config.resolution or vae.get('sample_size', 1024)
+    halvings = len(vae.get('block_out_channels', (0,) * 4)) - 1
+    return pixels // 2**halvings
 
 def evaluations_per_velocity(
     config:TrainConfig, # The configuration
@@ -254,9 +293,11 @@ def default_micro_batch(
     config:TrainConfig, # The configuration
 )->int: # Latents
     "The micro-batch: as configured, or as `egrpo.models.policy` would choose it."
+    if config.micro_batch: return config.micro_batch
     a = architecture(config.model)
-    size = a.vae[1].get('latent_channels', 4) * _side(config, a) ** 2 * evaluations_per_velocity(config)
-    return config.micro_batch or max(1, MICRO_BATCH_ELEMENTS // size)
+    _, vae = a.vae
+    size = vae.get('latent_channels', 4) * _side(config, a)**2
+    return max(1, MICRO_BATCH_ELEMENTS // (size * evaluations_per_velocity(config)))
 
 def planned_device(
     config:TrainConfig, # The configuration
@@ -287,25 +328,57 @@ def _file_parameters(
     with safe_open(lora_file(lora), 'pt') as f:
         return sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys() if not k.endswith('alpha'))
 
+def _ceil_div(n, parts): return -(-n // parts)
+
+def _keeps_reference(config):
+    "Return whether a run evaluates the policy before training."
+    if config.beta: return True
+    return chooses_steps(config.method) and signal_needed(config.flat())[1]
+
 def _weights_memory(
     config:TrainConfig, # The configuration
     small:int, # Bytes of a number in the network's dtype
     share:int, # Devices that share the network
 )->dict: # Part -> bytes
     "Bytes of weights, gradients and moments on one device."
-    n, (block, rest) = count_parameters(config.model, config.lora_rank), block_parameters(config.model)
+    n = count_parameters(config.model, config.lora_rank)
     lora = _file_parameters(config.lora_from) if config.lora_from else n['lora']
-    trained = lora or n['network']
-    part = trained if lora or share == 1 else -(-trained // share) # a LoRA is not shared
-    reference = config.beta or chooses_steps(config.method) and signal_needed(config.flat())[1]
-    copies = bool(config.lora_from) if lora else bool(reference) * (2 if share > 1 else 1) # two: those trained are kept, too
-    copied = block if share > 1 and config.gradient_checkpointing and not lora else trained
-    gathered = (2 * block + rest) * (small if lora else 4) + (0 if lora else 2 * block * 4)
-    return {'frozen weights': -(-n['network'] // share) * small if lora else 0, 'trained weights': 4 * part, 'gradients': 4 * part,
-            "Adam's moments": 8 * part, 'copy for autocast': copied * small if small < 4 else 0,
-            'average of the weights': 4 * part if config.ema_decay else 0,
-            'reference': 4 * part * copies,
-            'gathered blocks': gathered if share > 1 else 0}
+    shared = share > 1
+    part = lora or _ceil_div(n['network'], share) # a LoRA is not shared
+    parts = {
+        'frozen weights': _ceil_div(n['network'], share) * small if lora else 0,
+        'trained weights': 4 * part,
+        'gradients': 4 * part,
+        "Adam's moments": 8 * part}
+    if small < 4: parts['copy for autocast'] = small * _copied_parameters(config, n['network'], lora, shared)
+    if config.ema_decay: parts['average of the weights'] = 4 * part
+    if lora: copies = 1 if config.lora_from else 0 # of the LoRA that was given
+    elif not _keeps_reference(config): copies = 0
+    else: copies = 2 if shared else 1 # two: those trained are kept, too
+    parts['reference'] = 4 * part * copies
+    if shared: parts['gathered blocks'] = _gathered_bytes(config, small, lora)
+    return parts
+
+def _copied_parameters(
+    config:TrainConfig, # The configuration
+    network:int, # Parameters of the network
+    lora:int, # Of the LoRA; 0 = none
+    shared:bool, # Do devices share the network?
+)->int: # Parameters
+    "Number of trained parameters that autocast copies at once."
+    if lora: return lora
+    block, _ = block_parameters(config.model)
+    return block if shared and config.gradient_checkpointing else network
+
+def _gathered_bytes(
+    config:TrainConfig, # The configuration
+    small:int, # Bytes of a number in the network's dtype
+    lora:int, # Parameters of a LoRA; 0 = the whole network is trained
+)->int: # Bytes
+    "Bytes of a shared network's blocks that are whole at a time: one in use, one on its way."
+    block, rest = block_parameters(config.model)
+    if lora: return (2 * block + rest) * small
+    return (2 * block + rest) * 4 + 2 * block * 4 # with gradients
 
 def _without_activations(
     config:TrainConfig, # The configuration
@@ -313,10 +386,13 @@ def _without_activations(
     share:int, # Devices that share the network
 )->int: # Bytes, >= 0
     "Bytes that an evaluation, or AdamW's step, takes beyond an update."
-    trained, copied = parts['trained weights'], parts['copy for autocast']
-    evaluation = (trained if config.ema_decay else 0) + (copied if share == 1 else 0)
+    trained = parts['trained weights']
+    copied = parts.get('copy for autocast', 0)
+    evaluation = trained if config.ema_decay else 0
+    if share == 1: evaluation += copied
     step = trained if planned_device(config).type == 'cuda' else 0 # elsewhere one parameter at a time
-    return max(0, evaluation - copied - parts['activations'], step - copied - parts['activations'] - parts['gathered blocks'])
+    step -= parts.get('gathered blocks', 0)
+    return max(0, max(evaluation, step) - copied - parts['activations'])
 
 def run_memory(
     config:TrainConfig, # The configuration
@@ -324,14 +400,19 @@ def run_memory(
 )->dict: # Part -> bytes
     "Memory of a run on one device, by part."
     if share < 1: raise ValueError(f"share must be >= 1 devices, got {share}: 1 holds the whole network")
-    a, n, dtype = architecture(config.model), count_parameters(config.model, config.lora_rank), network_dtype(config)
+    n = count_parameters(config.model, config.lora_rank)
+    dtype = network_dtype(config)
     small = DTYPES[dtype].itemsize
-    parts = _weights_memory(config, small, share) | {
-        'text encoders': n['text'] * small if config.text_encoders in (None, 'keep') else 0, 'decoder': n['vae'] * small}
-    kept = activation_bytes(config.model, _side(config, a), dtype)[bool(config.gradient_checkpointing)] * evaluations_per_velocity(config)
+    parts = _weights_memory(config, small, share)
+    if config.text_encoders in (None, 'keep'): parts['text encoders'] = n['text'] * small
+    parts['decoder'] = n['vae'] * small
+    side = _side(config, architecture(config.model))
+    whole, checkpointed = activation_bytes(config.model, side, dtype)
+    kept = checkpointed if config.gradient_checkpointing else whole
     plan = make_plan(config.method, **plan_settings(config))
     rows = config.prompts_per_iteration * gradient_nfe(plan) # no update has more
-    parts['activations'] = kept * min(rows, default_micro_batch(config))
+    latents = min(rows, default_micro_batch(config)) * evaluations_per_velocity(config)
+    parts['activations'] = kept * latents
     parts['evaluation or optimiser step'] = _without_activations(config, parts, share)
     return {k: v for k, v in parts.items() if v}
 
@@ -341,9 +422,10 @@ def shared_traffic(
     share:int, # Devices that share the network, >= 1
 )->tuple: # Bytes that a process receives: in a forward pass, in a backward pass
     "Traffic of a pass through a network that is shared, of any number of latents."
-    n = count_parameters(config.model)['network'] * (share - 1) // share
-    weights = n * (DTYPES[network_dtype(config)].itemsize if config.lora_rank or config.lora_from else 4)
-    return weights, weights + (0 if config.lora_rank or config.lora_from else 4 * n)
+    received = count_parameters(config.model)['network'] * (share - 1) // share
+    small = DTYPES[network_dtype(config)].itemsize
+    if config.lora_rank or config.lora_from: return received * small, received * small
+    return received * 4, received * 8 # gradients, too
 
 # %% ../../nbs/train/10_cost.ipynb #ac3421c0
 @dataclass(frozen=True)
@@ -358,8 +440,11 @@ def _batch(
     n:int, # Latents
 )->tuple: # Latents, noise levels, conditions
     "Something to evaluate: random latents of a prompt."
-    x = torch.randn(n, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.device)
-    return x, torch.linspace(.1, .9, n).to(policy.device), policy.encode(['a red circle'] * n)
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(n, *policy.latent_shape, generator=generator)
+    sigma = torch.linspace(.1, .9, n)
+    cond = policy.encode(['a red circle'] * n)
+    return latents.to(policy.device), sigma.to(policy.device), cond
 
 def _timed(
     run, # () -> anything
@@ -384,17 +469,19 @@ def probe(
 )->Seconds: # For one latent
     "Measure what one latent takes on this machine."
     if n is not None and n < 1: raise ValueError(f"n must be >= 1 latent, got {n}: None takes the policy's micro-batch")
-    n, before, nfe = n or policy.micro_batch, policy.micro_batch, policy.nfe
-    policy.micro_batch, batch = n, _batch(policy, n)
+    before = policy.micro_batch
+    policy.micro_batch = n = n or before
+    batch = _batch(policy, n)
     def forward():
-        "A forward pass."
         with torch.no_grad(): policy.velocity(*batch)
     def backward():
-        "A forward and a backward pass."
         with torch.enable_grad(): policy.velocity(*batch).square().mean().backward()
-    try: return Seconds(*(_timed(f, policy, clock, repeats) / n for f in (forward, backward, lambda: policy.decode(batch[0]))))
+    def decode(): policy.decode(batch[0])
+    try:
+        seconds = [_timed(call, policy, clock, repeats) for call in (forward, backward, decode)]
+        return Seconds(*(s / n for s in seconds))
     finally:
-        policy.micro_batch, policy.nfe = before, nfe
+        policy.micro_batch = before
         for p in policy.parameters().values(): p.grad = None # till now they were held, as between two micro-batches
 
 def iteration_seconds(
@@ -404,14 +491,16 @@ def iteration_seconds(
 )->dict: # rollout, decoding, update -> seconds
     "Seconds of an iteration, without rewards other than those in `seconds.image`."
     if processes < 1: raise ValueError(f"processes must be >= 1, got {processes}: 1 is a single device")
-    plan, c = make_plan(config.method, **plan_settings(config)), config
-    share = -(-c.prompts_per_iteration // processes) # of the device that has most
-    twice = evaluations_per_velocity(c)
+    c = config
+    plan = make_plan(c.method, **plan_settings(c))
+    share = _ceil_div(c.prompts_per_iteration, processes) # of the device that has most
+    velocity = evaluations_per_velocity(c) * seconds.forward
+    backward = evaluations_per_velocity(c) * seconds.backward
     gradient = share * c.inner_epochs * gradient_nfe(plan)
     reference = gradient if c.beta else 0
     rollout = share * iteration_nfe(c) // c.prompts_per_iteration - gradient - reference
-    return dict(rollout=rollout * twice * seconds.forward, decoding=share * count_leaves(plan) * seconds.image,
-                update=twice * (gradient * seconds.backward + reference * seconds.forward))
+    decoding = share * count_leaves(plan) * seconds.image
+    return dict(rollout=rollout * velocity, decoding=decoding, update=gradient * backward + reference * velocity)
 
 # %% ../../nbs/train/10_cost.ipynb #645a0c38
 def policy_of(
@@ -450,7 +539,7 @@ def tune(
         later = _later(policy)
         left = limit - sum(o.nbytes for o in later)
         while n <= most and max(2 * rise - gradients, 2 * gradients) <= left: # an evaluation or a step takes twice the gradients
-            seconds, now = highest_rise(lambda n=n: probe(policy, n, clock), policy.device)
+            seconds, now = highest_rise(partial(probe, policy, n, clock), policy.device)
             rise = max(rise, now)
             if rise > left: break
             found.append((n, seconds, rise))
@@ -465,5 +554,6 @@ def best_micro_batch(
     slack:float=.03, # A smaller one is taken that is at most this much slower
 )->int: # Latents
     "The smallest micro-batch that is about as fast as the fastest."
-    pace = {n: s.forward for n, s, _ in tried}
-    return min(n for n, s in pace.items() if s <= (1 + slack) * min(pace.values()))
+    fastest = min(seconds.forward for _, seconds, _ in tried)
+    enough = (1 + slack) * fastest
+    return min(n for n, seconds, _ in tried if seconds.forward <= enough)

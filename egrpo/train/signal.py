@@ -12,6 +12,7 @@ __all__ = ['SKETCH_SIZE', 'CountSketch', 'TrainedStep', 'trained_steps', 'step_s
 # %% ../../nbs/train/12_signal.ipynb #79015b6d
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -51,8 +52,11 @@ class CountSketch:
         "Sketch the gradient that the parameters hold; none counts as zero."
         total = torch.zeros(2 * self.size, device=self.places[0].device)
         for p, places in zip(self.parameters, self.places):
-            if p.grad is not None: total.index_add_(0, places, p.grad.flatten().float())
-        return total[:self.size] - total[self.size:]
+            if p.grad is None: continue
+            gradient = p.grad.flatten()
+            total.index_add_(0, places, gradient.float())
+        plus, minus = total.split(self.size)
+        return plus - minus
 
 # %% ../../nbs/train/12_signal.ipynb #48d1edf2
 @dataclass(frozen=True)
@@ -69,12 +73,13 @@ def trained_steps(
 )->dict: # start -> `TrainedStep`; of branches that leave from one place, the first
     "Describe the steps that a plan trains."
     out = {}
-    for s in (s for b in plan.branches for s in b.steps if s.weight):
-        sigma, sigma_next = plan.sigmas[s.start], plan.sigmas[s.end]
-        std = step_std(sigma, sigma_next, plan.noise_level, plan.kernel, plan.sigma_max)
-        delta = sigma - sigma_next
-        step = TrainedStep(s.start, s.end, float(std), float(delta), float(s.weight))
-        out.setdefault(s.start, step)
+    for branch in plan.branches:
+        for s in branch.steps:
+            if not s.weight or s.start in out: continue
+            sigma, sigma_next = plan.sigmas[s.start], plan.sigmas[s.end]
+            std = step_std(sigma, sigma_next, plan.noise_level, plan.kernel, plan.sigma_max)
+            delta = sigma - sigma_next
+            out[s.start] = TrainedStep(s.start, s.end, float(std), float(delta), float(s.weight))
     return out
 
 def step_sketches(
@@ -101,6 +106,12 @@ def step_sketches(
     return found, plans, trainer.policy.nfe - before + choice.get('nfe_probe', 0)
 
 # %% ../../nbs/train/12_signal.ipynb #3979ab3f
+def _steps_of(plans):
+    "Steps that any of some plans trains, by start; of two at one place, the first."
+    steps = {}
+    for plan in plans: steps = trained_steps(plan) | steps
+    return steps
+
 @dataclass
 class BatchGradients:
     "Sketched gradients of n batches by K steps, and what they cost."
@@ -112,8 +123,11 @@ class BatchGradients:
     @property
     def trained(self)->np.ndarray: # (n,K) bool
         "Mark the steps that each batch trains."
-        starts = [{s for p in plans for s in trained_steps(p)} for plans in self.plans]
-        return np.array([[s.start in own for s in self.steps] for own in starts])
+        marks = np.zeros((len(self.plans), len(self.steps)), dtype=bool)
+        for n, plans in enumerate(self.plans):
+            own = _steps_of(plans)
+            marks[n] = [step.start in own for step in self.steps]
+        return marks
 
 def check_batches(
     batches:int, # How many will be drawn
@@ -135,13 +149,12 @@ def batch_gradients(
     bar = tqdm(range(batches), desc='batches', disable=not progress)
     drawn = [step_sketches(trainer, i, sketch) for i in bar]
     found, plans, nfe = zip(*drawn)
-    steps = {}
-    for p in (p for batch in plans for p in batch): steps = trained_steps(p) | steps
-    starts = sorted(steps)
-    sketches = torch.zeros(batches, len(starts), size, device=sketch.places[0].device)
-    for b, own in enumerate(found):
-        for start, sketched in own.items(): sketches[b, starts.index(start)] = sketched
-    ordered = [steps[k] for k in starts]
+    steps = _steps_of(chain.from_iterable(plans))
+    ordered = sorted(steps.values(), key=lambda step: step.start)
+    sketches = torch.zeros(batches, len(ordered), size, device=sketch.places[0].device)
+    for places, sketched in zip(sketches, found):
+        for place, step in zip(places, ordered):
+            if step.start in sketched: place.copy_(sketched[step.start])
     return BatchGradients(sketches, ordered, list(plans), np.array(nfe, dtype=float))
 
 # %% ../../nbs/train/12_signal.ipynb #0d3af7d1
@@ -168,13 +181,16 @@ def _moments(
     products:np.ndarray, # (n,n) inner products of n batches, n >= 3
 )->tuple: # (1+n,) signals, (1+n,) noises: of all batches, then without each
     "Signal and noise, and the same without each batch."
-    n, own = len(products), np.diag(products)
-    count = np.array([n] + [n - 1] * n)
+    n = len(products)
+    own = np.diag(products)
     crossed = 2 * products.sum(1) - own # a batch's row and column
-    total = products.sum() - np.array([0., *crossed])
-    energy = own.sum() - np.array([0., *own])
-    signal = (total - energy) / (count * (count - 1))
-    return signal, energy / count - signal
+    left = np.full(1 + n, n - 1)
+    left[0] = n
+    total = products.sum() - np.append(0., crossed)
+    energy = own.sum() - np.append(0., own)
+    pairs = left * (left - 1)
+    signal = (total - energy) / pairs
+    return signal, energy / left - signal
 
 def _ratios(
     products:np.ndarray, # (n,n) inner products of n batches
@@ -187,12 +203,13 @@ def jackknife_interval(
     values, # (1+n,) a statistic of all n batches, then without each
 )->tuple: # (value, low, high)
     "A statistic with its 95 % interval by the jackknife."
-    value, without = values[0], np.asarray(values[1:])
+    value = float(values[0])
+    without = np.asarray(values[1:])
     n = len(without)
     apart = without - without.mean()
-    error = ((n - 1) / n * (apart**2).sum())**.5
-    half = t.ppf(.975, n - 1) * error
-    return float(value), float(value - half), float(value + half)
+    variance = (n - 1) / n * (apart**2).sum()
+    half = t.ppf(.975, n - 1) * variance**.5
+    return value, float(value - half), float(value + half)
 
 # %% ../../nbs/train/12_signal.ipynb #870ddc3e
 @dataclass
@@ -227,10 +244,17 @@ def signal_estimate(
 )->SignalEstimate: # With intervals
     "Estimate signal and noise from inner products between batches."
     products = np.asarray(products, dtype=float)
-    if products.ndim != 2 or len(products) < 3 or len(products) != products.shape[1]:
+    n = len(products)
+    if n < 3 or products.shape != (n, n):
         raise ValueError(f"products must be (n,n) of n >= 3 batches, got {products.shape}: draw more batches")
     signal, noise = map(jackknife_interval, _moments(products))
-    return SignalEstimate(signal, noise, _ratios(products), float(np.mean(nfe)), prompts)
+    cost = float(np.mean(nfe))
+    return SignalEstimate(signal, noise, _ratios(products), cost, prompts)
+
+def _half_width(estimate):
+    "Distance of the lower end of the interval, per 1,000 network evaluations."
+    value, low, _ = estimate.per_thousand
+    return value - low
 
 def signal_lead(
     one:SignalEstimate, # An estimate
@@ -240,9 +264,8 @@ def signal_lead(
     a = 1000 / one.nfe * one.ratios
     b = 1000 / other.nfe * other.ratios
     if len(a) == len(b): return jackknife_interval(a - b)
-    halves = [value - low for value, low, _ in (one.per_thousand, other.per_thousand)]
     lead = float(a[0] - b[0])
-    half = float(np.hypot(*halves))
+    half = float(np.hypot(_half_width(one), _half_width(other)))
     return lead, lead - half, lead + half
 
 # %% ../../nbs/train/12_signal.ipynb #7e38f8ca
@@ -277,17 +300,18 @@ def cross_validated(
 )->SignalEstimate: # Of loss weights that were fitted to other batches than those they are judged on
     "Judge the best weights on batches that they were not fitted to."
     if len(gram) < 6: raise ValueError(f"gram must be of >= 6 batches, got {len(gram)}: each half needs 3")
-    n = len(gram)
-    ratios, moments = np.zeros(1 + n), []
-    for first, second in ((0, 1), (1, 0)): # judged, fitted
-        fitted = best_weights(gram[second::2, :, second::2])
-        products = weighted_products(gram[first::2, :, first::2], fitted)
-        own = _ratios(products)
-        ratios += own[0] / 2 # a batch moves the half that it is in
-        ratios[1 + first::2] += (own[1:] - own[0]) / 2
+    ratios = np.zeros(1 + len(gram))
+    moments = []
+    for judged, fitted in ((0, 1), (1, 0)): # the even batches, the odd ones
+        weights = best_weights(gram[fitted::2, :, fitted::2])
+        products = weighted_products(gram[judged::2, :, judged::2], weights)
+        whole, *without = _ratios(products)
+        ratios += whole / 2 # a batch moves the half that it is in
+        ratios[1 + judged::2] += (np.array(without) - whole) / 2
         moments.append([jackknife_interval(x) for x in _moments(products)])
     signal, noise = np.mean(moments, axis=0).tolist()
-    return SignalEstimate(tuple(signal), tuple(noise), ratios, float(np.mean(nfe)), prompts)
+    cost = float(np.mean(nfe))
+    return SignalEstimate(tuple(signal), tuple(noise), ratios, cost, prompts)
 
 # %% ../../nbs/train/12_signal.ipynb #b7f25b2d
 @cache
@@ -302,17 +326,21 @@ def _branch_nfe(
         plan = explored(plan, kept)
     return rollout_nfe(plan) + gradient_nfe(plan)
 
+def _planned_nfe(gradients, steps):
+    "(n,) network evaluations of every batch with some of its plans' steps, as planned."
+    def of_batch(plans): return sum(_branch_nfe(plan, steps) for plan in plans)
+    return np.array([of_batch(plans) for plans in gradients.plans])
+
 def steps_nfe(
     gradients:BatchGradients, # From `batch_gradients`
     steps, # Starts of the steps that are trained; the others become ODE steps
 )->float: # Network evaluations of a batch, over the batches that have any of the steps
     "Cost of a batch with some of the steps alone, in the proportion that was measured for all."
-    def planned(steps):
-        "Of every batch."
-        return np.array([sum(_branch_nfe(p, steps) for p in plans) for plans in gradients.plans])
-    some, whole = planned(tuple(steps)), planned(None)
+    some = _planned_nfe(gradients, tuple(steps))
+    whole = _planned_nfe(gradients, None)
     has = some > 0
-    return float(some[has].sum() / whole[has].sum() * gradients.nfe[has].mean())
+    share = some[has].sum() / whole[has].sum()
+    return float(share * gradients.nfe[has].mean())
 
 # %% ../../nbs/train/12_signal.ipynb #2f99acf2
 def step_weights(
@@ -320,12 +348,16 @@ def step_weights(
     gram:np.ndarray, # (n,K,n,K) of its sketches
 )->dict: # Name -> (K,) weights on top of the plan's
     "Weights of the steps that are known without a fit."
-    std, delta, weight = np.array([(s.std, s.delta, s.weight) for s in gradients.steps]).T
+    std = np.array([s.std for s in gradients.steps])
+    delta = np.array([s.delta for s in gradients.steps])
+    weight = np.array([s.weight for s in gradients.steps])
     energy = np.einsum('bkbk->k', gram)
     norm = np.sqrt(energy / gradients.trained.sum(0))
-    equal = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
-    plain = np.ones(len(std))
-    return {'plain': plain, 'std/Δ': std / delta / weight, 'std': std / weight, 'equal norm': equal}
+    weights = {'plain': np.ones(len(std))}
+    weights['std/Δ'] = std / delta / weight
+    weights['std'] = std / weight
+    weights['equal norm'] = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
+    return weights
 
 @dataclass
 class SignalReport:
@@ -340,17 +372,29 @@ def signal_report(
     prompts:int=1, # Prompts of a batch
 )->SignalReport: # All estimates
     "Estimate signal and noise by step, for several weightings, and for the steps that pay best."
-    gram, nfe, n = gram_matrix(gradients.sketches), gradients.nfe, len(gradients.nfe)
-    plan = np.array([s.weight for s in gradients.steps])
+    gram, nfe = gram_matrix(gradients.sketches), gradients.nfe
     weightings = {}
-    for name, w in step_weights(gradients, gram).items():
-        shown = w * plan / (w * plan).mean() if w.any() else w
-        weightings[name] = shown, signal_estimate(weighted_products(gram, w), nfe, prompts)
-    if n >= 6:
-        shown = best_weights(gram) * plan
-        weightings['best'] = shown / (shown.mean() or 1), cross_validated(gram, nfe, prompts)
-    steps = [(s, _step_estimate(gradients, gram, k, prompts)) for k, s in enumerate(gradients.steps)]
-    return SignalReport(steps, weightings, _chosen(gradients, gram, steps, prompts), n)
+    for name, weights in step_weights(gradients, gram).items():
+        products = weighted_products(gram, weights)
+        weightings[name] = _shown_weights(gradients, weights), signal_estimate(products, nfe, prompts)
+    if len(nfe) >= 6:
+        shown = _shown_weights(gradients, best_weights(gram))
+        weightings['best'] = shown, cross_validated(gram, nfe, prompts)
+    steps = []
+    for k, step in enumerate(gradients.steps):
+        estimate = _step_estimate(gradients, gram, k, prompts)
+        steps.append((step, estimate))
+    chosen = _chosen(gradients, gram, steps, prompts)
+    return SignalReport(steps, weightings, chosen, len(nfe))
+
+def _shown_weights(
+    gradients:BatchGradients, # From `batch_gradients`
+    weights:np.ndarray, # (K,) on top of the plan's
+)->np.ndarray: # (K,) as in `SDEStep.weight`, mean 1; all 0 where all are
+    "Weights as a plan would have them."
+    plan = np.array([s.weight for s in gradients.steps])
+    whole = weights * plan
+    return whole / (whole.mean() or 1)
 
 def _step_estimate(
     gradients:BatchGradients, # From `batch_gradients`
@@ -373,12 +417,14 @@ def _chosen(
 )->tuple: # Starts, `SignalEstimate` of a loss of these steps alone
     "Steps that pay best together, among the first ones in the order of their ratios per evaluation."
     worth = [e.per_thousand[0] if e else -np.inf for _, e in steps]
-    order, candidates = np.argsort(worth)[::-1], []
-    for count in range(1, len(order) + 1):
-        picked = np.isin(np.arange(len(order)), order[:count])
-        starts = [s.start for (s, _), own in zip(steps, picked) if own]
+    picked = np.zeros(len(steps), dtype=bool)
+    candidates = []
+    for k in np.argsort(worth)[::-1]:
+        picked[k] = True
+        starts = [gradients.steps[i].start for i in np.flatnonzero(picked)]
+        cost = steps_nfe(gradients, starts)
         products = weighted_products(gram, picked)
-        candidates.append((starts, signal_estimate(products, steps_nfe(gradients, starts), prompts)))
+        candidates.append((starts, signal_estimate(products, cost, prompts)))
     return max(candidates, key=lambda o: o[1].per_thousand[0])
 
 # %% ../../nbs/train/12_signal.ipynb #6fc56bee
@@ -437,14 +483,15 @@ def _batch_answer(
     batches:int, # How many were drawn
 )->str: # A line
     "Say at how many prompts signal equals noise."
+    def prompts(batches): return _count(batches * plain.prompts)
     value, low, high = plain.critical
     if plain.ratio[1] <= 0:
-        least = f', at least {_count(low * plain.prompts)} prompts' if low else ''
+        least = f', at least {prompts(low)} prompts' if low else ''
         return f'batch: {batches} batches show no signal yet (the interval includes 0){least}: draw more'
-    prompts, at_least, at_most = (_count(x * plain.prompts) for x in (value, low, high))
+    interval = f'{prompts(value)} prompts [{prompts(low)}, {prompts(high)}]'
     evaluations = f'{_count(value * plain.nfe)} network evaluations'
     now = f'an iteration now has {plain.prompts} prompts, {_count(plain.nfe)} evaluations'
-    return f'batch: signal equals noise at {prompts} prompts [{at_least}, {at_most}], {evaluations}; {now}'
+    return f'batch: signal equals noise at {interval}, {evaluations}; {now}'
 
 def _steps_answer(
     report:SignalReport, # From `signal_report`
@@ -480,11 +527,13 @@ def signal_json(
     report:SignalReport, # From `signal_report`
 )->dict: # steps, weightings, chosen, batches, prompts, nfe, ratios; an interval is (value, low, high)
     "The report as numbers; `ratios` of the plain loss, as in `SignalEstimate`, allow paired comparisons."
-    plain, (starts, chosen) = report.weightings['plain'][1], report.chosen
+    _, plain = report.weightings['plain']
+    starts, chosen = report.chosen
     weightings = {}
-    for name, (w, e) in report.weightings.items():
-        weightings[name] = dict(weights=w.tolist(), over_plain=signal_lead(e, plain), **_numbers(e))
-    steps = [vars(s) | _numbers(e) for s, e in report.steps]
+    for name, (weights, estimate) in report.weightings.items():
+        lead = signal_lead(estimate, plain)
+        weightings[name] = dict(weights=weights.tolist(), over_plain=lead, **_numbers(estimate))
+    steps = [vars(step) | _numbers(estimate) for step, estimate in report.steps]
     best = dict(steps=starts, **_numbers(chosen))
     ratios = [float(f'{x:.8g}') for x in plain.ratios]
     sizes = dict(batches=report.batches, prompts=plain.prompts, nfe=plain.nfe)
@@ -495,8 +544,8 @@ def read_signal(
 )->SignalEstimate: # Of the plain loss
     "The estimate of the plain loss that a report holds."
     plain = found['weightings']['plain']
-    signal, noise = (tuple(plain[k]) for k in ('signal', 'noise'))
-    return SignalEstimate(signal, noise, np.array(found['ratios']), found['nfe'], found['prompts'])
+    ratios = np.array(found['ratios'])
+    return SignalEstimate(tuple(plain['signal']), tuple(plain['noise']), ratios, found['nfe'], found['prompts'])
 
 def signal_of(
     trainer:Trainer, # Gives policy, method, reward and configuration; its weights do not change
