@@ -16,7 +16,8 @@ from egrpo.methods.registry import METHODS, explored, make_plan, stochastic_step
 from egrpo.models.policy import load_policy
 from egrpo.train import objective as objective_module
 from egrpo.train.objective import rows_loss
-from egrpo.train.trainer import TrainConfig, Trainer, iteration_nfe
+from egrpo.train.prepare import iteration_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 SMALL = dict(method='aegpo', top=2, num_steps=7, num_generations=6, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-4,
              ema_decay=0)

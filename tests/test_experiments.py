@@ -21,7 +21,7 @@ from egrpo.paper.records import get_scale, load_record, verdict
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import run as run_module
 from egrpo.train.config import TrainConfig, check_config
-from egrpo.train.trainer import check_method
+from egrpo.train.prepare import check_method
 
 FIGURES = Path(__file__).parent.parent/'figures'
 CELLS = sorted((FIGURES/'cells').glob('*.json'))
@@ -68,7 +68,7 @@ def test_a_schedule_has_one_name(tmp_path):
     assert key() == key(shift=3.) != key(shift=2.)
     small_pipeline('sd3').save_pretrained(tmp_path)
     assert key(model=str(tmp_path)) != key(model=str(tmp_path), shift=3.)
-    assert 'shift' not in ex._what(TrainConfig(model=str(tmp_path)))
+    assert 'shift' not in ex.result_settings(TrainConfig(model=str(tmp_path)))
     nowhere = str(tmp_path/'vae') # no pipeline's folder
     assert key(model=nowhere) != key(model=nowhere, shift=3.)
 

@@ -186,7 +186,7 @@ def test_refusals(tmp_path, monkeypatch, capsys, words, says):
 def test_every_setting_has_a_run_of_its_table():
     "A setting's fields are those of the runs that its signal is compared with."
     settings, lr = ex.signal_settings('mini'), ('lr', 'iterations', 'budget', 'eval_every', 'eval_size', 'eval_rewards', 'seed')
-    def fields(config): return {k: v for k, v in ex._what(config).items() if k not in lr}
+    def fields(config): return {k: v for k, v in ex.result_settings(config).items() if k not in lr}
     for record in ex._signal_tables():
         for name, runs in ex.EXPERIMENTS[record].cells(SCALES['mini']).items():
             run = replace(runs[0], plan=fitting(runs[0].method, runs[0].plan))

@@ -27,7 +27,8 @@ from egrpo.methods.registry import METHODS, PAPERS, PUBLISHED, describe_method, 
 from egrpo.models.policy import load_policy
 from egrpo.train import objective as objective_module
 from egrpo.train import trainer as trainer_module
-from egrpo.train.trainer import TrainConfig, Trainer, training_nfe
+from egrpo.train.prepare import training_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 PROMPTS = ['a red circle', 'two blue squares']
 SMALL = dict(num_steps=7, num_generations=4, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-9, ema_decay=0)

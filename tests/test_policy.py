@@ -36,7 +36,9 @@ from egrpo.models.policy import SD3Policy, _add_lora, is_out_of_memory, limit_hu
 from egrpo.models.recorder import record_attention_entropy
 from egrpo.rewards.reward import get_reward
 from egrpo.testing.pipelines import SMALL, small_pipeline
-from egrpo.train.trainer import TrainConfig, Trainer, describe_run, sample_images, training_nfe
+from egrpo.train.evaluate import sample_images
+from egrpo.train.prepare import describe_run, training_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 PROMPTS = ['a red circle', 'two blue squares']
 every = pytest.mark.parametrize('name', SMALL)

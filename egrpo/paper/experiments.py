@@ -65,19 +65,13 @@ from .registered import DESIGN, register
 from .registered import LEARNING_RATES as REGISTERED_RATES
 from ..rewards.reward import get_reward
 from ..train import signal as gs
-from ..train.checkpoint import find_checkpoint
+from ..train.config import EVAL_REWARDS, TrainConfig, evaluation_is_due
 from ..train.evaluate import ode_plan
+from ..train.prepare import iteration_nfe, training_nfe
 from ..train.prompts import load_prompts, prompt_batch
-from ..train.run import _sources, _what, cell_key
+from ..train.run import Run, cell_key, result_settings, result_sources
 from ..train.timing import one_thread
-from egrpo.train.trainer import (
-    EVAL_REWARDS,
-    TrainConfig,
-    Trainer,
-    evaluation_is_due,
-    iteration_nfe,
-    training_nfe,
-)
+from ..train.trainer import Trainer
 
 # %% ../../nbs/paper/09_experiments.ipynb #441ec970
 def _pack(
@@ -176,7 +170,7 @@ def run_cell(
     threads = one_thread() if best_device(config.device).type == 'cpu' else nullcontext() # beside a GPU the verifier may take all
     with threads, tempfile.TemporaryDirectory() as scratch:
         folder, every = (Path(out), CHECKPOINT_EVERY) if out else (Path(scratch), 0)
-        where = dict(out=str(folder), checkpoint_every=every, resume=find_checkpoint(folder/'checkpoint') is not None)
+        where = dict(out=str(folder), checkpoint_every=every, resume=Run(folder).find_checkpoint() is not None)
         plan = fitting(config.method, config.plan)
         trainer = Trainer(replace(config, plan=plan, **where))
         if len(set(gather_object([cell_key(config)]))) > 1:
@@ -189,11 +183,11 @@ def run_cell(
         busy = wall if trainer.policy.device.type != 'cpu' else time.process_time() - busy
         pictures = _shown(trainer, frame) if _wants_images(config) else {}
         if not trainer.accelerator.is_main_process: return {}
-        log = (folder/'metrics.jsonl').read_text(encoding='utf-8')
-        metrics = [json.loads(line) for line in log.splitlines()]
-    sources = _sources(config)
+        metrics = trainer.run.read_metrics()
+    sources = result_sources(config)
     made = dict(commit=code_commit(), device=device_name(trainer.policy.device)) | (dict(sources=sources) if sources else {})
-    return dict(config=_what(config), **made, scores=_pack(frame), **_costs(metrics, wall, busy, trainer.reward.weights), **pictures)
+    costs = _costs(metrics, wall, busy, trainer.reward.weights)
+    return dict(config=result_settings(config), **made, scores=_pack(frame), **costs, **pictures)
 
 # %% ../../nbs/paper/09_experiments.ipynb #abd1c9da
 def store_dir()->Path: # The folder of finished cells
@@ -272,7 +266,7 @@ def _run_and_store(
     path, run = Path(path), Path(path).with_suffix('.run')
     with _alone(path) if _is_first() else nullcontext():
         if path.exists(): return
-        if _is_first() and not find_checkpoint(run/'checkpoint'): shutil.rmtree(run, ignore_errors=True)
+        if _is_first() and not Run(run).find_checkpoint(): shutil.rmtree(run, ignore_errors=True)
         _meet()
         result = run_cell(config, out=run)
         if _is_first():
@@ -1142,7 +1136,7 @@ def _trained_model(
     run = Path(store)/f'{cell_key(config)}.run'
     with _alone(run.with_suffix('.json')):
         if not (run/'model').exists():
-            resume = find_checkpoint(run/'checkpoint') is not None
+            resume = Run(run).find_checkpoint() is not None
             Trainer(replace(config, out=str(run), resume=resume)).fit()
     return str(run/'model')
 

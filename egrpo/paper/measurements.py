@@ -56,10 +56,11 @@ from .intervals import Estimate, difference
 from .records import get_scale
 from .suffix import STRIDES, cache_scores, group_agreement, suffix_costs, suffix_plan, suffix_scores
 from ..rewards.reward import RewardSet, get_reward
+from ..train.evaluate import evaluate
 from ..train.prompts import load_prompts
 from ..train.speed import compiled_of, speed_of
 from ..train.timing import one_thread
-from ..train.trainer import TrainConfig, evaluate
+from ..train.trainer import TrainConfig
 
 # %% ../../nbs/paper/08_measurements.ipynb #5746080a
 LENGTHS = 1, 2, 3, 4, 6 # merge lengths of the map of Fig. 1a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['optimizer_tensors', 'load_optimizer_tensors', 'find_checkpoint', 'save_checkpoint', 'damaged', 'read_state',
-           'load_checkpoint', 'check_new', 'check_tensors', 'log_digest', 'read_log', 'check_same_run', 'code_of',
+           'load_checkpoint', 'check_tensors', 'log_digest', 'read_log', 'check_same_run', 'code_of',
            'check_same_sources']
 
 # %% ../../nbs/train/04_checkpoint.ipynb #ab60cbdc
@@ -133,25 +133,6 @@ def load_checkpoint(
         try: tensors[Path(name).stem] = _read_section(folder/name, expected)
         except (OSError, SafetensorError, ValueError) as e: raise damaged(folder, e) from e
     return tensors, state
-
-def _holds_something(path):
-    "Return whether this is a file, or a folder that is not empty."
-    if path.is_dir(): return any(path.iterdir())
-    return path.is_file()
-
-def check_new(
-    out, # A run's folder; it need not be there
-    remedy:str, # What to do to go on with the run that it holds
-):
-    "Refuse a folder in which a new run would replace something; a run before its first iteration may be replaced."
-    out = Path(out)
-    checkpoint = out/'checkpoint'
-    ours = find_checkpoint(checkpoint) is not None
-    if (out/'metrics.jsonl').exists() or (ours and read_state(checkpoint).get('iteration')):
-        raise ValueError(f"out: {str(out)!r} already holds a run: {remedy} to go on with it, or name another folder")
-    for name in () if ours else ('checkpoint', 'model'):
-        if _holds_something(out/name):
-            raise ValueError(f"out: {str(out)!r} holds a {name} that is none of this run: name another folder")
 
 def check_tensors(
     saved:dict, # Name -> tensor, a section as it was read

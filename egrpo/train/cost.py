@@ -25,7 +25,6 @@ from safetensors import safe_open
 
 from ..core.plan import count_leaves, gradient_nfe
 from ..methods.aegpo import signal_needed
-from ..methods.registry import make_plan
 from egrpo.models.policy import (
     DTYPES,
     MICRO_BATCH_ELEMENTS,
@@ -38,8 +37,9 @@ from egrpo.models.policy import (
     lora_layers,
     synchronize,
 )
+from .config import TrainConfig
+from .prepare import chooses_steps, first_plan, iteration_nfe
 from .timing import highest_rise
-from .trainer import TrainConfig, chooses_steps, iteration_nfe, plan_settings
 
 # %% ../../nbs/train/10_cost.ipynb #9817ccd3
 @dataclass(frozen=True)
@@ -409,7 +409,7 @@ def run_memory(
     side = _side(config, architecture(config.model))
     whole, checkpointed = activation_bytes(config.model, side, dtype)
     kept = checkpointed if config.gradient_checkpointing else whole
-    plan = make_plan(config.method, **plan_settings(config))
+    plan = first_plan(config)
     rows = config.prompts_per_iteration * gradient_nfe(plan) # no update has more
     latents = min(rows, default_micro_batch(config)) * evaluations_per_velocity(config)
     parts['activations'] = kept * latents
@@ -492,7 +492,7 @@ def iteration_seconds(
     "Seconds of an iteration, without rewards other than those in `seconds.image`."
     if processes < 1: raise ValueError(f"processes must be >= 1, got {processes}: 1 is a single device")
     c = config
-    plan = make_plan(c.method, **plan_settings(c))
+    plan = first_plan(c)
     share = _ceil_div(c.prompts_per_iteration, processes) # of the device that has most
     velocity = evaluations_per_velocity(c) * seconds.forward
     backward = evaluations_per_velocity(c) * seconds.backward
