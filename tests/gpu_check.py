@@ -450,14 +450,14 @@ def jobs(
     size:str, # tiny or full
 )->list: # Jobs; smaller seeds are done first, and else the order is kept
     "List what the GPU computes: probes, the gradient's signal, then the registered grids."
-    from egrpo.paper.experiments import signal_settings
     from egrpo.paper.records import get_scale
+    from egrpo.paper.signal_settings import signal_settings
     if size == 'tiny': return rehearsal()
     probes = [Job(f'record_{name}', name, 0, call='gpu_check:record_of', arguments=dict(name=name, scale='mini'))
               for name in ('peaks', 'learning_value')]
     where = dict(device='cuda', micro_batch=MICRO_BATCH)
     names = list(signal_settings(get_scale('mini')))
-    signal = [Job(f'signal_{i}', f'signal {name}', 1, call='egrpo.paper.experiments:signal_of_setting',
+    signal = [Job(f'signal_{i}', f'signal {name}', 1, call='egrpo.paper.signal_settings:signal_of_setting',
                   arguments=dict(name=name, scale='mini', **where)) for i, name in enumerate(names)]
     return probes + signal + registered_jobs()
 
@@ -480,7 +480,7 @@ def perform(
 ):
     "Do a job and keep what it gives, whole or not at all."
     from egrpo.base.files import write_text
-    from egrpo.paper.experiments import run_cell, save_cell
+    from egrpo.paper.cells import run_cell, save_cell
     path = folder/f'{job.name}.json'
     if job.config is not None: return save_cell(run_cell(job.config), path)
     module, name = job.call.split(':')

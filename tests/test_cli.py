@@ -366,7 +366,7 @@ def test_demo_shows_the_images_that_were_scored(here):
         for e in trainer.ema.values(): e.mul_(.98)
     places, frame = cli.shown_places(trainer.eval_prompts, 1), trainer.evaluate()
     from egrpo.miniature.world import verify_batch
-    from egrpo.paper.experiments import images_at
+    from egrpo.paper.cells import images_at
     seen = [v.graded for v in verify_batch(images_at(trainer, places), [trainer.eval_prompts[i] for i in places])]
     np.testing.assert_allclose(seen, frame.verifier.iloc[places], atol=1e-3)
     assert len(places) == 6 and places != list(range(6))

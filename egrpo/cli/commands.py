@@ -1227,7 +1227,7 @@ def run_demo(
 ):
     "egrpo demo: train on the miniature and show before and after."
     began = time.monotonic()
-    from egrpo.paper.experiments import images_at
+    from egrpo.paper.cells import images_at
     from egrpo.train.prepare import describe_run
     from egrpo.train.trainer import Trainer
     config, out = demo_config(args), check_demo(args.out)

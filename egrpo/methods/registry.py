@@ -230,7 +230,8 @@ def check_plan(
     "Refuse settings that a method does not take, and values of another kind than its signature says."
     base = plan.get('base')
     parameters = _parameters(method)
-    unused = [k for k in plan if not takes(method, k, base)]
+    named = isinstance(method, str) # a function that is passed in is offered what the configuration holds
+    unused = [k for k in plan if named and not takes(method, k, base)]
     if unused:
         owner = base if base and 'base' in parameters else method
         raise ValueError(f"{unused[0]} is no setting of {method_name(owner)}: {_remedy(owner, unused[0])}")
