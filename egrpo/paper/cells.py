@@ -25,14 +25,13 @@ from ..base.files import read_object, write_text, write_whole
 from ..core.rollout import rollout
 from ..methods.registry import fitting
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
-from ..models.policy import best_device
+from ..models.policy import best_device, swapped
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
 from ..train.config import EVAL_REWARDS, TrainConfig, evaluation_is_due
+from ..train.evaluate import ode_plan
 from ..train.run import Run, cell_key, result_settings, result_sources
 from ..train.timing import one_thread
-from ..models.policy import swapped
-from ..train.evaluate import ode_plan
 from ..train.trainer import Trainer
 
 # %% ../../nbs/paper/13_cells.ipynb #441ec970
@@ -148,7 +147,8 @@ def run_cell(
         metrics = trainer.run.read_metrics()
     sources = result_sources(config)
     made = dict(commit=code_commit(), device=device_name(trainer.policy.device)) | (dict(sources=sources) if sources else {})
-    return dict(config=result_settings(config), **made, scores=_pack(frame), **_costs(metrics, wall, busy, trainer.reward.weights), **pictures)
+    costs = _costs(metrics, wall, busy, trainer.reward.weights)
+    return dict(config=result_settings(config), **made, scores=_pack(frame), **costs, **pictures)
 
 # %% ../../nbs/paper/13_cells.ipynb #abd1c9da
 def store_dir()->Path: # The folder of finished cells

@@ -14,21 +14,15 @@ from html import escape
 
 import numpy as np
 
+from .cells import load_cell, store_dir
 from .claims import CLAIMS, MARKS, NAMES, PAPER, SCORES, best, judged
-from egrpo.paper.experiments import (
-    EXPERIMENTS,
-    cells_of,
-    evaluation_texts,
-    find_record,
-    load_cell,
-    reproduce,
-    rewards_of,
-    store_dir,
-)
+from .comparisons import evaluation_texts
+from .experiments import EXPERIMENTS, cells_of, reproduce
 from .intervals import difference
 from .pictures import save_figure
 from .records import get_scale
 from .registered import DESIGN
+from .tables import find_record, rewards_of
 
 # %% ../../nbs/paper/30_report.ipynb #6dacdccc
 STYLE = """<style>
