@@ -25,10 +25,12 @@ def stride_values(
     rewards:dict, # Name -> (L,) rewards of its images, K of them
 )->Tensor: # (M,S,K) fp32, on the CPU
     "Value of each transition: by the images of each stride, for each reward."
-    start, count = out.leaf_start.cpu(), out.leaf_count.cpu()
+    start = out.leaf_start.cpu()
+    count = out.leaf_count.cpu()
+    strides = len(out.plan.strides)
     def by_stride(scores):
-        parts = scores.chunk(len(out.plan.strides))
-        return torch.stack([transition_values(part, start, count) for part in parts], -1)
+        parts = [transition_values(part, start, count) for part in scores.chunk(strides)]
+        return torch.stack(parts, -1)
     return torch.stack([by_stride(scores) for scores in rewards.values()], -1)
 
 def compared_values(
@@ -97,20 +99,30 @@ def rows_loss(
     weights:Tensor|None=None, # (M,) from `loss_weights`; None = computed here
 )->tuple: # loss (scalar), then per trained transition of the rows: logratio (m,), index (m,), KL (m,)
     "The loss of some rows' trained transitions, summed, not averaged."
-    picked = torch.isin(out.row, rows) & (out.weight > 0)
+    trained = out.weight > 0
+    picked = torch.isin(out.row, rows) & trained
     local = torch.searchsorted(rows, out.row[picked]) # the row of each in this micro-batch
-    parents, start, end = out.parents[rows], out.start[rows], out.end[rows]
-    sigma = out.plan.sigmas.to(policy.device)[start]
+    children = out.children[picked]
+    parents = out.parents[rows]
+    start = out.start[rows]
+    end = out.end[rows]
+    sigmas = out.plan.sigmas.to(policy.device)
+    sigma = sigmas[start]
     cond = cond[out.prompt[rows]]
     velocity = policy.velocity(parents, sigma, cond)
-    logp, mean, std = transition_log_prob(velocity, parents, out.children[picked], local, start, end, out.plan)
+    logp, mean, std = transition_log_prob(velocity, parents, children, local, start, end, out.plan)
     logratio = _log_ratio(out, picked, logp, mean[local], std[local])
-    loss = policy_loss(logratio, torch.zeros_like(logratio), advantages[picked], config.clip_range)
+    unchanged = torch.zeros_like(logratio)
+    loss = policy_loss(logratio, unchanged, advantages[picked], config.clip_range)
     kl = torch.zeros_like(logp)
-    if config.beta: kl = _reference_kl(policy, sigma, cond, out, rows, mean, std)[local]
+    if config.beta:
+        kl_of_rows = _reference_kl(policy, sigma, cond, out, rows, mean, std)
+        kl = kl_of_rows[local]
     if weights is None: weights = loss_weights(out, config)
     each = out.weight[picked] * loss + config.beta * kl
-    return (weights[picked] * each).sum(), logratio.detach(), picked.nonzero()[:, 0], kl.detach()
+    total = (weights[picked] * each).sum()
+    index = picked.nonzero()[:, 0]
+    return total, logratio.detach(), index, kl.detach()
 
 # %% ../../nbs/train/07_objective.ipynb #0fca856d
 @dataclass
@@ -151,10 +163,12 @@ class Objective:
     )->tuple: # (M,) advantages, number of groups, of all processes, whose rewards are all equal
         "A transition's value is the mean reward of the leaves below it; its advantage is that value, normalised in its group."
         own_groups = out.group + (self.processes.index << 32) # no two processes have a group in common
-        (groups, values), mine = self.processes.gather(own_groups, stride_values(out, rewards))
+        own_values = stride_values(out, rewards)
+        (groups, values), mine = self.processes.gather(own_groups, own_values)
         advantages, equal_groups = compared_values(values, groups, rewards, weights, self.config)
         limit = self.config.advantage_clip
-        return advantages[mine].clamp(-limit, limit).to(self.policy.device), equal_groups
+        clipped = advantages[mine].clamp(-limit, limit)
+        return clipped.to(self.policy.device), equal_groups
 
     def gradient(self,
         cond, # Conditions, a row per prompt
@@ -180,11 +194,15 @@ class Objective:
         updates:list, # For each update, the `Trace`s of its micro-batches
     )->dict: # Metrics over all processes
         "Metrics over all updates of an iteration; `ratio_error` over the first one, when the policy is still the one that sampled."
-        (logratio, steps, kl, first), _ = self.processes.gather(*join_traces(updates, out))
-        def metrics_of(some): return loss_metrics(some, torch.zeros_like(some), self.config.clip_range)
-        by_step = {int(k): metrics_of(logratio[steps == k]) for k in steps.unique()}
-        error = metrics_of(logratio[first])['ratio_error']
-        return dict(metrics_of(logratio), ratio_error=error, kl=float(kl.mean()), by_step=by_step)
+        own = join_traces(updates, out)
+        (logratio, steps, kl, first), _ = self.processes.gather(*own)
+        metrics = self._ratio_metrics(logratio)
+        metrics['ratio_error'] = self._ratio_metrics(logratio[first])['ratio_error']
+        metrics['kl'] = float(kl.mean())
+        metrics['by_step'] = {int(k): self._ratio_metrics(logratio[steps == k]) for k in steps.unique()}
+        return metrics
+
+    def _ratio_metrics(self, logratio): return loss_metrics(logratio, torch.zeros_like(logratio), self.config.clip_range)
 
 # %% ../../nbs/train/07_objective.ipynb #704a0bed
 class Weights:
@@ -227,8 +245,8 @@ class Weights:
         keep:bool=True, # Does this process need them?
     )->dict: # Section of a checkpoint -> name -> whole tensor; empty sections are left out
         "Tensors of a checkpoint, gathered from all processes."
-        moments = optimizer_tensors(self.optimizer, list(self.parameters))
-        held = dict(weights=self.parameters, ema=self.average, optimizer=moments)
+        held = dict(weights=self.parameters, ema=self.average)
+        held['optimizer'] = optimizer_tensors(self.optimizer, list(self.parameters))
         whole = {section: whole_tensors(tensors, keep) for section, tensors in held.items()}
         return {section: tensors for section, tensors in whole.items() if tensors}
 
@@ -238,14 +256,14 @@ class Weights:
     ):
         "Put a checkpoint's tensors into the network, the average and the optimiser."
         moments = saved.get('optimizer', {})
-        like = {key: self._parameter_of(key) for key, moment in moments.items() if moment.ndim}
-        like = {key: p for key, p in like.items() if p is not None}
+        like = {}
+        for key, moment in moments.items():
+            name, _ = key.rsplit('|', 1)
+            if moment.ndim and name in self.parameters: like[key] = self.parameters[name]
         check_tensors(moments, like, folder, 'optimizer')
         for section, own in dict(weights=self.parameters, ema=self.average).items():
             tensors = check_tensors(saved.get(section, {}), own, folder, section)
             with torch.no_grad():
                 for name, p in own.items(): p.copy_(own_part(tensors[name], p))
-        parts = {key: own_part(moment, like[key]) if key in like else moment for key, moment in moments.items()}
-        load_optimizer_tensors(self.optimizer, list(self.parameters), parts)
-
-    def _parameter_of(self, key): return self.parameters.get(key.rsplit('|', 1)[0]) # of 'name|moment'
+        parts = {key: own_part(moments[key], p) for key, p in like.items()}
+        load_optimizer_tensors(self.optimizer, list(self.parameters), moments | parts)

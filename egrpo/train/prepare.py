@@ -172,7 +172,8 @@ def training_nfe(
     if 'iteration' not in method_settings(method): return n * iteration_nfe(run)
     if n <= 2000: return sum(iteration_nfe(run, i) for i in range(n))
     spread = [i * n // 1009 for i in range(1009)] # a thousand; as a prime number in step with no window
-    return round(n * sum(iteration_nfe(run, i) for i in spread) / len(spread))
+    total = sum(iteration_nfe(run, i) for i in spread)
+    return round(n * total / len(spread))
 
 # %% ../../nbs/train/03_prepare.ipynb #d0504cc3
 def _describe_iteration(
@@ -181,9 +182,13 @@ def _describe_iteration(
 )->str: # A line of text
     "Line with the images and evaluations of one iteration."
     P, epochs = config.prompts_per_iteration, config.inner_epochs
-    sizes = f"{P} prompts, {P * count_leaves(plan)} images, {P * count_transitions(plan)} transitions"
-    evaluations = f"{P * rollout_nfe(plan):,} network evaluations + {P * gradient_nfe(plan) * epochs} with gradient"
-    text = f"{sizes}, {evaluations}, {config.updates_per_iteration * epochs} optimiser step(s)"
+    images = P * count_leaves(plan)
+    transitions = P * count_transitions(plan)
+    sampling = P * rollout_nfe(plan)
+    gradient = P * gradient_nfe(plan) * epochs
+    steps = config.updates_per_iteration * epochs
+    sizes = f"{P} prompts, {images} images, {transitions} transitions"
+    text = f"{sizes}, {sampling:,} network evaluations + {gradient} with gradient, {steps} optimiser step(s)"
     processes = int(os.environ.get('WORLD_SIZE', 1)) # as every launcher says it
     return f'{text} by {processes} processes together' if processes > 1 else text
 
@@ -199,8 +204,10 @@ def describe_run(
     c, *_ = _planned(run)
     plan = first_plan(run)
     images = c.iterations * c.prompts_per_iteration * count_leaves(plan)
-    rows = dict(plan=describe(plan), iteration=_describe_iteration(c, plan))
+    rows = dict(plan=describe(plan))
+    rows['iteration'] = _describe_iteration(c, plan)
     rows['run'] = f"{c.iterations} iterations, {images:,} images, {training_nfe(run):,} network evaluations"
-    what = f"{c.reward} on {c.prompts} prompts · {_trained_weights(c)} of {c.model}"
-    rows['training'] = f"{what} · lr {c.lr:g} · seed {c.seed}"
-    return '\n'.join(f'{name:>9}  {text}' for name, text in rows.items())
+    weights = f"{_trained_weights(c)} of {c.model}"
+    rows['training'] = f"{c.reward} on {c.prompts} prompts · {weights} · lr {c.lr:g} · seed {c.seed}"
+    lines = [f'{name:>9}  {text}' for name, text in rows.items()]
+    return '\n'.join(lines)
