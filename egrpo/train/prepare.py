@@ -101,10 +101,11 @@ def prepare(
     config:TrainConfig, # The configuration
     reward=None, # Any reward; None takes `config.reward`
     method=None, # A function that returns a Plan; None takes `config.method`
-    sigmas:Tensor|None=None, # (T+1,) the model's own schedule; None = from its files (`model_sigmas`)
+    policy=None, # A policy of your own, whose schedule counts; None = that of the model's files
 )->Prepared: # Nothing of it needs the model
     "Check a configuration and make what it names: prompts, rewards, plans."
     check_config(config)
+    sigmas = policy.sigmas(config.num_steps, config.shift) if policy else None
     method = method or config.method
     settings = check_method(method, config, sigmas)
     prompts, eval_prompts = run_prompts(config)

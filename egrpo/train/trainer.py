@@ -108,8 +108,7 @@ class Trainer:
         reward=None, # Any callable (images (B,3,H,W) in [0, 1], B prompts) -> B scores; None takes `config.reward`
         method=None, # A function that returns a Plan; None takes `config.method`
     ):
-        sigmas = policy.sigmas(config.num_steps, config.shift) if policy else None
-        self.prepared = p = config if isinstance(config, Prepared) else prepare(config, reward, method, sigmas)
+        self.prepared = p = config if isinstance(config, Prepared) else prepare(config, reward, method, policy)
         self.config = config = p.config
         self.method = p.method
         self.prompts, self.eval_prompts = p.prompts, p.eval_prompts
