@@ -713,7 +713,7 @@ def load_sampler(
     lora=None, # A LoRA to put in: its folder, its .safetensors file, or a hub id
 ):
     "A policy to sample from."
-    from egrpo.core.rollout import check_seed
+    from egrpo.core.noise import check_seed
     from egrpo.models.policy import load_policy, lora_file
     check_seed(config.seed)
     check_device(config.device)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..base.bootstrap import bootstrap_interval, paired_interval
 from ..core.advantage import group_advantages
+from ..core.noise import addressed_noise
 from ..core.plan import Branch, Plan, SDEStep
-from ..core.rollout import addressed_noise
 from ..core.sde import ode_step, sde_sample, sde_step
 from ..core.sigmas import flow_sigmas
 from .exploration import exploration_plan, explore, spread

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..base.bootstrap import bootstrap_interval
 from ..core.entropy import merge_lengths
+from ..core.noise import addressed_noise
 from ..core.plan import Branch, Plan, SDEStep
-from ..core.rollout import addressed_noise, rollout
+from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
 from .intervals import as_ratio, log_ratio
 from .measurement import REWARDS, _rounded, _setup
