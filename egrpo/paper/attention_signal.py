@@ -6,6 +6,30 @@
 __all__ = ['SIGNALS', 'PREDICTORS', 'LEARNING', 'block_profiles', 'velocity_distance', 'policy_gradient', 'half_scores',
            'group_signals', 'LastScores', 'watch', 'attention_profile_data', 'learning_value_data']
 
+# %% ../../nbs/paper/07_attention_signal.ipynb #6f2647e9
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base.bootstrap import bootstrap_interval
+from ..core.noise import addressed_noise
+from ..core.rollout import Rollout, prune, rollout
+from ..core.sde import ode_step
+from ..methods.aegpo import delta_entropy, entropy_peaks, query_share
+from ..methods.registry import make_plan
+from ..models.recorder import record_attention_entropy
+from .intervals import correlation_draws, draws_interval
+from .measurement import _rounded, _setup, measurement_size
+from ..rewards.reward import get_reward
+from ..train.prompts import load_prompts
+from ..train.evaluate import ode_plan, sample_images
+from ..train.objective import loss_weights, rows_loss
+from ..train.trainer import TrainConfig, Trainer
+
 # %% ../../nbs/paper/07_attention_signal.ipynb #71f1d717
 #| export
 

@@ -7,6 +7,25 @@ __all__ = ['FIRST_ROW', 'COMPILED', 'walk_alone', 'step_alone', 'Sample', 'sampl
            'iteration_together', 'gradient_error', 'plain_sampling', 'laps_in_turns', 'total_seconds', 'speed_of',
            'compiled_of']
 
+# %% ../../nbs/train/11_speed.ipynb #5f3a5e6d
+import time
+from dataclasses import dataclass, replace
+
+import torch
+import torch._inductor.config as inductor
+from torch import Tensor
+
+from ..core.advantage import combine_advantages
+from ..core.loss import policy_loss
+from ..core.noise import addressed_noise
+from ..core.plan import Plan
+from ..core.rollout import transition_log_prob, transition_mean
+from ..core.sde import ode_step, sde_sample
+from ..models.precision import compile_blocks
+from .prompts import prompt_batch
+from .timing import Laps, one_thread
+from .trainer import Trainer
+
 # %% ../../nbs/train/11_speed.ipynb #52234957
 def walk_alone(
     policy, # A policy
