@@ -236,7 +236,7 @@ def flux_policy(
     stage:Stage, # What it is given
 )->tuple: # The policy, the settings of `TrainConfig` that it has
     "A policy of FLUX.1-dev's size with a LoRA; of a small one where all is tiny."
-    from egrpo.models.policy import FluxPolicy
+    from egrpo.models.families import FluxPolicy
     from egrpo.testing.pipelines import small_pipeline
     model, resolution, rank = 'flux.1-dev', 720, 32
     if stage.tiny:
@@ -334,7 +334,7 @@ def compiled_seconds(
     plain, # `Seconds` without
 )->dict: # first: seconds of compiling, forward, backward, image: of one latent, times as fast
     "Compile the network's blocks and measure again."
-    from egrpo.models.policy import compile_blocks
+    from egrpo.models.precision import compile_blocks
     from egrpo.train.cost import probe
     began = time.perf_counter()
     compile_blocks(policy.transformer, policy.device)

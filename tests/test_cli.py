@@ -22,7 +22,8 @@ from egrpo.cli.commands import COMMANDS, main
 from egrpo.core.entropy import merge_lengths
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.registry import METHODS, find_method, method_settings, published
-from egrpo.models.policy import load_pipeline, model_sigmas
+from egrpo.models.pipeline import load_pipeline
+from egrpo.models.policy import model_sigmas
 from egrpo.paper.claims import CLAIMS
 from egrpo.paper.experiments import EXPERIMENTS
 from egrpo.paper.records import SCALES, load_record

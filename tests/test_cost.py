@@ -19,7 +19,8 @@ from egrpo.core import rollout as rollout_module
 from egrpo.core.plan import Branch, Plan, SDEStep, gradient_nfe, rollout_nfe
 from egrpo.core.rollout import ab2_velocity, rollout
 from egrpo.core.sigmas import flow_sigmas
-from egrpo.models.policy import load_policy, swapped
+from egrpo.models.policy import load_policy
+from egrpo.models.reference import swapped
 from egrpo.paper.suffix import group_agreement
 from egrpo.testing.pipelines import small_flux, small_pipeline, small_sd3
 from egrpo.train import cost, speed

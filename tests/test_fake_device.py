@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from egrpo.cli.commands import explain
-from egrpo.models.policy import DTYPES, default_dtype, load_policy
+from egrpo.models.policy import load_policy
+from egrpo.models.precision import DTYPES, default_dtype
 from egrpo.paper.pool import own_gpu
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.cost import free_bytes, network_dtype, policy_of, tune

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from egrpo.cli import commands as cli
 from egrpo.cli.commands import main
-from egrpo.models import policy
+from egrpo.models.pipeline import limit_hub_waiting
 from egrpo.models.policy import load_policy
 from egrpo.rewards.reward import RewardError, get_reward
 from egrpo.train import checkpoint as checkpoint_module
@@ -386,7 +386,7 @@ def test_hub_that_never_answers(here, capsys, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import _http
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(policy.limit_hub_waiting, '__defaults__', (.3,))
+    monkeypatch.setattr(limit_hub_waiting, '__defaults__', (.3,))
     with socket.create_server(('127.0.0.1', 0)) as server:
         monkeypatch.setattr(huggingface_hub.model_info.__self__, 'endpoint', f'http://127.0.0.1:{server.getsockname()[1]}')
         began = time.monotonic()

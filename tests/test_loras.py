@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_policy import theirs
 from torch.testing import assert_close
 
-from egrpo.models.policy import POLICIES, load_lora, load_pipeline, load_policy, lora_file
+from egrpo.models.lora import load_lora
+from egrpo.models.lora_files import lora_file
+from egrpo.models.pipeline import load_pipeline
+from egrpo.models.policy import POLICIES, load_policy
 from egrpo.testing.pipelines import small_pipeline
 
 FLUX_LAYERS = ['transformer_blocks.0.attn.to_q', 'transformer_blocks.0.attn.add_k_proj',

@@ -32,7 +32,11 @@ from egrpo.core.rollout import rollout
 from egrpo.core.sde import ode_step
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.registry import METHODS
-from egrpo.models.policy import SD3Policy, _add_lora, is_out_of_memory, limit_hub_waiting, load_pipeline, load_policy, model_sigmas
+from egrpo.models.device import is_out_of_memory
+from egrpo.models.families import SD3Policy
+from egrpo.models.lora import _add_lora
+from egrpo.models.pipeline import limit_hub_waiting, load_pipeline
+from egrpo.models.policy import load_policy, model_sigmas
 from egrpo.models.recorder import record_attention_entropy
 from egrpo.rewards.reward import get_reward
 from egrpo.testing.pipelines import SMALL, small_pipeline
@@ -387,7 +391,7 @@ def test_memory_keeps_the_last_prompts(load, monkeypatch):
     policy = load('flux-dev')
     whole = policy.encode(PROMPTS * 3)
     limit = policy.embeddings.bytes - 1
-    monkeypatch.setattr('egrpo.models.policy.MEMORY_BYTES', limit)
+    monkeypatch.setattr('egrpo.models.conditions.MEMORY_BYTES', limit)
     again = policy.encode(['one more', *PROMPTS])
     assert len(policy.embeddings.kept) < 3 and torch.equal(again.embeds[1:], whole.embeds[:2])
     assert limit >= policy.embeddings.bytes == sum(x.nbytes for c in policy.embeddings.kept.values() for x in c.parts)
@@ -427,7 +431,7 @@ def test_whole_pipeline_is_saved_without_its_text_encoders_in_memory(load, tmp_p
 
 def test_sd3_without_t5(folders):
     "Stable Diffusion 3 may be loaded without its largest text encoder."
-    from egrpo.models.policy import SD3Policy
+    from egrpo.models.families import SD3Policy
     def without(): return DiffusionPipeline.from_pretrained(folders/'sd3', text_encoder_3=None, tokenizer_3=None)
     policy = SD3Policy(without(), device='cpu')
     assert_close(ours(policy), theirs(without(), policy), atol=2e-4, rtol=0)
@@ -533,7 +537,7 @@ def test_gradients_survive_fp16(load, name, monkeypatch):
         return torch.cat([p.grad.flatten() for p in policy.parameters().values()])
     exact, half = gradient('fp32'), gradient('fp16')
     assert torch.cosine_similarity(exact, half, 0) > .99 and abs(half.norm() / exact.norm() - 1) < .02
-    monkeypatch.setattr('egrpo.models.policy._ScaledUp.backward', staticmethod(lambda ctx, g: (ctx.scale.update(factor=1.) or g, None)))
+    monkeypatch.setattr('egrpo.models.precision._ScaledUp.backward', staticmethod(lambda ctx, g: (ctx.scale.update(factor=1.) or g, None)))
     lost = gradient('fp16')
     assert abs(lost.norm() / exact.norm() - 1) > .1
 

@@ -25,7 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessRaisedException
 
 from egrpo.cli.commands import main
-from egrpo.models.policy import PASSES, assets_path, load_policy, whole_tensor
+from egrpo.models.pipeline import assets_path
+from egrpo.models.policy import load_policy
+from egrpo.models.sharing import PASSES, whole_tensor
 from egrpo.rewards.reward import RewardError
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import processes as processes_module

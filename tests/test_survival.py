@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from egrpo.base.files import check_free, hold
 from egrpo.cli.commands import check_out, main
 from egrpo.methods.aegpo import ProfileCache
-from egrpo.models.policy import Conditions, Embeddings, Policy, load_policy
+from egrpo.models.base_policy import Policy
+from egrpo.models.conditions import Conditions, Embeddings
+from egrpo.models.policy import load_policy
 from egrpo.train.checkpoint import load_checkpoint
 from egrpo.train.trainer import TrainConfig, Trainer
 

@@ -180,7 +180,7 @@ def _memory_is_full(
     error:Exception, # What was raised
 )->bool: # As `is_out_of_memory`, imported only now
     "Return whether a device's memory is used up."
-    from egrpo.models.policy import is_out_of_memory
+    from egrpo.models.device import is_out_of_memory
     return is_out_of_memory(error)
 
 def explain(
@@ -714,7 +714,8 @@ def load_sampler(
 ):
     "A policy to sample from."
     from egrpo.core.noise import check_seed
-    from egrpo.models.policy import load_policy, lora_file
+    from egrpo.models.lora_files import lora_file
+    from egrpo.models.policy import load_policy
     check_seed(config.seed)
     check_device(config.device)
     if lora: lora_file(lora, 'lora') # before a model is loaded

@@ -39,7 +39,8 @@ from egrpo.miniature.world import (
     sample_scene,
     verify_batch,
 )
-from ..models.policy import assets_path, seeded
+from ..models.device import seeded
+from ..models.pipeline import assets_path
 
 # %% ../../nbs/miniature/01_build.ipynb #5c824fac
 def scenes(

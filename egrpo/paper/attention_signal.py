@@ -25,9 +25,9 @@ from ..models.recorder import record_attention_entropy
 from .intervals import correlation_draws, draws_interval
 from .measurement import _rounded, _setup, measurement_size
 from ..rewards.reward import get_reward
-from ..train.prompts import load_prompts
 from ..train.evaluate import ode_plan, sample_images
 from ..train.objective import loss_weights, rows_loss
+from ..train.prompts import load_prompts
 from ..train.trainer import TrainConfig, Trainer
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #71f1d717

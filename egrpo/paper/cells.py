@@ -25,7 +25,8 @@ from ..base.files import read_object, write_text, write_whole
 from ..core.rollout import rollout
 from ..methods.registry import fitting
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
-from ..models.policy import best_device, swapped
+from ..models.device import best_device
+from ..models.reference import swapped
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
 from ..train.config import EVAL_REWARDS, TrainConfig, evaluation_is_due

@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import distributed
 from tqdm.auto import tqdm
 
-from ..models.policy import best_device
+from ..models.device import best_device
 from .cells import cell_path, load_cell, run_cell, save_cell
 from ..train.run import Run
 from ..train.trainer import TrainConfig

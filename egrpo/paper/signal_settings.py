@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..base.files import digest, read_object, write_text
 from ..methods.registry import PUBLISHED, fitting
-from ..models.policy import best_device
+from ..models.device import best_device
 from .cells import CHECKPOINT_EVERY, store_dir
 from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, TABLE_1, TAU, _base
 from .intervals import rank_correlation

@@ -500,7 +500,7 @@ def download(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
-    from egrpo.models.policy import limit_hub_waiting
+    from egrpo.models.pipeline import limit_hub_waiting
     limit_hub_waiting()
     try: place = Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError as e:
@@ -620,7 +620,7 @@ def load_reward(
     source:str|None=None, # File, folder or hub id; None = where it is published
 )->Callable: # (images, prompts) -> scores
     "A published reward, on the best device there is; the same one at every call."
-    from egrpo.models.policy import best_device
+    from egrpo.models.device import best_device
     known = REWARD_MODELS[name]
     try: return known.build(locate(name, source), known.file, best_device())
     except (ValueError, OSError) as e: raise RewardError(f"reward {name!r}: {' '.join(str(e).split())}") from e

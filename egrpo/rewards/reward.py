@@ -60,7 +60,7 @@ def _failure(
     prompts:list, # B prompts
 )->str: # Goes on after the reward's name
     "Message on a reward that raised."
-    from egrpo.models.policy import is_out_of_memory
+    from egrpo.models.device import is_out_of_memory
     said = ' '.join(str(error).split()) or 'no message'
     elsewhere = "run it on another device (`egrpo serve` there, server(http://…) here)"
     remedy = f"take a smaller num_generations, or {elsewhere}"
@@ -120,7 +120,7 @@ def _scorer(
     name:str, # 'clip' or 'preference'
 ): # Its model and tokenizer
     "A learned reward, on the best device there is, as published ones are: images come on the CPU."
-    from egrpo.models.policy import best_device
+    from egrpo.models.device import best_device
     scorer = _load(name)
     scorer.model.to(best_device())
     return scorer

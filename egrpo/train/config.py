@@ -238,7 +238,7 @@ def check_config(
     config:TrainConfig, # The configuration
 ):
     "Refuse kinds and numbers no run can have; what plans, policies and rewards need, they check themselves."
-    from egrpo.models.policy import check_settings
+    from egrpo.models.base_policy import check_settings
     for name, f in FIELDS.items(): check_value(f, getattr(config, name))
     for name in config.plan.keys() & PLAN_FIELDS.keys(): check_value(PLAN_FIELDS[name], config.plan[name])
     if config.seed < 0: raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {config.seed}")

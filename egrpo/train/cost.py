@@ -25,18 +25,13 @@ from safetensors import safe_open
 
 from ..core.plan import count_leaves, gradient_nfe
 from ..methods.aegpo import signal_needed
-from egrpo.models.policy import (
-    DTYPES,
-    MICRO_BATCH_ELEMENTS,
-    assets_path,
-    best_device,
-    default_dtype,
-    is_out_of_memory,
-    load_policy,
-    lora_file,
-    lora_layers,
-    synchronize,
-)
+from ..models.base_policy import MICRO_BATCH_ELEMENTS
+from ..models.device import best_device, is_out_of_memory, synchronize
+from ..models.lora import lora_layers
+from ..models.lora_files import lora_file
+from ..models.pipeline import assets_path
+from ..models.policy import load_policy
+from ..models.precision import DTYPES, default_dtype
 from .config import TrainConfig
 from .prepare import chooses_steps, first_plan, iteration_nfe
 from .timing import highest_rise

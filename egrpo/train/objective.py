@@ -16,7 +16,8 @@ from ..core.advantage import combine_advantages, sample_weights, transition_valu
 from ..core.loss import guard_logratio, loss_metrics, policy_loss
 from ..core.rollout import Rollout, transition_log_prob, transition_mean
 from ..core.sde import gaussian_kl
-from ..models.policy import own_part, swapped, whole_tensor, whole_tensors
+from ..models.reference import swapped
+from ..models.sharing import own_part, whole_tensor, whole_tensors
 from .checkpoint import check_tensors, load_optimizer_tensors, optimizer_tensors
 
 # %% ../../nbs/train/07_objective.ipynb #03a41699

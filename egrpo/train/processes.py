@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
 from ..methods.aegpo import share_work
-from ..models.policy import best_device
+from ..models.device import best_device
 
 # %% ../../nbs/train/08_processes.ipynb #cfd2e7f3
 UNSHAREABLE = dict(

@@ -21,7 +21,9 @@ from tqdm.auto import tqdm
 from ..base.files import check_free, digest, hold, read_object, remove_drafts, sync, write_text
 from ..base.inputs import to_json
 from ..methods.registry import METHODS, find_method, method_name
-from ..models.policy import best_device, default_dtype, model_sigmas
+from ..models.device import best_device
+from ..models.policy import model_sigmas
+from ..models.precision import default_dtype
 from ..rewards.reward import get_reward
 from egrpo.train.checkpoint import (
     check_same_run,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..models.policy import synchronize
+from ..models.device import synchronize
 
 # %% ../../nbs/train/01_timing.ipynb #c2246ad1
 @contextmanager

@@ -24,7 +24,8 @@ from ..base.files import write_whole
 from ..core.rollout import Rollout, prune, rollout
 from ..methods.aegpo import AttentionPlanner
 from ..methods.registry import make_plan
-from ..models.policy import check_torch, is_out_of_memory, load_policy, synchronize
+from ..models.device import check_torch, is_out_of_memory, synchronize
+from ..models.policy import load_policy
 from ..rewards.reward import RewardError
 from .config import TrainConfig, evaluation_is_due
 from .evaluate import evaluate, sample_images

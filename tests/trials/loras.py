@@ -20,7 +20,9 @@ import test_loras as kinds
 from diffusers import FluxTransformer2DModel
 from huggingface_hub import constants
 
-from egrpo.models.policy import LORA_CONFIG, POLICIES, load_pipeline, load_policy, read_lora
+from egrpo.models.lora_files import LORA_CONFIG, read_lora
+from egrpo.models.pipeline import load_pipeline
+from egrpo.models.policy import POLICIES, load_policy
 from egrpo.testing.pipelines import SMALL, small_pipeline
 
 
