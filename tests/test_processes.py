@@ -252,7 +252,7 @@ def advantages_of_two(trainer, monkeypatch, gather):
 
 def test_std_of_the_batch_is_that_of_all_processes(tmp_path, monkeypatch):
     "Two processes find the advantages of one; a planted process that sees itself alone does not."
-    settings = {**SMALL, 'method': 'flow_grpo', 'active_steps': None, 'advantage_std': 'batch', 'out': str(tmp_path/'run')}
+    settings = {**SMALL, 'method': 'flow_grpo', 'active_steps': None, 'tau': None, 'advantage_std': 'batch', 'out': str(tmp_path/'run')}
     trainer = Trainer(TrainConfig(**settings))
     _, _, out, _, rewards = trainer.sample(0)
     whole, _ = trainer.advantages(out, rewards)
