@@ -26,7 +26,7 @@ from ..core.rollout import rollout
 from ..methods.registry import fitting
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
 from ..models.device import best_device
-from ..models.policy import swapped
+from ..models.reference import swapped
 from .measurement import weighted_sum
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
