@@ -16,7 +16,7 @@ from .base_policy import Policy
 from .device import best_device, check_torch
 from .families import FluxPolicy, SD3Policy, UNetPolicy
 from .pipeline import bare_pipeline, load_pipeline
-from .precision import _check_dtype
+from .precision import torch_dtype
 
 # %% ../../nbs/models/12_policy.ipynb #e68d8929
 POLICIES = {FluxPipeline: FluxPolicy, StableDiffusion3Pipeline: SD3Policy, StableDiffusionPipeline: UNetPolicy,
@@ -37,14 +37,16 @@ def load_policy(
     device=None, # A device or its name; None = the best there is
     dtype:str|None=None, # 'fp32', 'bf16' or 'fp16'; None = `default_dtype`
     lora_rank:int|None=0, # Rank of the LoRA that is trained; 0 = the whole network, None = nothing, to sample only
-    **kwargs, # `resolution`, `guidance`, `micro_batch`, `seed`, `lora_from` and the other settings of `Policy`
+    **kwargs, # `resolution`, `guidance`, `seed`, `lora_from`, `lora_alpha`, `lora_targets` and the other settings of `Policy`
 )->Policy: # The policy
     "Load a pipeline as a policy. A network trained whole is kept in fp32 and autocast to `dtype`; all else is stored in `dtype`."
     check_torch()
     device = best_device(device)
     whole = lora_rank == 0 and not kwargs.get('lora_from')
-    pipeline = load_pipeline(model, _check_dtype(dtype, device), torch.float32 if whole else None)
-    return _policy_class(model, type(pipeline))(pipeline, lora_rank, device=device, dtype=dtype, **kwargs)
+    network = torch.float32 if whole else None
+    pipeline = load_pipeline(model, torch_dtype(dtype, device), network)
+    kind = _policy_class(model, type(pipeline))
+    return kind(pipeline, lora_rank, device=device, dtype=dtype, **kwargs)
 
 # %% ../../nbs/models/12_policy.ipynb #5c1ed018
 @lru_cache(maxsize=64)
