@@ -12,7 +12,7 @@ _homes = {
     'flow_sigmas': 'core.sigmas', 'step_entropy': 'core.entropy', 'merge_lengths': 'core.entropy',
     'Plan': 'core.plan', 'Branch': 'core.plan', 'SDEStep': 'core.plan', 'describe': 'core.plan', 'plot_plan': 'core.plan',
     'rollout': 'core.rollout', 'load_policy': 'models.policy', 'METHODS': 'methods.registry', 'make_plan': 'methods.registry',
-    'get_reward': 'rewards.reward', 'Trainer': 'train.trainer', 'TrainConfig': 'train.trainer',
+    'get_reward': 'rewards.reward', 'Trainer': 'train.trainer', 'TrainConfig': 'train.config',
     'sample_images': 'train.trainer', 'evaluate': 'train.trainer',
 }
 __all__ = sorted(_homes)

@@ -276,7 +276,7 @@ def flux(
     def cost(n): return sum(iteration_seconds(replace(config, num_generations=n), seconds[4]).values())
     fitting = [n for n in ((4,) if stage.tiny else (12, 8, 4)) if cost(n) < stage.left - 30]
     config = replace(config, num_generations=(fitting or [2])[0])
-    stage.results.add(num_generations=config.num_generations, nfe=iteration_nfe(config),
+    stage.results.add(num_generations=config.plan['num_generations'], nfe=iteration_nfe(config),
                       predicted_seconds=iteration_seconds(config, seconds[4]))
     stage.results.measure('iteration', lambda: flux_iteration(Trainer(config, policy, mean_brightness)))
     stage.results.measure('predicted_bytes', lambda: run_memory(config))
@@ -449,14 +449,14 @@ def jobs(
     size:str, # tiny or full
 )->list: # Jobs; smaller seeds are done first, and else the order is kept
     "List what the GPU computes: probes, the gradient's signal, then the registered grids."
-    from egrpo.paper.experiments import signal_settings
     from egrpo.paper.records import get_scale
+    from egrpo.paper.signal_settings import signal_settings
     if size == 'tiny': return rehearsal()
     probes = [Job(f'record_{name}', name, 0, call='gpu_check:record_of', arguments=dict(name=name, scale='mini'))
               for name in ('peaks', 'learning_value')]
     where = dict(device='cuda', micro_batch=MICRO_BATCH)
     names = list(signal_settings(get_scale('mini')))
-    signal = [Job(f'signal_{i}', f'signal {name}', 1, call='egrpo.paper.experiments:signal_of_setting',
+    signal = [Job(f'signal_{i}', f'signal {name}', 1, call='egrpo.paper.signal_settings:signal_of_setting',
                   arguments=dict(name=name, scale='mini', **where)) for i, name in enumerate(names)]
     return probes + signal + registered_jobs()
 
@@ -479,7 +479,7 @@ def perform(
 ):
     "Do a job and keep what it gives, whole or not at all."
     from egrpo.base.files import write_text
-    from egrpo.paper.experiments import run_cell, save_cell
+    from egrpo.paper.cells import run_cell, save_cell
     path = folder/f'{job.name}.json'
     if job.config is not None: return save_cell(run_cell(job.config), path)
     module, name = job.call.split(':')

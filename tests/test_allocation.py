@@ -92,7 +92,7 @@ def test_cost_and_first_ratio(policy, tmp_path, base):
     assert metrics['nfe_gradient'] == sum(map(gradient_nfe, plans))
     assert choice['nfe_probe'] + metrics['nfe_rollout'] - metrics['nfe_probe'] + metrics['nfe_gradient'] <= iteration_nfe(trainer.config)
     assert metrics['ratio_error'] < 1e-6
-    assert metrics['samples'] == [trainer.config.num_generations] * P and metrics['delta_entropy'] == 0 # it has not learnt yet
+    assert metrics['samples'] == [trainer.config.plan['num_generations']] * P and metrics['delta_entropy'] == 0 # it has not learnt yet
 
 
 def test_after_an_update_groups_are_unequal(policy, tmp_path):
@@ -199,8 +199,8 @@ def test_budget_ends_a_run(policy, tmp_path):
 # ---- what is refused
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(method='egrpo', top=None, base='dance_grpo'), 'base is for methods that choose'),
-    (dict(method='egrpo', top=None, allocation='median'), 'allocation is for methods that choose'),
+    (dict(method='egrpo', top=None, base='dance_grpo'), 'base is no setting of egrpo'),
+    (dict(method='egrpo', top=None, allocation='median'), 'is no setting of egrpo: leave it out, or take aegpo'),
     (dict(allocation='fair'), 'allocation must be one of'),
     (dict(explore='late'), 'explore must be one of'),
     (dict(explore_per='step'), 'explore_per must be'),

@@ -13,25 +13,11 @@ from egrpo.core.rollout import rollout
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.aegpo import entropy_profiles
 from egrpo.models.policy import load_policy
-from egrpo.paper import attention_signal, measurements
-from egrpo.paper.attention_signal import (
-    SIGNALS,
-    LastScores,
-    block_profiles,
-    chosen_minus_rest,
-    correlation_draws,
-    draws_interval,
-    half_scores,
-    mean_score,
-    moved_along,
-    policy_gradient,
-    rank_correlation,
-    step_groups,
-    step_values,
-    velocity_distance,
-    watch,
-)
+from egrpo.paper import attention_signal, peaks
+from egrpo.paper.attention_signal import SIGNALS, LastScores, block_profiles, half_scores, policy_gradient, velocity_distance, watch
 from egrpo.paper.exploration import all_steps, exploration_plan
+from egrpo.paper.intervals import correlation_draws, draws_interval, rank_correlation
+from egrpo.paper.peaks import chosen_minus_rest, mean_score, moved_along, step_groups, step_values
 from egrpo.paper.records import get_scale, load_record
 from egrpo.rewards.reward import get_reward
 from egrpo.train.trainer import TrainConfig, ode_plan
@@ -98,7 +84,7 @@ def test_regression_to_the_mean_is_kept_out():
     level = rng.normal(size=(8, 1, 40))
     a, b = (level + rng.normal(size=(8, 3, 40)) for _ in range(2))
     seen = {k: rng.normal(size=(8, 3, 40)) for k in SIGNALS} | dict(score=b)
-    fooled, fair = (measurements._predictions(seen | dict(before=half))['correlation']['gain to the next']['before'] for half in (b, a))
+    fooled, fair = (attention_signal._predictions(seen | dict(before=half))['correlation']['gain to the next']['before'] for half in (b, a))
     assert fooled[2] < -.2 and fair[1] < 0 < fair[2]
 
 
@@ -217,10 +203,10 @@ def test_step_values_of_a_linear_world(policy):
 def test_gain_is_measured_on_other_noise(policy):
     "The samples that measure the gain share no noise with the groups."
     plan = exploration_plan([(0, 1)], 4, 5)
-    seen, true = [], attention_signal.rollout
-    attention_signal.rollout = lambda *a, **k: seen.append((a[3:], tuple(k.get('prompt_ids') or ()))) or true(*a, **k)
+    seen, true = [], peaks.rollout
+    peaks.rollout = lambda *a, **k: seen.append((a[3:], tuple(k.get('prompt_ids') or ()))) or true(*a, **k)
     try: step_values(policy, PROMPTS[:1], plan, brightness, 2)
-    finally: attention_signal.rollout = true
+    finally: peaks.rollout = true
     assert seen[0] == (('steps', 0), (0,)) and {o for o in seen[1:]} == {(('other noise',), ('0, 0', '0, 1'))}
 
 
@@ -246,11 +232,11 @@ def test_record_of_learning_value_adds_up():
     "Its correlations and ceilings are those of its signals."
     data = load_record('learning_value')['data']
     seen = {k: np.array(v) for k, v in data['signals'].items()}
-    again = measurements._predictions(seen)
+    again = attention_signal._predictions(seen)
     for value, found in again['correlation'].items():
         for p, o in found.items(): np.testing.assert_allclose(o, data['correlation'][value][p], atol=.05)
     assert set(data['over_rivals']) == set(again['over_rivals'])
 
 
 def test_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match='scale must be one of smoke, mini, gpu'): measurements.peaks_data({}, get_scale('flux'))
+    with pytest.raises(ValueError, match='scale must be one of smoke, mini, gpu'): peaks.peaks_data({}, get_scale('flux'))

@@ -8,7 +8,8 @@ import pytest
 
 from egrpo.cli.commands import main
 from egrpo.paper import claims
-from egrpo.paper.experiments import EXPERIMENTS, grid_data
+from egrpo.paper.comparisons import grid_data
+from egrpo.paper.experiments import EXPERIMENTS
 from egrpo.paper.records import load_record, save_record
 
 ROOT = Path(__file__).parent.parent

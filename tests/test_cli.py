@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,7 +21,7 @@ from egrpo.cli import commands as cli
 from egrpo.cli.commands import COMMANDS, main
 from egrpo.core.entropy import merge_lengths
 from egrpo.core.sigmas import flow_sigmas
-from egrpo.methods.registry import METHODS, method_settings
+from egrpo.methods.registry import METHODS, find_method, method_settings, published
 from egrpo.models.pipeline import load_pipeline
 from egrpo.models.policy import model_sigmas
 from egrpo.paper.claims import CLAIMS
@@ -29,7 +29,8 @@ from egrpo.paper.experiments import EXPERIMENTS
 from egrpo.paper.records import SCALES, load_record
 from egrpo.show import plots
 from egrpo.testing.pipelines import small_pipeline
-from egrpo.train.trainer import TrainConfig, Trainer, check_config, check_method, sample_images
+from egrpo.train.config import SETTINGS, TrainConfig, check_config
+from egrpo.train.trainer import Trainer, check_method, sample_images
 
 command = Path(sys.executable).parent/'egrpo'
 small = shlex.split('--num-steps 6 --active-steps 2 --num-generations 4 --prompts-per-iteration 2 --eval-size 8 --device cpu')
@@ -129,13 +130,13 @@ def other(field):
     return value, [str(value)]
 
 
-@pytest.mark.parametrize('field', fields(TrainConfig), ids=lambda f: f.name)
+@pytest.mark.parametrize('field', SETTINGS.values(), ids=SETTINGS)
 def test_every_field_is_an_option(field):
     value, words = other(field)
     assert field.default is not MISSING and value != field.default
     args = cli.make_parser().parse_args(['train', '--' + field.name.replace('_', '-'), *words])
     assert cli.given(args, cli.config_options()) == {field.name: value}
-    assert asdict(TrainConfig(**cli.given(args, cli.config_options()))) == {**asdict(TrainConfig()), field.name: value}
+    assert TrainConfig(**cli.given(args, cli.config_options())).flat() == {**TrainConfig().flat(), field.name: value}
 
 
 def test_none_is_a_value():
@@ -172,8 +173,8 @@ def test_resume_needs_only_the_folder(folder, monkeypatch):
     monkeypatch.setenv('EGRPO_SCALE', 'mini')
     began = json.loads((folder/'lora/config.json').read_text()) | dict(resume=True)
     assert began['lora_rank'] == 2 and began['num_steps'] == 6
-    assert asdict(dry(f'--resume --out {folder}/lora', monkeypatch)) == began
-    assert asdict(dry(f'--resume --out {folder}/lora --iterations 9 --tau 1', monkeypatch)) == began | dict(iterations=9, tau=1.)
+    assert dry(f'--resume --out {folder}/lora', monkeypatch).flat() == began
+    assert dry(f'--resume --out {folder}/lora --iterations 9 --tau 1', monkeypatch).flat() == began | dict(iterations=9, tau=1.)
     shutil.copytree(folder/'lora', folder/'moved')
     assert dry(f'--resume --out {folder}/moved', monkeypatch).out == str(folder/'moved')
 
@@ -364,7 +365,7 @@ def test_demo_shows_the_images_that_were_scored(here):
         for e in trainer.ema.values(): e.mul_(.98)
     places, frame = cli.shown_places(trainer.eval_prompts, 1), trainer.evaluate()
     from egrpo.miniature.world import verify_batch
-    from egrpo.paper.experiments import images_at
+    from egrpo.paper.cells import images_at
     seen = [v.graded for v in verify_batch(images_at(trainer, places), [trainer.eval_prompts[i] for i in places])]
     np.testing.assert_allclose(seen, frame.verifier.iloc[places], atol=1e-3)
     assert len(places) == 6 and places != list(range(6))
@@ -427,7 +428,7 @@ def test_plan_counts_memory_for_a_device(capsys):
 def test_dry_run_refuses_what_the_run_would(capsys, tmp_path):
     "A setting of AEGPO for another method; prompts that the reward cannot read; and the base's published loss is AEGPO's."
     assert main(shlex.split('train --dry-run --top 4')) == 2
-    assert 'top is for methods that choose' in capsys.readouterr().err
+    assert 'top is no setting of egrpo: leave it out, or take aegpo' in capsys.readouterr().err
     (tmp_path/'prompts.txt').write_text('a red circle\na cat\n')
     words = ['train', '--dry-run', '--prompts', str(tmp_path/'prompts.txt')]
     assert main(words) == 2
@@ -440,13 +441,13 @@ def test_dry_run_refuses_what_the_run_would(capsys, tmp_path):
         assert main(shlex.split(f'train --dry-run {more}')) == 2
         assert says in capsys.readouterr().err
     assert main(shlex.split('train --dry-run --model black-forest-labs/FLUX.1-dev')) == 0
-    assert [cli.published(dict(method='aegpo', **o))['beta'] for o in ({}, dict(base='flow_grpo'))] == [0., .04]
+    assert [published('aegpo', base)['beta'] for base in (None, 'flow_grpo')] == [0., .04]
 
 
 def test_what_stands_on_a_base_is_published_as_its_base(monkeypatch):
     monkeypatch.setitem(METHODS, 'mine', lambda base='dance_grpo', **settings: METHODS['aegpo'](base, **settings))
-    assert cli.published(dict(method='mine', base='flow_grpo'))['beta'] == .04
-    assert cli.published(dict(method='egrpo', base='flow_grpo'))['beta'] == 0.
+    assert published('mine', 'flow_grpo')['beta'] == .04
+    assert published('egrpo', 'flow_grpo')['beta'] == 0.
 
 
 def test_a_method_of_ones_own_by_its_place(here, monkeypatch, capsys):
@@ -455,20 +456,16 @@ def test_a_method_of_ones_own_by_its_place(here, monkeypatch, capsys):
     head = 'from egrpo.methods.registry import METHODS\nn = 3\ndef two(num_steps=16, num_generations=12, tau=0.): return '
     (here/'mine.py').write_text(f'{head}{code}\n')
     known = dict(METHODS)
-    try:
-        for words in ('--method mine.py:two', '--method aegpo --base mine.py:two --top 1'):
-            assert main(shlex.split(f'plan {words} --num-steps 6 --num-generations 4')) == 0
-            assert ' images of a prompt take' in capsys.readouterr().out
-        assert main(['train', *small[:2], *small[4:], '--iterations', '1', '--method', 'mine.py:two', '--out', 'run']) == 0
-        assert json.loads(Path('run/config.json').read_text())['method'] == 'mine.py:two'
-        del METHODS['mine.py:two'] # as in a new process
-        assert dry('--resume --out run', monkeypatch).method == 'mine.py:two'
-        for name, says in (('two_', "method 'mine.py:two_' cannot be imported"), ('n', "method 'mine.py:n' is a int: name a function")):
-            assert main(['plan', '--method', f'mine.py:{name}']) == 2
-            assert says in capsys.readouterr().err
-    finally:
-        METHODS.clear()
-        METHODS.update(known)
+    for words in ('--method mine.py:two', '--method aegpo --base mine.py:two --top 1'):
+        assert main(shlex.split(f'plan {words} --num-steps 6 --num-generations 4')) == 0
+        assert ' images of a prompt take' in capsys.readouterr().out
+    assert main(['train', *small[:2], *small[4:], '--iterations', '1', '--method', 'mine.py:two', '--out', 'run']) == 0
+    assert json.loads(Path('run/config.json').read_text())['method'] == 'mine.py:two'
+    assert dry('--resume --out run', monkeypatch).method == 'mine.py:two'
+    for name, says in (('two_', "method 'mine.py:two_' cannot be imported"), ('n', "method 'mine.py:n' is a int: name a function")):
+        assert main(['plan', '--method', f'mine.py:{name}']) == 2
+        assert says in capsys.readouterr().err
+    assert known == METHODS and find_method('mine.py:two').__name__ == 'two'
 
 
 def test_the_line_below_the_methods_shows_what_the_table_says(capsys):
@@ -518,7 +515,7 @@ def test_every_method_at_every_scale(method, monkeypatch):
         assert main(shlex.split(f'train --dry-run {words}')) == 0
         with monkeypatch.context() as patch: config = dry(words, patch)
         assert config.method == method
-        assert config.stride == (SCALES[scale].settings.get('stride') if 'stride' in method_settings(method) else None)
+        assert config.plan.get('stride') == (SCALES[scale].settings.get('stride') if 'stride' in method_settings(method) else None)
 
 
 def commands_of_the_guides():

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from egrpo.core.advantage import keep_extremes
-from egrpo.core.rollout import addressed_noise
+from egrpo.core.noise import addressed_noise
 from egrpo.models.policy import load_policy
 from egrpo.train import trainer as trainer_module
 from egrpo.train.prompts import prompt_batch

@@ -13,25 +13,11 @@ from egrpo.core.plan import rollout_nfe
 from egrpo.core.rollout import rollout
 from egrpo.core.sde import sde_step
 from egrpo.core.sigmas import flow_sigmas
-from egrpo.paper import exploration, measurements
-from egrpo.paper.exploration import (
-    add_noise,
-    all_steps,
-    chain_plan,
-    credit_shares,
-    exploration_plan,
-    explore,
-    gaussian_std,
-    guard_tau,
-    landing_shares,
-    redraw_advantages,
-    redraw_chains,
-    redraw_scores,
-    reliability,
-    sign_flips,
-    spread,
-)
+from egrpo.paper import credit, exploration, intervals, measurement
+from egrpo.paper.credit import chain_plan, credit_shares, redraw_advantages, redraw_chains, redraw_scores, reliability, sign_flips
+from egrpo.paper.exploration import add_noise, all_steps, exploration_plan, explore, spread
 from egrpo.paper.intervals import Estimate
+from egrpo.paper.merging_noise import gaussian_std, guard_tau, landing_shares
 from egrpo.paper.records import get_scale, load_record
 from egrpo.rewards.reward import RewardSet
 from egrpo.train.prompts import load_prompts
@@ -116,9 +102,9 @@ def test_redraws_find_each_step_s_share(kernel, noise):
 
 def test_redraws_notice_a_planted_bug(monkeypatch):
     "Were the kept noise redrawn too, the advantages before and after would have nothing in common."
-    whole = exploration._redraw_noise
+    whole = credit._redraw_noise
     def redraw_all(shape, where, p, k, at, keep, G): return whole(shape, where, p, k, None if at is None else 99, keep, G)
-    monkeypatch.setattr(exploration, '_redraw_noise', redraw_all)
+    monkeypatch.setattr(credit, '_redraw_noise', redraw_all)
     a = redraw_advantages(redraw_scores(policy, ['a'] * 200, chain_plan(1, num_generations=8), linear, batch=200)['sum'])
     assert abs(reliability(a[:, :1], a[:, 1:]).mean()) < .1
 
@@ -171,19 +157,19 @@ def test_spread_is_unbiased_for_any_group():
 
 
 def test_sizes_name_the_scales():
-    with pytest.raises(ValueError, match='smoke, mini, gpu for one_step'): measurements.measurement_size('one_step', get_scale('flux'))
-    for name, sizes in measurements.SIZES.items():
+    with pytest.raises(ValueError, match='smoke, mini, gpu for one_step'): measurement.measurement_size('one_step', get_scale('flux'))
+    for name, sizes in measurement.SIZES.items():
         what = dict(speed='rounds', base_scores='noises').get(name, 'prompts')
         smoke, mini, gpu = (sizes[o][what] for o in ('smoke', 'mini', 'gpu'))
         assert smoke < mini < gpu, name
 
 
-@pytest.mark.parametrize('name', measurements.SIZES)
+@pytest.mark.parametrize('name', measurement.SIZES)
 def test_record_is_of_a_size_that_says_something(name):
     record = load_record(name)
     assert record['scale'] != 'smoke' and record['nfe'] > 0
-    has, wanted = record['data']['prompts'], measurements.SIZES[name][record['scale']]['prompts']
-    assert has <= wanted and (has < wanted) == bool(measurements.size_note(record))
+    has, wanted = record['data']['prompts'], measurement.SIZES[name][record['scale']]['prompts']
+    assert has <= wanted and (has < wanted) == bool(measurement.size_note(record))
 
 
 def test_one_step_record_agrees_with_itself():
@@ -191,8 +177,8 @@ def test_one_step_record_agrees_with_itself():
     where = {tuple(o): i for i, o in enumerate(data['steps'])}
     texts = load_prompts('shapes', 'held_out', data['prompts'])
     for reward, v in data['variance'].items():
-        early, late = (v[where[o]] for o in (measurements.EARLY, measurements.LATE))
-        again = measurements.log_ratio(early, late, texts)
+        early, late = (v[where[o]] for o in (exploration.EARLY, exploration.LATE))
+        again = intervals.log_ratio(early, late, texts)
         found = Estimate(**data['contrasts'][reward]['step 2 over step 6']['log_ratio'])
         assert found.interval() == pytest.approx(again.interval(), abs=1e-3)
 
@@ -209,7 +195,7 @@ def test_a_planted_log_ratio_is_found():
     for _ in range(100):
         u = skewed(rng)
         v = 1.4 * u * rng.lognormal(sigma=1, size=200)
-        found.append(measurements.as_ratio(measurements.log_ratio(v, u)))
+        found.append(intervals.as_ratio(intervals.log_ratio(v, u)))
         means.append(v.mean() / u.mean())
     assert 88 <= sum(low < 1.4 < high for _, low, high in found) <= 99
     assert np.std(np.log(means)) > 2 * np.std(np.log([o[0] for o in found]))
@@ -218,9 +204,9 @@ def test_a_planted_log_ratio_is_found():
 def test_a_text_that_repeats_counts_once():
     rng = np.random.default_rng(1)
     u, v = skewed(rng, 40), skewed(rng, 40)
-    one = measurements.log_ratio(v, u)
-    copied = measurements.log_ratio(np.tile(v, 5), np.tile(u, 5), list(range(40)) * 5)
-    fooled = measurements.log_ratio(np.tile(v, 5), np.tile(u, 5))
+    one = intervals.log_ratio(v, u)
+    copied = intervals.log_ratio(np.tile(v, 5), np.tile(u, 5), list(range(40)) * 5)
+    fooled = intervals.log_ratio(np.tile(v, 5), np.tile(u, 5))
     assert copied.se == pytest.approx(one.se) and fooled.se < .6 * one.se
 
 
@@ -230,14 +216,14 @@ def test_floor_of_a_variance():
     u = skewed(rng)
     u[:30] = 0
     floor = .01 * np.median(u[30:])
-    np.testing.assert_allclose(measurements.log_variance(u), np.log(np.maximum(u, floor)))
-    assert measurements.log_ratio(u, u).interval() == pytest.approx((0, 0, 0), abs=1e-9)
-    half = measurements.log_ratio(u / 2, u)
+    np.testing.assert_allclose(intervals.log_variance(u), np.log(np.maximum(u, floor)))
+    assert intervals.log_ratio(u, u).interval() == pytest.approx((0, 0, 0), abs=1e-9)
+    half = intervals.log_ratio(u / 2, u)
     both = np.median(np.concatenate([u[u > 0] / 2, u[u > 0]])) * .01
     assert half.mean == pytest.approx(np.mean(np.log(np.maximum(u / 2, both)) - np.log(np.maximum(u, both))))
-    silent = measurements.log_ratio([0, 0, 0, 1.], [1, 1, 1, 1.])
+    silent = intervals.log_ratio([0, 0, 0, 1.], [1, 1, 1, 1.])
     assert silent.mean == pytest.approx(3 * np.log(.01) / 4) # no infinity
-    assert not measurements.log_variance(np.zeros(5)).any()
+    assert not intervals.log_variance(np.zeros(5)).any()
 
 
 def test_credit_record_agrees_with_itself():

@@ -11,7 +11,7 @@ import torch
 from egrpo.cli.commands import explain
 from egrpo.models.policy import load_policy
 from egrpo.models.precision import DTYPES, default_dtype
-from egrpo.paper.experiments import own_gpu
+from egrpo.paper.pool import own_gpu
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.cost import free_bytes, network_dtype, policy_of, tune
 from egrpo.train.run import cell_key

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_device import COMPILER
 
-from egrpo.paper.experiments import load_cell
+from egrpo.paper.cells import load_cell
 from egrpo.paper.records import load_record
 
 SCRIPT = Path(gpu_check.__file__)

@@ -1,7 +1,7 @@
 "Signal and noise of the gradient: what was planted is found, a wrong estimator is noticed, and nothing that is trained moves."
 import json
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +9,14 @@ import torch
 
 from egrpo.cli.commands import main
 from egrpo.core.plan import gradient_nfe, rollout_nfe
-from egrpo.methods.registry import taken
-from egrpo.paper import experiments as ex
+from egrpo.methods.registry import fitting
+from egrpo.paper import signal_settings as signal_settings_module
+from egrpo.paper.experiments import EXPERIMENTS
 from egrpo.paper.records import SCALES
+from egrpo.paper.signal_settings import _signal_points, _signal_tables, signal_correlation, signal_of_setting, signal_settings
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import signal as gs
+from egrpo.train.run import _what
 from egrpo.train.trainer import TrainConfig, Trainer
 
 small = dict(num_steps=6, num_generations=2, prompts_per_iteration=2, reward='preference', eval_size=2, device='cpu')
@@ -185,31 +188,31 @@ def test_refusals(tmp_path, monkeypatch, capsys, words, says):
 
 def test_every_setting_has_a_run_of_its_table():
     "A setting's fields are those of the runs that its signal is compared with."
-    settings, lr = ex.signal_settings('mini'), ('lr', 'iterations', 'budget', 'eval_every', 'eval_size', 'eval_rewards', 'seed')
-    def fields(config): return {k: v for k, v in ex._what(config).items() if k not in lr}
-    for record in ex._signal_tables():
-        for name, runs in ex.EXPERIMENTS[record].cells(SCALES['mini']).items():
-            run = TrainConfig(**taken(asdict(runs[0]), runs[0].method, runs[0].base))
+    settings, lr = signal_settings('mini'), ('lr', 'iterations', 'budget', 'eval_every', 'eval_size', 'eval_rewards', 'seed')
+    def fields(config): return {k: v for k, v in _what(config).items() if k not in lr}
+    for record in _signal_tables():
+        for name, runs in EXPERIMENTS[record].cells(SCALES['mini']).items():
+            run = replace(runs[0], plan=fitting(runs[0].method, runs[0].plan))
             assert fields(settings[f'{record}: {name}']) == fields(run), (record, name)
 
 
 def test_settings_share_prompts_and_noise(tmp_path):
-    def of(name): return Trainer(replace(ex.signal_settings('smoke')[name], out=str(tmp_path)))
+    def of(name): return Trainer(replace(signal_settings('smoke')[name], out=str(tmp_path)))
     one, other = of('methods: egrpo'), of('tau: 0')
     assert one._prompts_of(2) == other._prompts_of(2) and one.config.seed == other.config.seed
 
 
 def test_a_setting_is_measured_once(tmp_path, monkeypatch):
-    first = ex.signal_of_setting('methods: mix_grpo', 'smoke', tmp_path)
-    monkeypatch.setattr(ex, '_measure_signal', lambda *args: pytest.fail('measured again'))
-    assert ex.signal_of_setting('methods: mix_grpo', 'smoke', tmp_path) == first
+    first = signal_of_setting('methods: mix_grpo', 'smoke', tmp_path)
+    monkeypatch.setattr(signal_settings_module, '_measure_signal', lambda *args: pytest.fail('measured again'))
+    assert signal_of_setting('methods: mix_grpo', 'smoke', tmp_path) == first
     assert first['batches'] == 4 and len(first['common']['ratios']) == 1 + 3
     assert not list((tmp_path/'signal').glob('*.lock'))
 
 
 def test_policy_after_training_is_another(tmp_path):
-    before = ex.signal_of_setting('methods: egrpo', 'smoke', tmp_path)
-    after = ex.signal_of_setting('after 2: egrpo', 'smoke', tmp_path)
+    before = signal_of_setting('methods: egrpo', 'smoke', tmp_path)
+    after = signal_of_setting('after 2: egrpo', 'smoke', tmp_path)
     assert before['key'] != after['key']
     assert not np.allclose(before['common']['ratios'], after['ratios'], rtol=1e-3)
 
@@ -218,7 +221,7 @@ def test_points_are_distinct_configurations():
     def found(key, value): return dict(key=key, weightings=dict(plain=dict(per_thousand=(value, 0, 1))))
     signals = {'tau: 2.2': found('a', 1.), 'kernels: flow': found('a', 1.), 'tau: 0': found('b', .5)}
     gains = {'tau: 2.2': (.02, 0, 1), 'kernels: flow': (.04, 0, 1), 'tau: 0': (.01, 0, 1), 'tau: 9': (9., 0, 1)}
-    points = ex._signal_points(signals, gains)
+    points = _signal_points(signals, gains)
     assert [p['settings'] for p in points] == [['kernels: flow', 'tau: 2.2'], ['tau: 0']]
     assert points[0]['gain'] == pytest.approx(.03)
 
@@ -227,7 +230,7 @@ def test_correlation_finds_what_was_planted(measured):
     rng = np.random.default_rng(0)
     x = rng.normal(size=30)
     for noise, low, high in ((.3, .7, 1), (3., -.3, .8)):
-        value, a, b = ex.signal_correlation(x, x + noise * rng.normal(size=30))
+        value, a, b = signal_correlation(x, x + noise * rng.normal(size=30))
         assert low < value < high and a < value < b
         measured(f'rank correlation, noise {noise}', value=value, low=a, high=b)
-    assert ex.signal_correlation([1, 2, 3], [1, 2, 3]) is None
+    assert signal_correlation([1, 2, 3], [1, 2, 3]) is None

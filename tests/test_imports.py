@@ -49,6 +49,13 @@ def test_package_imports_fast():
     assert ours < .1, f'import egrpo takes {ours:.2f} s'
 
 
+def test_configuration_imports_fast():
+    "Without torch: `egrpo --help` shows every field."
+    light = "import sys, egrpo.train.config; assert not {'torch', 'numpy', 'accelerate'} & {*sys.modules}"
+    ours = seconds(light) - seconds('pass')
+    assert ours < .1, f'import egrpo.train.config takes {ours:.2f} s'
+
+
 def test_public_names_are_loaded_when_asked_for():
     python("import sys, egrpo; assert {'Trainer', 'rollout'} <= set(dir(egrpo)) and 'torch' not in sys.modules")
     python("import sys; from egrpo import Plan, flow_sigmas; assert 'diffusers' not in sys.modules")

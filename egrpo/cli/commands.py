@@ -8,13 +8,13 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'config_options', 'yes_or_no', 'converter', 'show_default', 'add_option', 'add_fields', 'add_own',
            'option_groups', 'Parser', 'Command', 'make_parser', 'explain', 'set_environment', 'complain', 'main',
            'table', 'category_rows', 'score_names', 'show_mean', 'category_table', 'change_table', 'ends',
-           'overlap_text', 'change_tables', 'given', 'check_file', 'check_picture', 'save_picture', 'try_reward',
-           'check_device', 'say', 'fold', 'run_methods', 'own_methods', 'read_images', 'run_rewards', 'add_rewards',
-           'plan_lengths', 'plan_table', 'steps_table', 'preset', 'published', 'plan_cost', 'entered_seconds',
-           'memory_text', 'time_text', 'schedule_text', 'run_text', 'asked_schedule', 'run_plan', 'add_plan',
-           'run_tune', 'add_tune', 'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options',
-           'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder',
-           'check_out', 'check_model', 'check_run', 'check_fields', 'begun_settings', 'train_config', 'prompts_text',
+           'overlap_text', 'change_tables', 'given', 'given_plan', 'check_file', 'check_picture', 'save_picture',
+           'try_reward', 'check_device', 'say', 'fold', 'run_methods', 'read_images', 'run_rewards', 'add_rewards',
+           'plan_lengths', 'plan_table', 'steps_table', 'preset', 'plan_cost', 'entered_seconds', 'memory_text',
+           'time_text', 'schedule_text', 'run_text', 'asked_schedule', 'run_plan', 'add_plan', 'run_tune', 'add_tune',
+           'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
+           'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out',
+           'check_model', 'check_run', 'check_fields', 'begun_settings', 'train_config', 'prompts_text',
            'try_own_rewards', 'run_train', 'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command',
            'run_report', 'add_train', 'run_signal', 'add_signal', 'time_is_up', 'check_demo', 'clear_demo',
            'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo',
@@ -23,7 +23,6 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
 
 # %% ../../nbs/cli/00_commands.ipynb #be0fc233
 import argparse
-import ast
 import os
 import re
 import shlex
@@ -36,12 +35,11 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 from ..base.inputs import check_kind, check_readable, one_line, open_streams, quote, to_json
+from ..train.config import PLAN_FIELDS, SETTINGS, TrainConfig, kind_of
 
 # %% ../../nbs/cli/00_commands.ipynb #775dc02d
 @dataclass(frozen=True)
@@ -53,15 +51,9 @@ class Option:
     text:str # What it is: the field's comment
     shown:str='' # What stands for its value in the help; N, X or TEXT by its kind if not given
 
-@lru_cache
 def config_options()->dict: # Name -> Option, in the order of the fields
-    "The fields of `TrainConfig`, read from the source of `egrpo.train.trainer` without importing it."
-    source = Path(find_spec('egrpo.train.trainer').origin).read_text(encoding='utf-8')
-    config = next(o for o in ast.parse(source).body if isinstance(o, ast.ClassDef) and o.name == 'TrainConfig')
-    lines, fields = source.splitlines(), [o for o in config.body if isinstance(o, ast.AnnAssign)]
-    def comment(o): return lines[o.end_lineno - 1].partition(' # ')[2].strip()
-    def kind(o): return ast.unparse(o.annotation).replace(' ', '')
-    return {o.target.id: Option(o.target.id, kind(o), ast.literal_eval(o.value), comment(o)) for o in fields}
+    "The fields of `TrainConfig` and the settings of methods as options."
+    return {name: Option(name, kind_of(f), f.default, f.metadata['help']) for name, f in SETTINGS.items()}
 
 # %% ../../nbs/cli/00_commands.ipynb #c56a92c9
 def yes_or_no(
@@ -129,7 +121,7 @@ GROUPS = {
     'model': 'model lora_rank lora_from resolution guidance',
     'device and memory': 'device dtype micro_batch gradient_checkpointing compiled vae_tiling text_encoders embeddings',
     'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length '
-              'step_weights window train_share keep pruned_steps',
+              'step_weights noises window slide_every train_share split_every keep pruned_steps',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
     'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr weight_decay adam_beta1 adam_beta2 '
@@ -336,6 +328,14 @@ def given(
     "The options that were given, by field."
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
+def given_plan(
+    args, # Parsed arguments
+    base=None, # What AEGPO is put upon, where it is known
+)->dict: # Name -> value
+    "The settings of a method that were given."
+    plan = given(args, PLAN_FIELDS) | dict(base=base)
+    return {k: v for k, v in plan.items() if v is not None}
+
 def check_file(
     path, # A file that will be written; None is fine
     name:str, # The option it came by
@@ -421,20 +421,6 @@ def run_methods(
     say(table([list(rows[0]), *[list(row.values()) for row in rows]]))
     say(fold('\nat their published settings, steps included (a run has 16 unless told otherwise); nfe = network evaluations of a prompt '
              'and iteration\nnext: egrpo plan --method flow_grpo --num-steps 10; a method of your own: --method module:function'))
-
-def own_methods(
-    chosen:dict, # Fields of `TrainConfig`, some of them
-)->dict: # The same
-    "Let functions of one's own that return a `Plan`, module:function or file.py:function, be methods of that name."
-    from egrpo.methods.registry import METHODS
-    from egrpo.rewards.reward import _find
-    for name in {chosen.get('method'), chosen.get('base')} - {None, *METHODS}:
-        if name.count(':') != 1: continue
-        try: function = _find(name)
-        except ValueError as e: raise ValueError(str(e).replace('reward', 'method', 1)) from e
-        if not callable(function): raise ValueError(f"method {name!r} is a {type(function).__name__}: name a function that returns a Plan")
-        METHODS[name] = function
-    return chosen
 
 COMMANDS['methods'] = Command(run_methods, lambda parser: None, 'List the methods: what each samples, compares and costs.', 'egrpo methods')
 
@@ -536,16 +522,6 @@ def preset(
     name = name or os.environ.get('EGRPO_SCALE')
     return dict(get_scale(name).settings) if name else {}
 
-def published(
-    chosen:dict, # Fields of `TrainConfig`, some of them
-)->dict: # Fields of `TrainConfig`
-    "Clip range, KL weight and scale of the advantages as the method was published, AEGPO's base; nothing for one that is not there."
-    from egrpo.methods.registry import PUBLISHED, method_settings
-    from egrpo.train.trainer import TrainConfig
-    method = chosen.get('method', TrainConfig.method)
-    upon = chosen.get('base') if 'base' in method_settings(method) else None
-    return PUBLISHED.get(upon or method, {})
-
 # %% ../../nbs/cli/00_commands.ipynb #6c05335e
 def plan_cost(
     plan, # A `Plan`
@@ -621,9 +597,12 @@ def run_text(
     args, # Parsed arguments
 )->str: # Lines
     "Memory, evaluations and time of a run."
-    from egrpo.train.trainer import TrainConfig, check_config, iteration_nfe
+    from egrpo.methods.registry import published
+    from egrpo.train.config import check_config
+    from egrpo.train.trainer import iteration_nfe
     chosen = (preset(args.scale) if args.scale else {}) | given(args, PLAN_OPTIONS + COST_OPTIONS)
-    config = TrainConfig(**published(chosen) | chosen)
+    method, base = chosen.get('method', TrainConfig.method), chosen.get('base')
+    config = TrainConfig(**published(method, base) | chosen)
     check_config(config)
     if args.processes < 1: raise ValueError(f"processes must be >= 1, got {args.processes}")
     memory, seconds = memory_text(config, args.device_memory, args.processes if args.share else 1), entered_seconds(args, config)
@@ -637,7 +616,7 @@ def asked_schedule(
     num_steps:int, # T, denoising steps
 )->tuple: # A shift or (T+1,) noise levels, and their source
     "A model's own schedule."
-    from egrpo.train.trainer import TrainConfig, plan_settings
+    from egrpo.train.trainer import plan_settings
     config = TrainConfig(num_steps=num_steps, **given(args, ['model', 'resolution']))
     return plan_settings(config)['shift'], schedule_text(config)
 
@@ -646,10 +625,9 @@ def run_plan(
 ):
     "egrpo plan: print the table, the plan and its cost."
     from egrpo.core.plan import describe, plot_plan
-    from egrpo.methods.registry import check_taken, make_plan, method_settings
+    from egrpo.methods.registry import check_plan, make_plan, method_settings
     check_picture(args.picture, '--picture')
     if args.iteration < 0: raise ValueError(f"iteration must be >= 0, got {args.iteration}: the first is 0")
-    own_methods(given(args, PLAN_OPTIONS))
     entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
     asked = args.scale or args.probe or args.share or args.processes != 1
     costs = asked or any(n is not None for n in entered) or given(args, COST_OPTIONS)
@@ -661,7 +639,7 @@ def run_plan(
         settings['shift'] = 3. # the miniature's
         if hasattr(args, 'model'): settings['shift'], schedule = asked_schedule(args, settings['num_steps'])
     method = settings.pop('method')
-    check_taken(given(args, PLAN_OPTIONS), method, settings['base'])
+    check_plan(method, given_plan(args, settings['base']))
     merging = {'tau', 'kernel', 'noise_level', 'merge_length', 'first_step', 'active_steps'} <= {*method_settings(method)} # E-GRPO's
     if merging: say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
     plan = make_plan(method, args.iteration, **settings)
@@ -699,8 +677,8 @@ def run_tune(
     args, # Parsed arguments
 ):
     "egrpo tune: try micro-batches, print a line to use."
+    from egrpo.train.config import check_config
     from egrpo.train.cost import best_micro_batch, free_bytes, policy_of, tune
-    from egrpo.train.trainer import TrainConfig, check_config
     config = TrainConfig(**(preset(args.scale) if args.scale else {}) | given(args, TUNE_OPTIONS))
     check_config(config)
     if args.most < 1: raise ValueError(f"most must be >= 1, got {args.most}: the largest micro-batch to try")
@@ -735,14 +713,13 @@ def load_sampler(
     lora=None, # A LoRA to put in: its folder, its .safetensors file, or a hub id
 ):
     "A policy to sample from."
-    from egrpo.core.rollout import check_seed
+    from egrpo.core.noise import check_seed
     from egrpo.models.lora_files import lora_file
     from egrpo.models.policy import load_policy
     check_seed(config.seed)
     check_device(config.device)
     if lora: lora_file(lora, 'lora') # before a model is loaded
-    same = 'resolution guidance micro_batch vae_tiling text_encoders embeddings'.split()
-    return load_policy(config.model, config.device, config.dtype, None, lora_from=lora, **{name: getattr(config, name) for name in same})
+    return load_policy(config.model, config.device, config.dtype, None, **config.policy_settings() | dict(lora_from=lora))
 
 # %% ../../nbs/cli/00_commands.ipynb #0a145322
 def sample_prompts_of(
@@ -773,7 +750,7 @@ def run_sample(
 ):
     "egrpo sample: draw images into a grid."
     from egrpo.show.plots import image_grid
-    from egrpo.train.trainer import TrainConfig, sample_images
+    from egrpo.train.trainer import sample_images
     config, out, prompts = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_picture(args.out, '--out'), sample_prompts_of(args)
     images = sample_images(load_sampler(config, args.lora), prompts, config.num_steps, config.shift, config.seed)
     titles = [f'{mark} {prompt}'.strip() for mark, prompt in zip(marks(images, prompts), prompts)]
@@ -813,7 +790,7 @@ def run_evaluate(
     "egrpo evaluate: score a model."
     from egrpo.rewards.reward import get_reward
     from egrpo.train.prompts import load_prompts
-    from egrpo.train.trainer import TrainConfig, evaluate
+    from egrpo.train.trainer import evaluate
     config, out, reward = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_file(args.out, '--out'), get_reward(args.rewards)
     if args.size < 1: raise ValueError(f"size must be >= 1 prompt, got {args.size}")
     prompts = load_prompts(args.prompts, 'held_out', args.size)[:args.size]
@@ -918,7 +895,8 @@ def check_run(
     config, # A `TrainConfig`
 ):
     "The same configuration, if all is well that can be known without a model and without writing."
-    from egrpo.train.trainer import check_config, check_method, prompts_and_rewards
+    from egrpo.train.config import check_config
+    from egrpo.train.trainer import check_method, prompts_and_rewards
     check_config(config)
     check_method(config.method, config)
     check_model(config.model)
@@ -932,9 +910,8 @@ def check_fields(
 )->dict: # The same: fields of `TrainConfig`
     "Refuse what is no configuration of a run."
     for name, value in settings.items():
-        option = config_options().get(name)
-        if option is None: raise ValueError(f'it sets {quote(name)}, which this version does not know')
-        check_kind(name, value, option.kind)
+        if name not in SETTINGS: raise ValueError(f'it sets {quote(name)}, which this version does not know')
+        check_kind(name, value, kind_of(SETTINGS[name]))
     return settings
 
 def begun_settings(
@@ -956,16 +933,17 @@ def train_config(
     args, # Parsed arguments
 ): # A `TrainConfig`
     "Merge settings; later wins: published defaults, resumed run or scale preset, command line."
-    from egrpo.methods.registry import check_taken, taken
-    from egrpo.train.trainer import TrainConfig
-    named = given(args, config_options())
+    from egrpo.methods.registry import check_plan, fitting, published
+    named = given(args, SETTINGS)
     begun = begun_settings(named.get('out', TrainConfig.out)) if named.get('resume') else {}
     scale = preset(args.scale) if args.scale or not begun else {}
-    own_methods(begun | scale | named)
-    method, base = ((begun | scale | named).get(k, getattr(TrainConfig, k)) for k in ('method', 'base'))
-    chosen = taken(scale, method, base) | named
-    check_taken(named, method, base)
-    return TrainConfig(**{**published(chosen), **begun, **chosen})
+    chosen = TrainConfig(**begun | scale | named)
+    method, base = chosen.method, chosen.plan.get('base')
+    check_plan(method, given_plan(args, base))
+    plan = fitting(method, chosen.plan)
+    own = published(method, base)
+    shared = {k: v for k, v in own.items() if k not in begun and k not in scale and k not in named}
+    return replace(chosen, plan=plan, **shared)
 
 def prompts_text(
     config, # A `TrainConfig`
@@ -1041,7 +1019,7 @@ def is_own_schedule(
     if config.shift is None: return True
     own = model_sigmas(config.model, config.num_steps, config.resolution)
     if own is None: return False
-    return same_schedule(dict(config=vars(config)), dict(num_steps=config.num_steps, shift=own))
+    return same_schedule(dict(config=config.flat()), dict(num_steps=config.num_steps, shift=own))
 
 def sample_command(
     config, # A `TrainConfig`
@@ -1234,7 +1212,6 @@ def demo_config(
 ):
     "The demonstration's configuration: E-GRPO at tau 2.2 on the miniature, in the sizes of a scale."
     from egrpo.paper.records import get_scale
-    from egrpo.train.trainer import TrainConfig
     scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini')
     if scale.settings.get('model', 'miniature') != 'miniature':
         raise ValueError(f"scale {scale.name!r} is not for the miniature: the demo runs at smoke, mini or gpu")
@@ -1248,7 +1225,7 @@ def run_demo(
 ):
     "egrpo demo: train on the miniature and show before and after."
     began = time.monotonic()
-    from egrpo.paper.experiments import images_at
+    from egrpo.paper.cells import images_at
     from egrpo.train.trainer import Trainer, describe_run
     config, out = demo_config(args), check_demo(args.out)
     check_run(replace(config, resume=True)) # an earlier demo in the folder is no obstacle

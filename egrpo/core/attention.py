@@ -9,6 +9,7 @@ __all__ = ['CHUNK_ELEMENTS', 'HALF', 'ATTENTION_PATHS', 'GOLDEN', 'AttentionPath
 # %% ../../nbs/core/04_attention.ipynb #2898c3a6
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/core/04_attention.ipynb #c6ba4c84
-def _check(
-    q:Tensor, # (B,H,N,D)
-    k:Tensor, # (B,H,M,D)
-)->None:
-    "One clear line for tensors that are no queries and keys of one attention."
-    alike = q.ndim == k.ndim == 4 and (*q.shape[:2], q.shape[3]) == (*k.shape[:2], k.shape[3])
-    if not alike or 0 in k.shape:
-        raise ValueError(f"q and k must be (B,H,N,D) and (B,H,M,D) with at least one key, got {tuple(q.shape)} and {tuple(k.shape)}: "
-                         "split the heads first, and repeat keys that several heads share")
+def _check(q, k):
+    "Refuse tensors that are no queries (B,H,N,D) and keys (B,H,M,D) of one attention."
+    batched = q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    if not batched or 0 in k.shape:
+        got = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        remedy = "split the heads first, and repeat keys that several heads share"
+        raise ValueError(f"q and k must be (B,H,N,D) and (B,H,M,D) with at least one key, got {got}: {remedy}")
     if q.dtype != k.dtype or q.device != k.device or not q.is_floating_point():
         got = f'{q.dtype} on {q.device} and {k.dtype} on {k.device}'
         raise ValueError(f"q and k must be floating point, of one dtype and device, got {got}: convert one of them")
@@ -53,39 +52,27 @@ class AttentionPath:
     usable:Callable # (q, k) -> can the kernel serve such tensors?
 
 # %% ../../nbs/core/04_attention.ipynb #b73a1137
-def _cpu(
-    q:Tensor, # (B,H,N,D)
-    k:Tensor, # (B,H,M,D)
-    scale:float # s
-)->tuple: # (B,H,N,D), (B,H,N)
-    "torch's fused attention on the CPU, values = keys."
+def _cpu(q, k, scale):
+    "Mean key (B,H,N,D) and log-sum-exp (B,H,N) by torch's fused attention on the CPU."
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, scale=scale)
 
-def _pad(
-    x:Tensor # (B,H,N,D)
-)->Tensor: # (B,H,N,D') with D' the next multiple of 8
-    "Queries or keys with zeros behind, where the head size asks for it."
+def _pad(x):
+    "Queries or keys with zeros behind, up to a head size that is a multiple of 8."
     return F.pad(x, (0, -x.shape[-1] % 8)) if x.shape[-1] % 8 else x
 
-def _cuda_attend(
-    kernel:str # flash, cudnn or efficient
-)->Callable: # (q, k, scale) -> (B,H,N,D), log-sum-exp
-    "One of torch's fused attentions on CUDA, values = keys."
+def _cuda_attend(kernel):
+    "One of torch's fused attentions on CUDA (flash, cudnn or efficient), as a function like `_cpu`."
     arguments = () if kernel == 'flash' else (None, True) # no bias, and do compute the log-sum-exp
     def attend(q, k, scale):
-        "Mean key and log-sum-exp of every query, without the padding."
-        values = keys = _pad(k)
-        op = getattr(torch.ops.aten, f'_scaled_dot_product_{kernel}_attention')
-        mean_key, logsumexp = op(_pad(q), keys, values, *arguments, scale=scale)[:2]
+        keys = _pad(k)
+        attention = getattr(torch.ops.aten, f'_scaled_dot_product_{kernel}_attention')
+        mean_key, logsumexp, *_ = attention(_pad(q), keys, keys, *arguments, scale=scale)
         return mean_key[..., :q.shape[-1]], logsumexp
     return attend
 
-def _cuda_usable(
-    kernel:str # flash, cudnn or efficient
-)->Callable: # (q, k) -> bool
-    "Torch's own check whether the kernel serves such tensors."
+def _cuda_usable(kernel):
+    "Torch's own check whether a kernel serves such tensors, padded as `_cuda_attend` pads them."
     def usable(q, k):
-        "Torch's answer, for tensors padded as `_cuda_attend` pads them."
         q, k = _pad(q), _pad(k)
         params = torch.backends.cuda.SDPAParams(q, k, k, None, 0., False, False)
         return getattr(torch.backends.cuda, f'can_use_{kernel}_attention')(params)
@@ -94,49 +81,49 @@ def _cuda_usable(
 # %% ../../nbs/core/04_attention.ipynb #4b3f567b
 CHUNK_ELEMENTS = 2**22 # weights held at a time by the fallback: 16 MB in fp32
 
-def _chunked(
-    q:Tensor, # (B,H,N,D)
-    k:Tensor, # (B,H,M,D)
-    scale:float # s
-)->Tensor: # (B,H,N) nats
-    "Entropy from the weights themselves, some queries at a time."
-    rows = max(1, CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
-    return torch.cat([torch.special.entr((scale * x @ k.mT).softmax(-1)).sum(-1) for x in q.split(rows, dim=2)], dim=2)
+def _chunked(q, k, scale):
+    "Entropy (B,H,N) from the weights themselves, some queries at a time."
+    batch, heads, num_keys = k.shape[:3]
+    rows = max(1, CHUNK_ELEMENTS // (batch * heads * num_keys))
+    parts = []
+    for x in q.split(rows, dim=2):
+        weights = (scale * x @ k.mT).softmax(-1)
+        parts.append(torch.special.entr(weights).sum(-1))
+    return torch.cat(parts, dim=2)
 
 # %% ../../nbs/core/04_attention.ipynb #207bb888
-def _fused(
-    attend:Callable # (q, k, scale) -> sum of p·k, log-sum-exp
-)->Callable: # (q, k, scale) -> (B,H,N) nats
+def _fused(attend):
     "A fused call as a path's `entropy`."
     return lambda q, k, scale: _from_fused(attend, q, k, scale)
 
-def _always(
-    q:Tensor, # (B,H,N,D)
-    k:Tensor # (B,H,M,D)
-)->bool: # True
-    "A kernel that serves all tensors."
-    return True
+def _cuda_path(name, *dtypes): return AttentionPath(name, 'cuda', dtypes, _fused(_cuda_attend(name)), _cuda_usable(name))
+
+def _always(q, k): return True
 
 HALF = (torch.float16, torch.bfloat16)
-ATTENTION_PATHS = {p.name: p for p in (
-    AttentionPath('cpu', 'cpu', (), _fused(_cpu), _always),
-    AttentionPath('flash', 'cuda', HALF, _fused(_cuda_attend('flash')), _cuda_usable('flash')),
-    AttentionPath('cudnn', 'cuda', HALF, _fused(_cuda_attend('cudnn')), _cuda_usable('cudnn')),
-    AttentionPath('efficient', 'cuda', (*HALF, torch.float32), _fused(_cuda_attend('efficient')), _cuda_usable('efficient')),
-    AttentionPath('chunked', '', (), _chunked, _always),
-)}
+ATTENTION_PATHS = dict(
+    cpu=AttentionPath('cpu', 'cpu', (), _fused(_cpu), _always),
+    flash=_cuda_path('flash', *HALF),
+    cudnn=_cuda_path('cudnn', *HALF),
+    efficient=_cuda_path('efficient', *HALF, torch.float32),
+    chunked=AttentionPath('chunked', '', (), _chunked, _always),
+)
 
 # %% ../../nbs/core/04_attention.ipynb #f8cb1f16
-def _refusal(
-    path:AttentionPath, # A path
-    q:Tensor, # (B,H,N,D)
-    k:Tensor # (B,H,M,D)
-)->str: # Why it cannot serve, '' if it can
-    "Reason why a path cannot serve these tensors."
+def _refusal(path, q, k):
+    "Reason why a path cannot serve these tensors, '' if it can."
     if path.device and q.device.type != path.device: return f"{path.name} needs {path.device}, not {q.device.type}"
     if path.dtypes and q.dtype not in path.dtypes: return f"{path.name} does not take {q.dtype}"
     if not path.usable(q, k): return f"{path.name} refuses shapes {tuple(q.shape)} and {tuple(k.shape)}"
     return ''
+
+def _first_path(q, k):
+    "Name of the first path that can serve, and why it is not an earlier one."
+    refusals = []
+    for name, path in ATTENTION_PATHS.items():
+        refusal = _refusal(path, q, k)
+        if not refusal: return name, '; '.join(refusals) or f'the first choice on {q.device.type}'
+        refusals.append(refusal)
 
 def attention_path(
     q:Tensor, # (B,H,N,D) queries, fp16, bf16, fp32 or float64
@@ -145,15 +132,19 @@ def attention_path(
 )->tuple: # Name of the path, why
     "Name the path that `attention_entropy` takes for these tensors, and the reason."
     _check(q, k)
-    if path is not None and path not in ATTENTION_PATHS:
+    if path is None: return _first_path(q, k)
+    if path not in ATTENTION_PATHS:
         raise ValueError(f"path must be None or one of {', '.join(ATTENTION_PATHS)}, got {path!r}")
-    tried = {p.name: _refusal(p, q, k) for p in (ATTENTION_PATHS.values() if path is None else [ATTENTION_PATHS[path]])}
-    name = next((n for n, why in tried.items() if not why), None)
-    if name is None: raise ValueError(f"path {path!r} cannot serve these tensors: {tried[path]}; None takes one that can")
-    before = list(tried)[:list(tried).index(name)]
-    return name, 'as asked' if path else '; '.join(tried[n] for n in before) or f'the first choice on {q.device.type}'
+    refusal = _refusal(ATTENTION_PATHS[path], q, k)
+    if not refusal: return path, 'as asked'
+    raise ValueError(f"path {path!r} cannot serve these tensors: {refusal}; None takes one that can")
 
 # %% ../../nbs/core/04_attention.ipynb #e897b429
+def _no_autocast(device):
+    "A context without autocast, where the type of device knows it."
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
+
 @torch.no_grad()
 def attention_entropy(
     q:Tensor, # (B,H,N,D) queries as attention sees them (after norms and rotary embedding), fp16, bf16, fp32 or float64
@@ -164,14 +155,14 @@ def attention_entropy(
     path:str|None=None # A name in `ATTENTION_PATHS`; None = the first that can serve, see `attention_path`
 )->Tensor: # (B,H,N) entropy of each query's weights over the keys, nats from 0 to log(M), fp32 whatever the input
     "Exact entropy of `softmax(scale·q·k)` for every query, without the matrix."
-    _check(q, k)
     if queries is not None: q = q[:, :, queries]
     if keys is not None: k = k[:, :, keys]
-    chosen = ATTENTION_PATHS[attention_path(q, k, path)[0]]
-    dtype = q.dtype if q.dtype in (*chosen.dtypes, torch.float64) else torch.float32
-    scale = q.shape[-1]**-.5 if scale is None else float(scale)
-    with torch.autocast(q.device.type, enabled=False) if torch.amp.is_autocast_available(q.device.type) else torch.no_grad():
-        return chosen.entropy(q.to(dtype), k.to(dtype), scale).float()
+    name, _ = attention_path(q, k, path)
+    chosen = ATTENTION_PATHS[name]
+    kept = q.dtype == torch.float64 or q.dtype in chosen.dtypes
+    dtype = q.dtype if kept else torch.float32
+    if scale is None: scale = q.shape[-1]**-.5
+    with _no_autocast(q.device.type): return chosen.entropy(q.to(dtype), k.to(dtype), float(scale)).float()
 
 # %% ../../nbs/core/04_attention.ipynb #22de98ae
 GOLDEN = (math.sqrt(5) - 1) / 2 # its multiples, modulo 1, are spread most evenly
@@ -185,7 +176,8 @@ def query_subset(
     if not 1 <= every <= num_queries:
         raise ValueError(f"every must be from 1 to the {num_queries} queries, got {every}: 1 takes all of them")
     first = torch.arange(0, num_queries, every)
-    place = (every * (torch.arange(len(first), dtype=torch.float64) * GOLDEN % 1)).long()
+    turns = torch.arange(len(first), dtype=torch.float64) * GOLDEN % 1
+    place = (every * turns).long()
     index = first + (start + place) % every
     return index[index < num_queries]
 
@@ -196,8 +188,9 @@ def mean_entropy(
 )->tuple: # (B,) mean over heads and queries, (B,) its standard error; 0 if m = N
     "Mean entropy of a sample of queries, with its standard error."
     m = entropy.shape[-1]
-    if m < min(2, num_queries) or m > num_queries:
+    if not min(2, num_queries) <= m <= num_queries:
         raise ValueError(f"entropy must be of 2 to num_queries={num_queries} queries, got {m}: a smaller every takes more")
     per_query = entropy.mean(1)
-    if m == num_queries: return per_query.mean(-1), per_query.new_zeros(len(per_query))
-    return per_query.mean(-1), per_query.std(-1) * math.sqrt((1 - m / num_queries) / m)
+    mean = per_query.mean(-1)
+    if m == num_queries: return mean, torch.zeros_like(mean)
+    return mean, per_query.std(-1) * math.sqrt((1 - m / num_queries) / m)

@@ -26,7 +26,8 @@ def chord(
 )->tuple: # angle in radians and length n, both of sigma's shape: latents of the diffusion model = latents of the flow / n
     "Map a noise level of the flow to the arc of the diffusion model."
     last = torch.as_tensor(last, dtype=sigma.dtype, device=sigma.device)
-    image, noise = 1 - sigma + sigma * last.cos(), sigma * last.sin()
+    image = 1 - sigma + sigma * last.cos()
+    noise = sigma * last.sin()
     return torch.atan2(noise, image), torch.hypot(noise, image)
 
 def chord_sigma(
@@ -34,7 +35,9 @@ def chord_sigma(
     last:float|Tensor, # The diffusion model's last angle, in (0, pi/2]
 )->Tensor: # Noise level of the flow in [0, 1]
     "The inverse of `chord`: the noise level of the flow at an angle, sin(angle) / (sin(angle) + sin(last - angle))."
-    return angle.sin() / (angle.sin() + (last - angle).sin())
+    noise = angle.sin()
+    image = (last - angle).sin()
+    return noise / (noise + image)
 
 # %% ../../nbs/core/07_diffusion.ipynb #268b316a
 def angle_timestep(
@@ -42,9 +45,11 @@ def angle_timestep(
     angles:Tensor, # (N,) angles of the timesteps, rising
 )->Tensor: # (B,) timesteps in [0, N-1], with fractions
     "The timestep at an angle, linear between those of training."
-    upper = torch.searchsorted(angles, angle).clamp(1, len(angles) - 1)
-    low, high = angles[upper - 1], angles[upper]
-    return (upper - 1 + (angle - low) / (high - low)).clamp(0, len(angles) - 1)
+    longest = len(angles) - 1
+    upper = torch.searchsorted(angles, angle).clamp(1, longest)
+    low = angles[upper - 1]
+    part = (angle - low) / (angles[upper] - low)
+    return (upper - 1 + part).clamp(0, longest)
 
 # %% ../../nbs/core/07_diffusion.ipynb #3a71fc2c
 def predicted_ends(
@@ -54,8 +59,12 @@ def predicted_ends(
     kind:str='epsilon', # What the network predicts: epsilon or v_prediction, as diffusers' schedulers name it
 )->tuple: # image (B,...), noise (B,...)
     "The image and the noise that the network believes are mixed in `x`."
-    if kind == 'epsilon': return (x - angle.sin() * prediction) / angle.cos(), prediction
-    if kind == 'v_prediction': return angle.cos() * x - angle.sin() * prediction, angle.sin() * x + angle.cos() * prediction
+    cos = angle.cos()
+    sin = angle.sin()
+    if kind == 'epsilon': return (x - sin * prediction) / cos, prediction
+    if kind == 'v_prediction':
+        image = cos * x - sin * prediction
+        return image, sin * x + cos * prediction
     raise ValueError(f"prediction_type must be epsilon or v_prediction, got {kind!r}: the pipeline's scheduler says another")
 
 def chord_velocity(

@@ -9,25 +9,6 @@ __all__ = ['policy_loss', 'guard_logratio', 'loss_metrics']
 import torch
 from torch import Tensor
 
-# %% ../../nbs/core/06_loss.ipynb #aa19743a
-def _check_pair(
-    log_prob:Tensor, # (M,)
-    other:Tensor, # Must have the same shape
-    name:str, # What to call `other` in the message
-)->None:
-    "Refuse tensors that would broadcast against each other."
-    if log_prob.shape != other.shape:
-        raise ValueError(f"{name} must have log_prob's shape {tuple(log_prob.shape)}, got {tuple(other.shape)}: "
-                         "give one value per transition")
-
-# %% ../../nbs/core/06_loss.ipynb #c06f5266
-def _check_clip(
-    clip_range:float, # Must be positive
-)->None:
-    "Refuse a clip range that would stop or reverse learning."
-    if not clip_range > 0:
-        raise ValueError(f"clip_range must be > 0, got {clip_range}: log-probs are means over elements, use 1e-4 (or inf for no clipping)")
-
 # %% ../../nbs/core/06_loss.ipynb #dc948975
 def policy_loss(
     log_prob:Tensor, # (M,) log-prob of each transition under the policy being trained, nats per element, with gradient
@@ -36,12 +17,10 @@ def policy_loss(
     clip_range:float=1e-4, # Half-width of the interval around 1 within which the ratio is trusted
 )->Tensor: # (M,) loss per transition
     "PPO's clipped surrogate (Schulman et al. 2017, eq. 7) as Flow-GRPO (arXiv 2505.05470) takes it, one value per transition."
-    _check_clip(clip_range)
-    _check_pair(log_prob, old_log_prob, 'old_log_prob')
-    _check_pair(log_prob, advantages, 'advantages')
-    ratio = (log_prob - old_log_prob.detach()).exp()
     advantages = advantages.detach()
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    ratio = (log_prob - old_log_prob.detach()).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantages * ratio, -advantages * clipped)
 
 # %% ../../nbs/core/06_loss.ipynb #9846f5d8
 def guard_logratio(
@@ -49,29 +28,12 @@ def guard_logratio(
     old_log_prob:Tensor, # (M,) nats per element, policy that sampled
     mean:Tensor, # (M,...) mean of the step under the policy being trained
     old_mean:Tensor, # (M,...) mean of the step under the policy that sampled
-    std:Tensor, # Std of the step: a number, (M,) or (M,1,...), the same under both policies, > 0
+    std:Tensor, # Std of the step, (1,), (M,) or (M,1,...), the same under both policies, > 0
 )->Tensor: # (M,) regulated logratio, to be given to `policy_loss` with old_log_prob = 0
     "GRPO-Guard's logratio (arXiv 2510.22319): unbiased, and of the same size at every noise level."
-    _check_pair(log_prob, old_log_prob, 'old_log_prob')
-    if mean.shape != old_mean.shape or len(mean) != len(log_prob):
-        raise ValueError(f"mean and old_mean must both be (M,...) with M = {len(log_prob)}, got {tuple(mean.shape)} and "
-                         f"{tuple(old_mean.shape)}: give the means of these transitions")
-    std = _std_per_transition(std, log_prob)
+    std = std.reshape(-1)
     drift = (mean - old_mean.detach()).flatten(1).square().mean(1) / (2 * std**2)
     return (log_prob - old_log_prob.detach() + drift) * std
-
-# %% ../../nbs/core/06_loss.ipynb #ca0d2852
-def _std_per_transition(
-    std:Tensor, # A number, (M,) or (M,1,...)
-    log_prob:Tensor, # (M,)
-)->Tensor: # (M,)
-    "One std per transition, checked positive."
-    std = torch.as_tensor(std, dtype=log_prob.dtype, device=log_prob.device)
-    if std.numel() not in (1, len(log_prob)):
-        raise ValueError(f"std must be a number, (M,) or (M,1,...) with M = {len(log_prob)}, got {tuple(std.shape)}: "
-                         "give one std per transition")
-    if not (std > 0).all(): raise ValueError(f"std must be > 0, got a minimum of {std.min().item()}: steps without noise have no ratio")
-    return std.reshape(-1).expand(len(log_prob))
 
 # %% ../../nbs/core/06_loss.ipynb #c79f86c3
 @torch.no_grad()
@@ -81,10 +43,14 @@ def loss_metrics(
     clip_range:float=1e-4, # As given to `policy_loss`
 )->dict: # name -> float, see the table above
     "Diagnostics of one update: how far the policy has moved from the one that sampled."
-    _check_clip(clip_range)
-    _check_pair(log_prob, old_log_prob, 'old_log_prob')
     logratio = log_prob.double() - old_log_prob.double()
     change = logratio.expm1() # ratio - 1
-    out = dict(ratio_mean=1 + change.mean(), ratio_min=1 + change.min(), ratio_max=1 + change.max(), ratio_error=change.abs().max(),
-               approx_kl=(change - logratio).mean(), clip_frac=(change.abs() > clip_range).double().mean())
-    return {k: v.item() for k, v in out.items()}
+    out = dict(
+        ratio_mean=1 + change.mean(),
+        ratio_min=1 + change.min(),
+        ratio_max=1 + change.max(),
+        ratio_error=change.abs().max(),
+        approx_kl=(change - logratio).mean(),
+        clip_frac=(change.abs() > clip_range).double().mean(),
+    )
+    return {name: value.item() for name, value in out.items()}

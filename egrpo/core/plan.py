@@ -9,33 +9,27 @@ __all__ = ['SOLVERS', 'SDEStep', 'Branch', 'Plan', 'kept_count', 'rollout_nfe', 
 # %% ../../nbs/core/03_plan.ipynb #264a767f
 import math
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate
 from numbers import Integral
 from operator import mul
 
 import torch
 from torch import Tensor
 
+from ..base.inputs import one_of
 from .entropy import check_schedule
 from .sde import check_kernel, step_std
 
 # %% ../../nbs/core/03_plan.ipynb #7d0bc597
-def _check_whole(
-    owner, # A step or a branch
-    *names:str, # Fields
-):
-    "Refuse what nothing can be counted by."
+def _check_counts(owner, *names):
+    "Refuse fields of a step or a branch by which nothing can be counted."
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, Integral): raise ValueError(f"{name} must be a whole number, got {value!r}: take int(…) of it")
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}: take int(…) of it")
 
-def _check_tuple(
-    things, # Should be a tuple or a list
-    name:str, # What they are called
-    kind:type, # What each should be
-    example:str, # How to write it
-):
-    "Refuse what is no tuple of such things."
+def _check_tuple(things, name, kind, example):
+    "Refuse what is no tuple of things of one kind."
     if isinstance(things, (tuple, list)) and all(isinstance(o, kind) for o in things): return
     raise ValueError(f"{name} must be a tuple such as {example}, got {things!r}")
 
@@ -48,7 +42,7 @@ class SDEStep:
     weight:float=1. # Weight of its transitions' surrogate in the loss, >= 0; 0 = sampled, not trained
     keep:float=1. # Share of its transitions that is trained, in (0, 1]: those with the highest and the lowest advantage
 
-    def __post_init__(self): _check_whole(self, 'start', 'length', 'children')
+    def __post_init__(self): _check_counts(self, 'start', 'length', 'children')
 
     @property
     def end(self)->int: # Index of the noise level at which the step arrives: the ODE continues there
@@ -64,12 +58,13 @@ class Branch:
 
     def __post_init__(self):
         _check_tuple(self.steps, 'steps', SDEStep, '(SDEStep(0, 1, 12),)')
-        _check_whole(self, 'noises')
+        _check_counts(self, 'noises')
 
     @property
     def widths(self)->list: # Live nodes: at the root, then after every stochastic step
         "Number of live nodes at the root and after each stochastic step."
-        return list(accumulate((s.children for s in self.steps), mul, initial=self.noises))
+        children = [s.children for s in self.steps]
+        return list(accumulate(children, mul, initial=self.noises))
 
     @property
     def leaves(self)->int: # Images
@@ -83,26 +78,27 @@ def _check_step(
     free:int, # First index it may leave from: where the step before it ends
     last:int, # Last index at which it may arrive, T-1
 ):
-    "Raise a `ValueError` for a step that no executor could walk or no group could learn from."
-    if step.length < 1 or step.children < 1 or not 0 <= step.weight < math.inf:
-        raise ValueError(f"{step}: length and children must be >= 1, weight finite and >= 0")
-    if not 0 < step.keep <= 1: raise ValueError(f"{step}: keep must be above 0 and at most 1: it is the share of samples that is trained")
-    if step.start < free: raise ValueError(f"{step} starts before {free}, the first step that is free: order the steps, with no overlap")
+    "Refuse a step that no executor could walk or no group could learn from."
+    possible = step.length >= 1 and step.children >= 1 and 0 <= step.weight < math.inf
+    if not possible: raise ValueError(f"{step}: length and children must be >= 1, weight finite and >= 0")
+    if not 0 < step.keep <= 1:
+        raise ValueError(f"{step}: keep must be above 0 and at most 1: it is the share of samples that is trained")
+    if step.start < free:
+        raise ValueError(f"{step} starts before {free}, the first step that is free: order the steps, with no overlap")
     if step.end > last:
-        raise ValueError(f"{step} arrives at {step.end} of {last+1}: the last step is never stochastic, end at {last} or before")
+        remedy = f"the last step is never stochastic, end at {last} or before"
+        raise ValueError(f"{step} arrives at {step.end} of {last + 1}: {remedy}")
     if step.weight and width < 2:
-        raise ValueError(f"{step} is trained but has {width} transition: a group needs at least 2, raise children or noises")
+        remedy = "a group needs at least 2, raise children or noises"
+        raise ValueError(f"{step} is trained but has {width} transition: {remedy}")
 
-def _check_branch(
-    branch:Branch, # The branch to check
-    last:int, # Last index at which a stochastic step may arrive, T-1
-):
-    "Raise a `ValueError` for a branch without noise, or with a step that cannot be."
+def _check_branch(branch, last):
+    "Refuse a branch without noise, or with a step that cannot be; `last` is T-1."
     if branch.noises < 1: raise ValueError(f"noises must be >= 1, got {branch.noises}: a branch needs an initial noise")
     free = 0
-    for s, width in zip(branch.steps, branch.widths[1:]):
-        _check_step(s, width, free, last)
-        free = s.end
+    for step, width in zip(branch.steps, branch.widths[1:]):
+        _check_step(step, width, free, last)
+        free = step.end
 
 # %% ../../nbs/core/03_plan.ipynb #dac4820a
 SOLVERS = ('euler', 'ab2')
@@ -123,13 +119,16 @@ class Plan:
         _check_tuple(self.strides, 'strides', Integral, '(1,)')
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides must be one or more numbers >= 1, got {self.strides}: 1 is exact")
-        if self.solver not in SOLVERS: raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {self.solver!r}")
+        one_of('solver', self.solver, SOLVERS)
         check_schedule(self.sigmas)
         check_kernel(self.kernel, self.noise_level)
-        if not self.branches: raise ValueError("branches is empty: a plan needs at least one Branch (Branch() is a plain ODE rollout)")
-        for b in self.branches: _check_branch(b, self.num_steps - 1)
-        if any(b.steps for b in self.branches) and not self.noise_level > 0:
-            raise ValueError(f"noise_level must be > 0 for stochastic steps, got {self.noise_level}: without noise there is no log-prob")
+        if not self.branches:
+            raise ValueError("branches is empty: a plan needs at least one Branch (Branch() is a plain ODE rollout)")
+        for branch in self.branches: _check_branch(branch, self.num_steps - 1)
+        stochastic = any(branch.steps for branch in self.branches)
+        if stochastic and not self.noise_level > 0:
+            remedy = "without noise there is no log-prob"
+            raise ValueError(f"noise_level must be > 0 for stochastic steps, got {self.noise_level}: {remedy}")
 
     @property
     def num_steps(self)->int: # T
@@ -149,23 +148,41 @@ def kept_count(
     "Number of a group's transitions that are trained: rounded down, at least two, as in BranchGRPO's released code."
     return min(n, max(2, int(n * keep + 1e-4)))
 
+def _shared_nfe(plan, noises):
+    "Evaluations of the anchor that branches of as many noises share, up to the last of their first stochastic steps."
+    branches = [b for b in plan.branches if b.noises == noises]
+    lengths = [b.steps[0].start + 1 if b.steps else plan.num_steps for b in branches]
+    return noises * max(lengths)
+
+def _own_nfe(plan, branch):
+    "Evaluations of a branch behind its first stochastic step: to each next one, at last to the images."
+    if not branch.steps: return 0
+    total = 0
+    for width, step, after in zip(branch.widths[1:], branch.steps, branch.steps[1:]):
+        total += width * (after.start + 1 - step.end)
+    left = plan.num_steps - branch.steps[-1].end
+    for stride in plan.strides: total += branch.leaves * math.ceil(left / stride)
+    return total
+
 def rollout_nfe(
     plan:Plan, # The plan of one prompt
 )->int: # Network evaluations, latents counted one by one
     "Network evaluations of a rollout of one prompt."
-    T, total = plan.num_steps, 0
-    for n in {b.noises for b in plan.branches}: # the shared anchors
-        total += n * max(b.steps[0].start + 1 if b.steps else T for b in plan.branches if b.noises == n)
-    for b in plan.branches: # then every branch on its own, to its next stochastic step and at last to the images
-        total += sum(w * (after.start + 1 - s.end) for w, s, after in zip(b.widths[1:], b.steps, b.steps[1:]))
-        if b.steps: total += b.leaves * sum(math.ceil((T - b.steps[-1].end) / stride) for stride in plan.strides)
-    return total
+    shared = sum(_shared_nfe(plan, noises) for noises in {b.noises for b in plan.branches})
+    return shared + sum(_own_nfe(plan, b) for b in plan.branches)
+
+def _trained_steps(plan):
+    "Pairs of a trained step and the number of its parents."
+    return [(s, parents) for b in plan.branches for s, parents in zip(b.steps, b.widths) if s.weight]
 
 def gradient_nfe(
     plan:Plan, # The plan of one prompt
 )->int: # Forward passes with gradient
     "Network evaluations with gradient of one update on one prompt, one per parent of a trained transition; at most, where `keep` < 1."
-    return sum(min(w, kept_count(w * s.children, s.keep)) for b in plan.branches for w, s in zip(b.widths, b.steps) if s.weight)
+    total = 0
+    for step, parents in _trained_steps(plan):
+        total += min(parents, kept_count(parents * step.children, step.keep))
+    return total
 
 # %% ../../nbs/core/03_plan.ipynb #dc53bca3
 def count_leaves(
@@ -178,68 +195,78 @@ def count_transitions(
     plan:Plan, # The plan of one prompt
 )->int: # Trained transitions
     "Trained transitions of one prompt: SDE samples with a weight in the loss that are kept."
-    return sum(kept_count(w, s.keep) for b in plan.branches for w, s in zip(b.widths[1:], b.steps) if s.weight)
+    return sum(kept_count(parents * step.children, step.keep) for step, parents in _trained_steps(plan))
 
 # %% ../../nbs/core/03_plan.ipynb #9a6e8602
-def _run_text(
-    steps:list, # `SDEStep`s in a row that differ in their place and weight only
-)->str: # e.g. `3→5 ×12`
-    "Equal stochastic steps in a row as first start→last end, with what they share."
-    s = steps[0]
-    text = f"{s.start}→{steps[-1].end}" + (f" in {len(steps)}" if len(steps) > 1 else '') + (f" ×{s.children}" if s.children > 1 else '')
-    if s.keep < 1: text += f" keep {s.keep:g}"
-    return text if s.weight else f"({text})"
+def _run_text(steps):
+    "Text of equal stochastic steps in a row, such as `3→5 ×12`."
+    step = steps[0]
+    text = f"{step.start}→{steps[-1].end}"
+    if len(steps) > 1: text += f" in {len(steps)}"
+    if step.children > 1: text += f" ×{step.children}"
+    if step.keep < 1: text += f" keep {step.keep:g}"
+    return text if step.weight else f"({text})"
 
-def _branch_text(
-    branch:Branch, # One branch of a plan
-)->str: # e.g. `0→1 ×12 1→15 in 14`
-    "A branch in a few characters."
-    def kind(i_step):
-        "Steps of one kind follow each other without a gap, since what they have in common includes start minus place."
-        i, s = i_step
-        return s.start - i * s.length, s.length, s.children, s.keep, s.weight > 0
-    runs = [[s for _, s in run] for _, run in groupby(enumerate(branch.steps), kind)]
-    return (f"{branch.noises} noises: " if branch.noises > 1 else '') + (' '.join(map(_run_text, runs)) or 'ODE')
+def _continues(before, step):
+    "Return whether a step is of the same kind as the one before, and follows it without a gap."
+    def kind(s): return s.length, s.children, s.keep, s.weight > 0
+    return kind(before) == kind(step) and before.end == step.start
+
+def _branch_text(branch):
+    "Text of a branch, such as `0→1 ×12 1→15 in 14`."
+    runs = []
+    for step in branch.steps:
+        if runs and _continues(runs[-1][-1], step): runs[-1].append(step)
+        else: runs.append([step])
+    text = ' '.join(map(_run_text, runs)) or 'ODE'
+    return f"{branch.noises} noises: {text}" if branch.noises > 1 else text
+
+def _suffix_text(plan):
+    "Text on how the ODE goes on after the stochastic steps; empty where it goes on as before."
+    parts = []
+    if plan.strides != (1,): parts.append(f"strides {', '.join(map(str, plan.strides))}")
+    if plan.solver != 'euler': parts.append(plan.solver)
+    return f", then {' by '.join(parts)}" if parts else ''
 
 def describe(
     plan:Plan, # The plan of one prompt
 )->str: # One line of text
     "A plan in one line: schedule, kernel, branches, and what a rollout and an update of it cost."
+    sampling = f"{plan.num_steps} steps, {plan.kernel} kernel, noise {plan.noise_level:g}{_suffix_text(plan)}"
+    if plan.guard: sampling += ', guarded ratio'
     branches = ' · '.join(map(_branch_text, plan.branches))
     counts = f"{count_leaves(plan)} images, {count_transitions(plan)} trained transitions"
     nfe = f"nfe {rollout_nfe(plan)} + {gradient_nfe(plan)} with gradient"
-    suffix = [f"strides {', '.join(map(str, plan.strides))}"] * (plan.strides != (1,)) + [plan.solver] * (plan.solver != 'euler')
-    rest = (f", then {' by '.join(suffix)}" if suffix else '') + (', guarded ratio' if plan.guard else '')
-    return f"{plan.num_steps} steps, {plan.kernel} kernel, noise {plan.noise_level:g}{rest} | {branches} | {counts}, {nfe}"
+    return f"{sampling} | {branches} | {counts}, {nfe}"
 
 # %% ../../nbs/core/03_plan.ipynb #0a1f9f70
-def _heights(
-    n:int, # How many nodes
-    row:float, # Height of the row's middle
-    height:float, # Height of the row
-)->list: # n heights
+def _heights(n, row, height):
     "Heights of `n` nodes, evenly spread over a row."
     return [row + height * ((i + .5) / n - .5) for i in range(n)]
 
-def _draw_branch(
-    ax, # Axes to draw on
-    branch:Branch, # The branch to draw
-    plan:Plan, # Its plan
-    row:float, # Height of the row's middle
-    color, # Function from a step's standard deviation to a colour
-    height:float=0.8, # Height of the row
-):
-    "Draw one branch as a tree: a node stands at the mean height of the leaves below it."
-    ys, x = _heights(branch.noises, row, height), 0
-    for s, width in zip(branch.steps, branch.widths[1:]):
-        std = float(step_std(plan.sigmas[s.start], plan.sigmas[s.end], plan.noise_level, plan.kernel, plan.sigma_max))
-        children = _heights(width, row, height)
-        ax.hlines(ys, x, s.start, color='.7', lw=1)
-        ax.plot([[s.start] * width, [s.end] * width], [[ys[i // s.children] for i in range(width)], children],
-                color=color(std), lw=1.4 if s.weight else .6, ls='-' if s.keep == 1 else ':', solid_capstyle='round')
-        ys, x = children, s.end
-    ax.hlines(ys, x, plan.num_steps, color='.7', lw=1)
-    for stops in (range(x, plan.num_steps, stride) for stride in plan.strides if stride > 1 and branch.steps):
+def _draw_step(ax, step, parents, children, color):
+    "Draw a stochastic step: a line from each child back to its parent."
+    starts = [parents[i // step.children] for i in range(len(children))]
+    ends = [[step.start] * len(children), [step.end] * len(children)]
+    width = 1.4 if step.weight else .6
+    style = '-' if step.keep == 1 else ':'
+    ax.plot(ends, [starts, children], color=color, lw=width, ls=style, solid_capstyle='round')
+
+def _draw_branch(ax, branch, plan, row, color):
+    "Draw a branch as a tree of height 0.8 in its row; `color` maps a step's standard deviation to a colour."
+    nodes = _heights(branch.noises, row, .8)
+    place = 0
+    for step, width in zip(branch.steps, branch.widths[1:]):
+        std = step_std(plan.sigmas[step.start], plan.sigmas[step.end], plan.noise_level, plan.kernel, plan.sigma_max)
+        children = _heights(width, row, .8)
+        ax.hlines(nodes, place, step.start, color='.7', lw=1)
+        _draw_step(ax, step, nodes, children, color(float(std)))
+        nodes = children
+        place = step.end
+    ax.hlines(nodes, place, plan.num_steps, color='.7', lw=1)
+    for stride in plan.strides:
+        if stride == 1 or not branch.steps: continue
+        stops = range(place, plan.num_steps, stride)
         ax.plot(stops, [row] * len(stops), '|', color='.5')
 
 # %% ../../nbs/core/03_plan.ipynb #5299b232
@@ -250,10 +277,13 @@ def plot_plan(
     "Draw a plan as a timeline, a row per branch: grey ODE, coloured stochastic steps (colour: their standard deviation)."
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
-    if ax is None: _, ax = plt.subplots(figsize=(7, .5 + .42 * max(3, len(plan.branches))))
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), ListedColormap(plt.get_cmap('plasma_r')(torch.linspace(.2, 1, 256).numpy())))
-    for row, b in enumerate(plan.branches): _draw_branch(ax, b, plan, row, scale.to_rgba)
-    ax.set(xlim=(-.3, plan.num_steps + .3), ylim=(len(plan.branches) - .4, -.6), xlabel='denoising step (noise → image)', ylabel='branch',
-           xticks=range(0, plan.num_steps + 1, max(1, plan.num_steps // 10)), yticks=range(len(plan.branches)))
+    rows = len(plan.branches)
+    if ax is None: _, ax = plt.subplots(figsize=(7, .5 + .42 * max(3, rows)))
+    colors = plt.get_cmap('plasma_r')(torch.linspace(.2, 1, 256).numpy())
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), ListedColormap(colors))
+    for row, branch in enumerate(plan.branches): _draw_branch(ax, branch, plan, row, scale.to_rgba)
+    ax.set(xlim=(-.3, plan.num_steps + .3), xlabel='denoising step (noise → image)')
+    ax.set(ylim=(rows - .4, -.6), ylabel='branch', yticks=range(rows))
+    ax.set(xticks=range(0, plan.num_steps + 1, max(1, plan.num_steps // 10)))
     plt.colorbar(scale, ax=ax, label='std of the noise', pad=.01)
     return ax

@@ -7,10 +7,11 @@ __all__ = ['KERNELS', 'ode_step', 'check_kernel', 'step_std', 'sde_step', 'sde_s
 
 # %% ../../nbs/core/01_sde.ipynb #6837435e
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
+
+from ..base.inputs import check_real, one_of
 
 # %% ../../nbs/core/01_sde.ipynb #7807e42c
 def _widen(
@@ -24,28 +25,11 @@ def _widen(
 # %% ../../nbs/core/01_sde.ipynb #684598fd
 def _per_sample(
     value:float|Tensor, # a number, a 0-d tensor, or (B,) one per sample
-    latents:Tensor, # (B,...) rank 2 to 5
-    name:str='sigma' # what to call `value` in the error
+    latents:Tensor # (B,...) any rank
 )->Tensor: # (1,1,..,1) or (B,1,..,1), dtype and device of `latents`
     "Give a per-sample number as many dimensions as `latents`."
     value = torch.as_tensor(value, dtype=latents.dtype, device=latents.device)
-    if value.ndim > 1 or value.numel() not in (1, len(latents)):
-        raise ValueError(f"{name} has shape {tuple(value.shape)} for latents of shape {tuple(latents.shape)}: "
-                         f"pass one number, or one per sample with shape ({len(latents)},)")
     return value.reshape(-1, *[1] * (latents.ndim - 1))
-
-# %% ../../nbs/core/01_sde.ipynb #1679eede
-def _paired(
-    velocity:Tensor, # (B,...) one field of vectors
-    latents:Tensor # (B,...) another of the same shape
-)->list: # both, fp32 or wider
-    "Check that two tensors have one shape of rank 2 to 5, and upcast them."
-    if velocity.shape != latents.shape:
-        raise ValueError(f"shapes must be equal, got {tuple(velocity.shape)} and {tuple(latents.shape)}: "
-                         "pass one velocity (or mean) per latent")
-    if not 2 <= latents.ndim <= 5:
-        raise ValueError(f"latents must have rank 2 to 5, batch first, got shape {tuple(latents.shape)}: reshape them")
-    return _widen(velocity, latents)
 
 # %% ../../nbs/core/01_sde.ipynb #12273a9e
 def ode_step(
@@ -55,8 +39,9 @@ def ode_step(
     sigma_next:float|Tensor # noise level to go to, in [0, 1]: one number or (B,)
 )->Tensor: # (B,...) sample at sigma_next, fp32 or wider
     "One Euler step of the probability-flow ODE."
-    velocity, latents = _paired(velocity, latents)
-    return latents - velocity * (_per_sample(sigma, latents) - _per_sample(sigma_next, latents, 'sigma_next'))
+    velocity, latents = _widen(velocity, latents)
+    delta = _per_sample(sigma, latents) - _per_sample(sigma_next, latents)
+    return latents - velocity * delta
 
 # %% ../../nbs/core/01_sde.ipynb #8bf453c3
 def _langevin(
@@ -66,7 +51,8 @@ def _langevin(
 )->tuple: # (pull, std)
     "Fresh noise of variance s²Δ, and the score's drift that makes room for it."
     delta = sigma - sigma_next
-    return -diffusion**2 * delta / (2 * sigma), diffusion * delta.sqrt()
+    pull = -diffusion**2 * delta / (2 * sigma)
+    return pull, diffusion * delta.sqrt()
 
 # %% ../../nbs/core/01_sde.ipynb #a5a169bb
 def _dance(sigma, sigma_next, noise_level, sigma_max):
@@ -76,12 +62,14 @@ def _dance(sigma, sigma_next, noise_level, sigma_max):
 def _flow(sigma, sigma_next, noise_level, sigma_max):
     "Flow-GRPO's kernel (arXiv 2505.05470): diffusion `a·sqrt(sigma/(1 - sigma))`, kept finite at sigma = 1 by `sigma_max`."
     capped = torch.where(sigma == 1, sigma_max, sigma)
-    return _langevin(noise_level * (sigma / (1 - capped)).sqrt(), sigma, sigma_next)
+    diffusion = noise_level * (sigma / (1 - capped)).sqrt()
+    return _langevin(diffusion, sigma, sigma_next)
 
 def _cps(sigma, sigma_next, noise_level, sigma_max):
     "Coefficients-preserving sampling's kernel (arXiv 2509.05952): exchange part of the noise left at sigma_next."
     angle = noise_level * math.pi / 2
-    return sigma_next * (math.cos(angle) - 1), sigma_next * math.sin(angle)
+    pull = sigma_next * (math.cos(angle) - 1)
+    return pull, sigma_next * math.sin(angle)
 
 # %% ../../nbs/core/01_sde.ipynb #8ba56436
 KERNELS = dict(flow=_flow, dance=_dance, cps=_cps) # name -> (sigma, sigma_next, noise_level, sigma_max) -> (pull, std)
@@ -91,10 +79,9 @@ def check_kernel(
     kernel:str, # a key of `KERNELS`
     noise_level:float # >= 0; at most 1 for cps
 )->None:
-    "One clear line for a kernel that does not exist or a noise level it cannot use."
-    if kernel not in KERNELS: raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
-    if isinstance(noise_level, bool) or not isinstance(noise_level, Real) or not 0 <= noise_level < math.inf:
-        raise ValueError(f"noise_level must be a finite number >= 0, got {noise_level!r}: 0 is the ODE, E-GRPO uses 0.7")
+    "Refuse a kernel that does not exist, or a noise level that it cannot use."
+    one_of('kernel', kernel, KERNELS)
+    check_real('noise_level', noise_level, '0 is the ODE, E-GRPO uses 0.7')
     if kernel == 'cps' and noise_level > 1:
         raise ValueError(f"noise_level must be <= 1 for the cps kernel, got {noise_level}: at 1 all the noise is fresh")
 
@@ -106,15 +93,11 @@ def _coefficients(
     kernel:str, # a key of `KERNELS`
     sigma_max:Tensor|None # stands for sigma = 1 in the flow kernel's denominator, in [0, 1); None: sigma_next
 )->tuple: # (pull, std), both the broadcast shape of sigma and sigma_next
-    "Ask a kernel for its two numbers, after checking that the step exists."
+    "Ask a kernel for its two numbers."
     check_kernel(kernel, noise_level)
-    if not ((sigma_next >= 0) & (sigma > sigma_next) & (sigma <= 1)).all():
-        raise ValueError(f"need 1 >= sigma > sigma_next >= 0, got sigma={sigma.flatten().tolist()}, "
-                         f"sigma_next={sigma_next.flatten().tolist()}: a step goes from more noise to less")
-    sigma_max = sigma_next if sigma_max is None else sigma_max
-    if not ((sigma_max >= 0) & (sigma_max < 1)).all():
-        raise ValueError(f"sigma_max must be in [0, 1), got {sigma_max.flatten().tolist()}: pass the schedule's sigmas[1]")
-    return KERNELS[kernel](*torch.broadcast_tensors(sigma, sigma_next), noise_level, sigma_max)
+    if sigma_max is None: sigma_max = sigma_next
+    sigma, sigma_next = torch.broadcast_tensors(sigma, sigma_next)
+    return KERNELS[kernel](sigma, sigma_next, noise_level, sigma_max)
 
 # %% ../../nbs/core/01_sde.ipynb #d4441a1c
 def step_std(
@@ -125,9 +108,11 @@ def step_std(
     sigma_max:float|Tensor|None=None # stands for sigma = 1 in the flow kernel's denominator: sigmas[1]; None: sigma_next
 )->Tensor: # standard deviation of the step's noise, shape of sigma, fp32 or wider
     "Standard deviation of one stochastic step."
-    values = sigma, sigma_next, sigma_next if sigma_max is None else sigma_max
-    sigma, sigma_next, sigma_max = _widen(*map(torch.as_tensor, values))
-    return _coefficients(sigma, sigma_next, noise_level, kernel, sigma_max)[1]
+    if sigma_max is None: sigma_max = sigma_next
+    levels = [torch.as_tensor(o) for o in (sigma, sigma_next, sigma_max)]
+    sigma, sigma_next, sigma_max = _widen(*levels)
+    _, std = _coefficients(sigma, sigma_next, noise_level, kernel, sigma_max)
+    return std
 
 # %% ../../nbs/core/01_sde.ipynb #1fc9677a
 def sde_step(
@@ -140,12 +125,14 @@ def sde_step(
     sigma_max:float|Tensor|None=None # stands for sigma = 1 in the flow kernel's denominator: sigmas[1]; None: sigma_next
 )->tuple: # (mean (B,...), std (B,1,..,1) or (1,1,..,1)), fp32 or wider
     "Mean and std of a stochastic step of any length, as in Flow-GRPO (arXiv 2505.05470), DanceGRPO (2505.07818) or CPS (2509.05952)."
-    velocity, latents = _paired(velocity, latents)
-    sigma, sigma_next = _per_sample(sigma, latents), _per_sample(sigma_next, latents, 'sigma_next')
-    if sigma_max is not None: sigma_max = _per_sample(sigma_max, latents, 'sigma_max')
+    velocity, latents = _widen(velocity, latents)
+    sigma = _per_sample(sigma, latents)
+    sigma_next = _per_sample(sigma_next, latents)
+    if sigma_max is not None: sigma_max = _per_sample(sigma_max, latents)
     pull, std = _coefficients(sigma, sigma_next, noise_level, kernel, sigma_max)
     predicted_noise = latents + (1 - sigma) * velocity
-    return latents - velocity * (sigma - sigma_next) + pull * predicted_noise, std
+    ode = latents - velocity * (sigma - sigma_next)
+    return ode + pull * predicted_noise, std
 
 # %% ../../nbs/core/01_sde.ipynb #54ed70f3
 def sde_sample(
@@ -156,19 +143,6 @@ def sde_sample(
     "Draw the step."
     return mean + std * noise
 
-# %% ../../nbs/core/01_sde.ipynb #7e237a4f
-def _scatter(
-    std:float|Tensor, # a number, or as many dimensions as `mean`
-    mean:Tensor # (B,...)
-)->Tensor: # std, dtype and device of `mean`, all > 0
-    "Check that `std` can be divided by and cannot broadcast along the wrong dimension."
-    std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
-    if std.ndim not in (0, mean.ndim):
-        raise ValueError(f"std has shape {tuple(std.shape)} for latents of rank {mean.ndim}: pass sde_step's std as it came")
-    if not (std > 0).all():
-        raise ValueError("std must be > 0: a deterministic step has no log-prob; use noise_level > 0 or leave the step out of the loss")
-    return std
-
 # %% ../../nbs/core/01_sde.ipynb #65fb858d
 def log_prob(
     sample:Tensor, # (B,...) where the step landed
@@ -177,11 +151,9 @@ def log_prob(
 )->Tensor: # (B,) log-density in nats per latent element
     "Mean over the latent elements of the normal log-density, constants included."
     sample, mean = _widen(sample, mean)
-    if sample.ndim < 2 or mean.shape[1:] != sample.shape[1:] or len(mean) not in (1, len(sample)):
-        raise ValueError(f"sample has shape {tuple(sample.shape)} and mean {tuple(mean.shape)}: "
-                         "pass batches with one mean per sample, or one for all")
-    std = _scatter(std, mean)
-    density = -((sample - mean) / std)**2 / 2 - std.log() - math.log(2 * math.pi) / 2
+    std = std.to(mean)
+    z = (sample - mean) / std
+    density = -z**2 / 2 - std.log() - math.log(2 * math.pi) / 2
     return density.flatten(1).mean(1)
 
 # %% ../../nbs/core/01_sde.ipynb #c030c9a3
@@ -191,5 +163,6 @@ def gaussian_kl(
     std:Tensor # (B,1,..,1) or (1,1,..,1), the std both share, > 0
 )->Tensor: # (B,) KL divergence in nats per latent element
     "KL of two normal steps with one std, `(mean - mean_ref)² / (2·std²)`."
-    mean, mean_ref = _paired(mean, mean_ref)
-    return (((mean - mean_ref) / _scatter(std, mean))**2 / 2).flatten(1).mean(1)
+    mean, mean_ref = _widen(mean, mean_ref)
+    z = (mean - mean_ref) / std.to(mean)
+    return (z**2 / 2).flatten(1).mean(1)

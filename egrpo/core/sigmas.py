@@ -6,20 +6,16 @@
 __all__ = ['flow_sigmas']
 
 # %% ../../nbs/core/00_sigmas.ipynb #98f65151
-import math
-from numbers import Integral, Real
-
 import torch
 from torch import Tensor
 
+from ..base.inputs import check_real, check_whole
+
 # %% ../../nbs/core/00_sigmas.ipynb #90e3e983
-def _check_levels(
-    sigmas:Tensor, # Should be (T+1,) noise levels
-    num_steps:int, # T
-):
+def _check_levels(sigmas, num_steps):
     "Refuse what is no schedule of `num_steps` steps."
-    whole = sigmas.shape == (num_steps + 1,) and sigmas[0] == 1 and sigmas[-1] == 0
-    if whole and (sigmas.diff() < 0).all(): return
+    complete = sigmas.shape == (num_steps + 1,) and sigmas[0] == 1 and sigmas[-1] == 0
+    if complete and (sigmas.diff() < 0).all(): return
     got = [round(s, 4) for s in sigmas.flatten().tolist()]
     wanted = f"a number, or {num_steps + 1} noise levels that fall from 1 to 0"
     raise ValueError(f"shift must be {wanted}, got {got}: see Policy.sigmas")
@@ -29,12 +25,10 @@ def flow_sigmas(
     shift:float|Tensor=3.0, # s > 0: 1 = equal steps, above 1 more near the noise (the papers' 3); or (T+1,) levels
 )->Tensor: # (T+1,) noise levels, strictly decreasing from exactly 1 to exactly 0, fp32
     "The shifted flow-matching schedule, computed in float64; noise levels in place of a shift are returned."
-    if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
-        raise ValueError(f"num_steps must be a whole number >= 1, got {num_steps!r}: the papers use 16")
+    check_whole('num_steps', num_steps, 1, 'the papers use 16')
     if isinstance(shift, Tensor):
         _check_levels(shift, num_steps)
         return shift
-    if isinstance(shift, bool) or not isinstance(shift, Real) or not 0 < shift < math.inf:
-        raise ValueError(f"shift must be a finite number > 0, got {shift!r}: 1 keeps the steps equal, the papers use 3")
+    check_real('shift', shift, '1 keeps the steps equal, the papers use 3', positive=True)
     t = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return (shift * t / (1 + (shift - 1) * t)).float()

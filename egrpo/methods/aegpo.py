@@ -18,9 +18,9 @@ from scipy.signal import find_peaks
 from torch import Tensor
 
 from ..base.files import load_whole, save_whole
+from ..core.noise import random_order
 from ..core.plan import Branch, Plan, gradient_nfe, rollout_nfe
 from ..core.rollout import rollout
-from .baselines import random_order
 from .registry import make_plan, method_settings, stochastic_steps
 from ..models.recorder import record_attention_entropy
 

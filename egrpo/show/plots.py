@@ -25,7 +25,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from ..base.bootstrap import bootstrap_interval
-from ..core.entropy import SCALES, merge_lengths, step_entropy
+from ..core.entropy import ENTROPY_SCALES, merge_lengths, step_entropy
 
 # %% ../../nbs/show/00_plots.ipynb #0782276d
 COLORS = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'] # Okabe and Ito's, in this order
@@ -82,7 +82,11 @@ def _draw_taus(
     scale:str, # exp, nats or bits
 ):
     "Dashed lines with labels at the right; tau = 0 has no place on a logarithmic scale."
-    marks = [(o, float(SCALES[scale](torch.tensor(float(o), dtype=torch.float64).log()))) for o in sorted(taus) if o > 0 or scale == 'exp']
+    marks = []
+    for tau in sorted(taus):
+        if tau == 0 and scale != 'exp': continue # its logarithm is no height
+        nats = torch.tensor(float(tau), dtype=torch.float64).log()
+        marks.append((tau, float(ENTROPY_SCALES[scale](nats))))
     low, high = ax.get_ylim()
     gap = 1.25 * STYLE['legend.fontsize'] * (high - low) / (72 * ax.bbox.height / ax.figure.dpi)
     for (tau, y), label_y in zip(marks, spread_labels([y for _, y in marks], gap)):

@@ -292,7 +292,7 @@ def _weights_memory(
     lora = _file_parameters(config.lora_from) if config.lora_from else n['lora']
     trained = lora or n['network']
     part = trained if lora or share == 1 else -(-trained // share) # a LoRA is not shared
-    reference = config.beta or chooses_steps(config.method) and signal_needed(vars(config))[1]
+    reference = config.beta or chooses_steps(config.method) and signal_needed(config.flat())[1]
     copies = bool(config.lora_from) if lora else bool(reference) * (2 if share > 1 else 1) # two: those trained are kept, too
     copied = block if share > 1 and config.gradient_checkpointing and not lora else trained
     gathered = (2 * block + rest) * (small if lora else 4) + (0 if lora else 2 * block * 4)
@@ -413,8 +413,7 @@ def policy_of(
     config:TrainConfig, # The configuration
 ): # The policy
     "The policy that a configuration trains."
-    same = 'resolution guidance micro_batch seed lora_from gradient_checkpointing compiled vae_tiling text_encoders embeddings'.split()
-    return load_policy(config.model, config.device, config.dtype, config.lora_rank, **{k: getattr(config, k) for k in same})
+    return load_policy(config.model, config.device, config.dtype, config.lora_rank, **config.policy_settings())
 
 def free_bytes(
     device, # A torch device

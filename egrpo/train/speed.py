@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..core.advantage import combine_advantages
 from ..core.loss import policy_loss
+from ..core.noise import addressed_noise
 from ..core.plan import Plan
-from ..core.rollout import addressed_noise, rollout, transition_log_prob, transition_mean
+from ..core.rollout import rollout, transition_log_prob, transition_mean
 from ..core.sde import ode_step, sde_sample
 from ..models.precision import compile_blocks
 from .prompts import prompt_batch

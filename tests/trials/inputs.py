@@ -154,7 +154,7 @@ def setting_cases(folder):
     run.mkdir()
     (run/'metrics.jsonl').write_text('{"iteration": 0}\n')
     words = ['train', '--resume', '--dry-run', '--out', str(run)]
-    for name in [*vars(TrainConfig()), 'unknown', '', '\0', 'a' * 10**5]:
+    for name in [*TrainConfig().flat(), 'unknown', '', '\0', 'a' * 10**5]:
         for value in values:
             (run/'config.json').write_text(json.dumps({name: value}), encoding='utf-8')
             yield f'{name[:30]!r}: {value!r:.30}', words
