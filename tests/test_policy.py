@@ -223,7 +223,7 @@ def test_other_families_are_named(tmp_path):
     unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=('DownBlock2D',) * 2,
                        up_block_types=('UpBlock2D',) * 2)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='is a DDPMPipeline: name a model of one of these pipelines: Flux'): load_policy(str(tmp_path))
+    with pytest.raises(ValueError, match='DDPMPipeline, which has no encode_prompt: name a text-to-image flow'): load_policy(str(tmp_path))
 
 
 REAL = { # configurations of the published transformers, and how many linear layers a LoRA finds in them

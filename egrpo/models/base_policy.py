@@ -70,7 +70,6 @@ class Policy:
     "A diffusers pipeline as a policy: fp32 latents outside, the network in its own dtype inside, every evaluation counted."
     patch = 1 # latents per token along a side
     classifier_free = False # does guidance take a second evaluation?
-    lora_targets = None # of a new LoRA, where none are named
     _own_sigmas = staticmethod(pipeline_sigmas)
 
     def __init__(self,
@@ -90,7 +89,7 @@ class Policy:
         compiled:bool|None=None, # Compile the network's blocks: minutes at the start, faster afterwards (`compile_blocks`)
         mesh=None, # Processes that share the network (`torch.distributed` device mesh); None = this one holds it all
         lora_alpha:float|None=None, # A new LoRA's product is scaled by alpha / rank; None = twice the rank
-        lora_targets=None, # Layers of a new LoRA: ends of names, or 'blocks' (`lora_layers`); None = the family's usual ones
+        lora_targets=None, # Layers of a new LoRA: ends of names or classes of blocks (`lora_layers`); None = the usual ones
     ):
         check_settings(lora_rank, micro_batch, guidance, lora_from, text_encoders, embeddings, lora_alpha, lora_targets)
         self.pipeline = pipeline
@@ -101,8 +100,7 @@ class Policy:
         self.dtype = torch_dtype(dtype, self.device)
         choose_kernels(self.dtype, self.device)
         self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
-        targets = lora_targets or self.lora_targets
-        self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, targets)
+        self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, lora_targets)
         self.lora_rank, self.fingerprint = self.trained.rank, self.trained.fingerprint
         compiler = partial(compile_blocks, device=self.device) if compiled else None
         if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()
@@ -110,6 +108,7 @@ class Policy:
         self.prompts = PromptEncoder(pipeline, self.device, text_encoders or 'keep', self.text_length, embeddings)
         place_vae(pipeline.vae, self.device, vae_tiling)
         place_network(self.transformer, self.device, mesh, self.lora_rank, self.dtype)
+        self._explore()
         self._gradients = GradientScale(self.parameters().values(), self.dtype == torch.float16)
         self._passes = SharedPasses(mesh, self.device)
         self._reference = Reference(pipeline, self.lora_rank, bool(lora_from), mesh is not None, compiler)
@@ -145,6 +144,7 @@ class Policy:
     def encode(self, prompts): return self.prompts.encode(prompts, self._embed) # P prompts -> `Conditions` of P rows
     def embed(self, prompts): self.prompts.embed(prompts, self._embed) # ahead
     def check_length(self, prompts): self.prompts.check_length(prompts) # warns, once, of prompts that are too long
+    def _explore(self): pass # for families that find their shapes out, once all parts are in place
     def _unguided(self, rows): return self.prompts.empty(rows, self._embed)
 
     def drop_text_encoders(self,

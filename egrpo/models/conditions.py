@@ -10,6 +10,7 @@ import gc
 import hashlib
 import math
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..base.files import load_whole, save_whole
-from .pipeline import load_pipeline, text_fingerprint, text_parts
+from .pipeline import load_pipeline, text_fingerprint, text_parts, tokenizer_of
 
 # %% ../../nbs/models/04_conditions.ipynb #d3e8a434
 class Conditions:
@@ -61,6 +62,8 @@ class Conditions:
     ): # Conditions
         "Change both embeddings."
         return Conditions(*(None if x is None else change(x) for x in self.parts))
+
+    def to(self, device): return self.map(lambda x: x.to(device))
 
     @staticmethod
     def join(
@@ -172,7 +175,7 @@ class PromptEncoder:
         new = [p for p, cond in known.items() if cond is None]
         known.update(self.embed_new(new, embed))
         rows = [known[p] for p in prompts]
-        return Conditions.join(rows).map(lambda x: x.to(self.device))
+        return type(rows[0]).join(rows).to(self.device)
 
     def empty(self,
         rows:int, # How many
@@ -201,11 +204,17 @@ class PromptEncoder:
         if not self._encoders():
             remedy = "give it to drop_text_encoders, or use text_encoders offload"
             raise ValueError(f"prompt {prompts[0]!r} was not embedded before the text encoders were dropped: {remedy}")
-        try:
-            self._move(self.device)
+        with self.on_device():
             for p in prompts:
                 with torch.no_grad(): cond = embed(p)
                 yield p, self.embeddings.put(p, cond)
+
+    @contextmanager
+    def on_device(self):
+        "Inside: the text encoders are on the device; they stay there if they are kept."
+        try:
+            self._move(self.device)
+            yield
         finally:
             if self.mode != 'keep': self._leave()
 
@@ -220,7 +229,8 @@ class PromptEncoder:
         "Warn, once, of prompts that are longer than the network's longest embedding of them."
         names = sorted(text_parts(self.pipeline, 'tokenizer'))
         if self.warned or not names or not prompts: return
-        tokenizer = getattr(self.pipeline, names[-1]) # T5's, where there is one
+        tokenizers = [tokenizer_of(getattr(self.pipeline, name)) for name in reversed(names)]
+        tokenizer = max(tokenizers, key=lambda o: o.model_max_length) # T5's, where there is one
         limit = min(self.length or math.inf, tokenizer.model_max_length)
         new = list(dict.fromkeys(prompts))
         tokens = tokenizer(new, verbose=False).input_ids

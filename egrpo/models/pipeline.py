@@ -11,6 +11,7 @@ import hashlib
 import re
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -22,7 +23,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import get_session, hf_hub_url
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import egrpo
 
@@ -105,6 +106,9 @@ def _check_form(
 ):
     "Refuse a model in a form that is not read, with what to do."
     path, what = Path(model), f"model {str(model)!r}"
+    if (path/'modular_model_index.json').exists() and not (path/'model_index.json').exists():
+        remedy = "name one in diffusers' usual layout"
+        raise Refused(f"{what} is a modular pipeline, which has no call of its own to enter: {remedy}")
     pickled = _pickled_weights(path) if path.is_dir() else []
     if pickled:
         call = f"DiffusionPipeline.from_pretrained({str(model)!r}, use_safetensors=False)"
@@ -227,7 +231,8 @@ def load_pipeline(
     else: limit_hub_waiting()
     _check_form(model)
     load = _load_single if Path(model).is_file() else _load_folder
-    dtypes = dict(default=dtype, transformer=network or dtype, unet=network or dtype)
+    dtypes = dict.fromkeys(('transformer', 'transformer_2', 'unet'), network or dtype)
+    dtypes['default'] = dtype
     try:
         with without_bars(small): pipeline = load(model, dtypes, parts)
     except Exception as e: # diffusers raises OSError, ValueError, HTTP errors and more for one cause
@@ -240,13 +245,61 @@ def load_pipeline(
     return pipeline
 
 # %% ../../nbs/models/02_pipeline.ipynb #4e9d71c8
+class NetworkPair(nn.Module):
+    "A pipeline's two networks, for high and for low noise levels, as one."
+    def __init__(self,
+        high:nn.Module, # For high noise levels
+        low:nn.Module, # For low ones
+    ):
+        super().__init__()
+        self.transformer, self.transformer_2 = high, low
+        self._repeated_blocks = high._repeated_blocks
+        self._no_split_modules = high._no_split_modules
+
+    @property
+    def peft_config(self)->dict: # Of peft
+        "Settings of the first network's LoRA; the second one's differ in nothing."
+        return self.transformer.peft_config
+
+    def add_adapter(self,
+        config, # Of peft, for the layers of both
+    ):
+        "Give each network a LoRA on its own layers."
+        for name, network in self.named_children():
+            own = [n.removeprefix(f'{name}.') for n in config.target_modules if n.startswith(f'{name}.')]
+            network.add_adapter(replace(config, target_modules=sorted(own)))
+
+    def enable_adapters(self):
+        "Switch both LoRAs on."
+        for network in self.children(): network.enable_adapters()
+
+    def disable_adapters(self):
+        "Switch both LoRAs off."
+        for network in self.children(): network.disable_adapters()
+
+    def enable_gradient_checkpointing(self):
+        "Compute activations again in the backward pass of both."
+        for network in self.children(): network.enable_gradient_checkpointing()
+
 def network_name(
     pipeline, # A pipeline
 )->str: # transformer or unet
-    "Name of a pipeline's denoising network."
+    "Name of a pipeline's denoising network, the first where there are two."
     return 'transformer' if hasattr(pipeline, 'transformer') else 'unet'
 
-def network_of(pipeline): return getattr(pipeline, network_name(pipeline))
+def networks_of(
+    pipeline, # A pipeline
+)->dict: # Name -> network
+    "A pipeline's denoising networks: one, or two for high and low noise levels."
+    names = [network_name(pipeline), 'transformer_2']
+    return {n: getattr(pipeline, n) for n in names if getattr(pipeline, n, None) is not None}
+
+def network_of(
+    pipeline, # A pipeline
+)->nn.Module: # Its network, or `NetworkPair`
+    "A pipeline's denoising network; two are seen as one."
+    networks = list(networks_of(pipeline).values())
+    return networks[0] if len(networks) == 1 else NetworkPair(*networks)
 
 def trained_parameters(
     network, # A transformer or UNet
@@ -259,11 +312,13 @@ def other_network(
     pipeline, # A pipeline
     network, # To stand in the place of its own
 ):
-    "Inside: the pipeline has another network."
-    name, own = network_name(pipeline), network_of(pipeline)
-    setattr(pipeline, name, network)
+    "Inside: the pipeline has another network, or other two."
+    own = networks_of(pipeline)
+    others = dict(network.named_children()) if isinstance(network, NetworkPair) else {network_name(pipeline): network}
+    for name, other in others.items(): setattr(pipeline, name, other)
     try: yield
-    finally: setattr(pipeline, name, own)
+    finally:
+        for name, o in own.items(): setattr(pipeline, name, o)
 
 def text_parts(
     pipeline, # A pipeline
@@ -273,6 +328,8 @@ def text_parts(
     parts = pipeline.components.items()
     return [name for name, part in parts if name.startswith(kind) and part is not None]
 
+def tokenizer_of(part): return getattr(part, 'tokenizer', part) # a processor of text and images has one
+
 
 # %% ../../nbs/models/02_pipeline.ipynb #4e9d71ca
 def place_vae(
@@ -281,8 +338,10 @@ def place_vae(
     tiling:bool|None, # Decode large images in overlapping tiles?
 ):
     "Prepare an autoencoder for decoding."
-    vae.to(memory_format=torch.channels_last).requires_grad_(False).eval().to(device)
-    if vae.dtype == torch.float16 and vae.config.force_upcast: vae.float() # in fp16 it overflows
+    flat = all(p.dim() < 5 for p in vae.parameters()) # not a video's
+    if flat: vae.to(memory_format=torch.channels_last)
+    vae.requires_grad_(False).eval().to(device)
+    if vae.dtype == torch.float16 and vae.config.get('force_upcast'): vae.float()
     if tiling: vae.enable_tiling()
 
 def decode_with(
@@ -328,7 +387,7 @@ def text_fingerprint(
     "Fingerprint of the tokenizers and text encoders."
     h = hashlib.blake2b(f"{type(pipeline).__name__}|{length}".encode(), digest_size=8)
     for name in text_parts(pipeline, 'tokenizer'):
-        tokenizer = getattr(pipeline, name)
+        tokenizer = tokenizer_of(getattr(pipeline, name))
         h.update(f"{name}|{len(tokenizer)}|{tokenizer.model_max_length}".encode())
     for name in text_parts(pipeline): _add_weights(h, name, getattr(pipeline, name))
     return h.hexdigest()
@@ -345,7 +404,8 @@ def _from_files(
     for name in {'scheduler', 'vae', 'transformer', 'unet'} & index.keys():
         kind = getattr(diffusers, index[name][1])
         config = kind.load_config(source, subfolder=name, local_files_only=local)
-        with torch.device('meta'): parts[name] = kind.from_config(config)
+        place = 'cpu' if name == 'scheduler' else 'meta' # some compute their levels when they are made
+        with torch.device(place): parts[name] = kind.from_config(config)
     return getattr(diffusers, index['_class_name'])(**parts)
 
 def _hub_answers(
