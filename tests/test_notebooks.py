@@ -82,6 +82,32 @@ def test_size(nb):
     assert size <= 600_000, f'{nb.name} has {size//1000} kB: fewer or smaller pictures (dpi 80)'
 
 
+@every
+def test_no_conflict_markers(nb):
+    "No cell was merged by halves."
+    found = [c['id'] for c in cells(nb) if re.search('^(<{7}|>{7}) ', source(c), re.M)]
+    assert not found, f'{nb.name}: solve the conflict in {", ".join(found)}'
+
+
+figures = pytest.mark.parametrize('nb', [p for p in pages if sync.root/'nbs/figures' in p.parents], ids=lambda p: p.stem)
+
+
+@figures
+def test_answer_first(nb):
+    "Below the title, before any other heading, stands what we see; above it only cells of set-up, collapsed."
+    headings = [source(c).split('\n')[0] for c in cells(nb)[1:] if c['cell_type'] == 'markdown' and source(c).startswith('#')]
+    assert headings[0] == '## What we see', f'{nb.name} begins with {headings[0]}'
+    for c in cells(nb):
+        if source(c).startswith('## What we see'): break
+        if c['cell_type'] == 'code': assert c['metadata'] == {'jupyter': {'source_hidden': True}}, f'{nb.name}: collapse {c["id"]}'
+
+
+@figures
+def test_leads_on(nb):
+    "The last cell leads to the notebooks before and after."
+    assert re.match(r'(previous|next): \[', source(cells(nb)[-1])), f'{nb.name}: its last cell names the previous or the next notebook'
+
+
 private = re.compile(r'(?<![\w.:/])/(?:work|tmp|root|home|opt|Users|mnt)/[\w.-]+|[A-Z]:\\\\Users')
 
 
