@@ -268,6 +268,23 @@ def test_a_new_lora_leaves_gpus_alone(load, monkeypatch):
     assert all(torch.equal(p, again[n]) for n, p in first.items()) and torch.equal(torch.get_rng_state(), before)
 
 
+TARGETS = {'flux-dev': 'FluxSingleTransformerBlock', 'sd3': ['attn.to_q', 'to_v'], 'sd1.5': 'to_q,to_k'}
+
+
+@pytest.mark.parametrize('name', TARGETS)
+def test_lora_of_other_layers_and_scale_loads_in_plain_diffusers(load, folders, tmp_path, name):
+    "Layers named by a block's class, a list or a text, with an alpha of its own: few layers, the images of training."
+    policy = moved(load(name, 4, guidance=4., lora_alpha=2., lora_targets=TARGETS[name]))
+    assert 0 < len(policy.parameters()) < len(load(name, 4).parameters())
+    assert policy.transformer.peft_config['default'].lora_alpha == 2
+    policy.save(tmp_path)
+    plain = load_pipeline(str(folders/name))
+    bare = theirs(plain, policy)
+    plain.load_lora_weights(str(tmp_path))
+    assert torch.allclose(theirs(plain, policy), theirs(policy.pipeline, policy), atol=1e-5)
+    assert not torch.allclose(bare, theirs(policy.pipeline, policy), atol=1e-3)
+
+
 @every
 def test_lora_loads_in_plain_diffusers(load, folders, tmp_path, name):
     "Saved by us, loaded by `pipe.load_lora_weights(folder)`: the images of training, not those of the bare model."
