@@ -40,7 +40,9 @@ from egrpo.models.policy import load_policy, model_sigmas
 from egrpo.models.recorder import record_attention_entropy
 from egrpo.rewards.reward import get_reward
 from egrpo.testing.pipelines import SMALL, small_pipeline
-from egrpo.train.trainer import TrainConfig, Trainer, describe_run, sample_images, training_nfe
+from egrpo.train.evaluate import sample_images
+from egrpo.train.prepare import describe_run, training_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 PROMPTS = ['a red circle', 'two blue squares']
 every = pytest.mark.parametrize('name', SMALL)
