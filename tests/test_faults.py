@@ -19,14 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from egrpo.cli import commands as cli
+from egrpo.cli import planning
 from egrpo.cli.commands import main
 from egrpo.models.pipeline import limit_hub_waiting
 from egrpo.models.policy import load_policy
 from egrpo.rewards.reward import RewardError, get_reward
 from egrpo.train import checkpoint as checkpoint_module
 from egrpo.train.checkpoint import load_checkpoint, read_state, save_checkpoint
-from egrpo.train.trainer import TrainConfig, Trainer, training_nfe
+from egrpo.train.prepare import training_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 command = Path(sys.executable).parent/'egrpo'
 small = '--num-steps 6 --active-steps 2 --num-generations 2 --prompts-per-iteration 1 --eval-size 2 --device cpu'
@@ -271,7 +272,7 @@ def test_debug_shows_the_traceback(here, monkeypatch):
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     def bug(*args): raise TypeError('ours')
-    monkeypatch.setattr(cli, 'plan_table', bug)
+    monkeypatch.setattr(planning, 'plan_table', bug)
     with pytest.raises(TypeError): main(['plan'])
 
 
