@@ -33,7 +33,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['egrpo', 'egrpo.*']),
-    package_data={'egrpo': ['assets/**/*']},
+    package_data={'egrpo': ['assets/**/*', 'recipes/*.yaml']},
     include_package_data=False,
     install_requires=listed('requirements'),
     extras_require={'dev': listed('dev_requirements'), 'hpsv2': listed('hpsv2_requirements'), 'ocr': listed('ocr_requirements')},

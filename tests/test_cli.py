@@ -107,6 +107,15 @@ def test_every_option_has_help_and_default(name):
         assert known, f'{name} --{action.dest}: {action.help}'
 
 
+def test_no_option_was_lost():
+    "Commands and options as they were before the room was split."
+    before = {tuple(line.split()) for line in (Path(__file__).parent/'options.txt').read_text().splitlines()}
+    now = set()
+    for name in COMMANDS:
+        for a in actions(name): now.add((name, *(a.option_strings[:1] or [a.dest]), *filter(None, [a.metavar])))
+    assert not before - now
+
+
 def test_scales_named_in_the_help_are_those_there_are(capsys):
     with suppress(SystemExit): main(['train', '--help'])
     out = capsys.readouterr().out

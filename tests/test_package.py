@@ -47,7 +47,7 @@ def test_names_the_command_and_requirements(wheel):
     meta = wheel[f'{info}/METADATA'].decode()
     needs = re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*$', meta, re.M)
     wanted = 'torch diffusers transformers accelerate peft safetensors numpy scipy scikit-image matplotlib'.split()
-    assert sorted(needs) == sorted([*wanted, 'seaborn', 'pandas', 'fastcore', 'tqdm', 'filelock', 'pillow'])
+    assert sorted(needs) == sorted([*wanted, 'seaborn', 'pandas', 'fastcore', 'tqdm', 'filelock', 'pillow', 'pyyaml'])
     assert set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) == {'dev', 'hpsv2', 'ocr'}
 
 

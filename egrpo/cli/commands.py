@@ -10,15 +10,16 @@ __all__ = ['GROUPS', 'COMMANDS', 'ENVIRONMENT', 'PICTURES', 'PLAN_OPTIONS', 'COS
            'table', 'category_rows', 'score_names', 'show_mean', 'category_table', 'change_table', 'ends',
            'overlap_text', 'change_tables', 'given', 'given_plan', 'check_file', 'check_picture', 'save_picture',
            'try_reward', 'check_device', 'say', 'fold', 'run_methods', 'read_images', 'run_rewards', 'add_rewards',
-           'plan_lengths', 'plan_table', 'steps_table', 'preset', 'plan_cost', 'entered_seconds', 'memory_text',
-           'time_text', 'schedule_text', 'run_text', 'asked_schedule', 'run_plan', 'add_plan', 'run_tune', 'add_tune',
-           'load_sampler', 'sample_prompts_of', 'marks', 'run_sample', 'add_model_options', 'add_sample',
-           'run_evaluate', 'save_scores', 'add_evaluate', 'remove_made', 'last_checkpoint', 'run_folder', 'check_out',
-           'check_model', 'check_run', 'check_fields', 'begun_settings', 'train_config', 'prompts_text',
-           'try_own_rewards', 'run_train', 'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command',
-           'run_report', 'add_train', 'run_signal', 'add_signal', 'time_is_up', 'check_demo', 'clear_demo',
-           'shown_places', 'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo',
-           'add_demo', 'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'add_claims', 'stopped_by_sigterm',
+           'run_recipes', 'add_recipe', 'plan_lengths', 'plan_table', 'steps_table', 'preset', 'starting_point',
+           'plan_cost', 'entered_seconds', 'memory_text', 'time_text', 'schedule_text', 'run_text', 'asked_schedule',
+           'plan_start', 'run_plan', 'add_plan', 'run_tune', 'add_tune', 'load_sampler', 'sample_prompts_of', 'marks',
+           'run_sample', 'add_model_options', 'add_sample', 'run_evaluate', 'save_scores', 'add_evaluate',
+           'remove_made', 'last_checkpoint', 'run_folder', 'check_out', 'check_model', 'check_config_and_method',
+           'check_run', 'check_fields', 'begun_settings', 'train_config', 'prompts_text', 'try_own_rewards',
+           'run_train', 'stopped_early', 'part', 'ready', 'is_own_schedule', 'sample_command', 'run_report',
+           'add_train', 'run_signal', 'add_signal', 'time_is_up', 'check_demo', 'clear_demo', 'shown_places',
+           'stack_pictures', 'interval_rows', 'draw_demo', 'demo_config', 'run_demo', 'report_demo', 'add_demo',
+           'findings', 'run_reproduce', 'add_reproduce', 'run_claims', 'add_claims', 'stopped_by_sigterm',
            'served_name', 'serve_reward', 'leave', 'run_serve', 'add_serve']
 
 # %% ../../nbs/cli/00_commands.ipynb #be0fc233
@@ -162,7 +163,7 @@ class Command:
     text:str # What it does, in a sentence
     example:str # A line that works
 
-COMMANDS = dict.fromkeys('demo train evaluate sample methods rewards plan tune signal reproduce claims serve'.split())
+COMMANDS = dict.fromkeys('demo train evaluate sample methods rewards recipes plan tune signal reproduce claims serve'.split())
 
 def make_parser()->Parser: # The parser of the whole command line
     "All commands with their options."
@@ -473,6 +474,24 @@ def add_rewards(
 COMMANDS['rewards'] = Command(run_rewards, add_rewards, 'List the rewards, or load one and score images.',
                               "egrpo rewards 'hpsv2.1 + 0.5*clip_score' --prompt 'a cat' --image cat.png")
 
+# %% ../../nbs/cli/00_commands.ipynb #c70602ed
+def run_recipes(
+    args, # Parsed arguments
+):
+    "egrpo recipes: list them."
+    from egrpo.train.recipes import describe_recipe, recipe_paths
+    for name, path in recipe_paths().items(): say(fold(f'{name:<16}{describe_recipe(path)}'))
+    say(fold('\nuse one: egrpo train miniature --seed 1; write one: egrpo train miniature --print-config > mine.yaml'))
+
+def add_recipe(
+    parser, # A command's parser
+):
+    "The recipe that a command begins with."
+    parser.add_argument('recipe', nargs='?', type=converter('str', 'recipe'), metavar='RECIPE',
+                        help='Name of a recipe (`egrpo recipes`), or a .yaml file; options override it')
+
+COMMANDS['recipes'] = Command(run_recipes, lambda parser: None, 'List the recipes: configurations to start from.', 'egrpo recipes')
+
 # %% ../../nbs/cli/00_commands.ipynb #f240942f
 PLAN_OPTIONS = 'method base top seed'.split() + GROUPS['method'].split()[1:]
 
@@ -521,6 +540,19 @@ def preset(
     from egrpo.paper.records import get_scale
     name = name or os.environ.get('EGRPO_SCALE')
     return dict(get_scale(name).settings) if name else {}
+
+def starting_point(
+    args, # Parsed arguments
+)->dict: # Fields of `TrainConfig`
+    "Settings of the scale and the recipe that were named; EGRPO_SCALE counts where neither was."
+    recipe = getattr(args, 'recipe', None)
+    if recipe is None: return preset(args.scale)
+    from egrpo.methods.registry import check_plan
+    from egrpo.train.recipes import load_recipe
+    settings = load_recipe(recipe)
+    config = TrainConfig(**settings)
+    check_plan(config.method, config.plan) # an option may still name another method, without these
+    return (preset(args.scale) if args.scale else {}) | settings
 
 # %% ../../nbs/cli/00_commands.ipynb #6c05335e
 def plan_cost(
@@ -597,12 +629,13 @@ def run_text(
     args, # Parsed arguments
 )->str: # Lines
     "Memory, evaluations and time of a run."
-    from egrpo.methods.registry import published
+    from egrpo.methods.registry import fitting, published
     from egrpo.train.config import check_config
     from egrpo.train.trainer import iteration_nfe
-    chosen = (preset(args.scale) if args.scale else {}) | given(args, PLAN_OPTIONS + COST_OPTIONS)
+    chosen = plan_start(args) | given(args, PLAN_OPTIONS + COST_OPTIONS)
     method, base = chosen.get('method', TrainConfig.method), chosen.get('base')
     config = TrainConfig(**published(method, base) | chosen)
+    config = replace(config, plan=fitting(method, config.plan))
     check_config(config)
     if args.processes < 1: raise ValueError(f"processes must be >= 1, got {args.processes}")
     memory, seconds = memory_text(config, args.device_memory, args.processes if args.share else 1), entered_seconds(args, config)
@@ -620,6 +653,10 @@ def asked_schedule(
     config = TrainConfig(num_steps=num_steps, **given(args, ['model', 'resolution']))
     return plan_settings(config)['shift'], schedule_text(config)
 
+def plan_start(args)->dict:
+    "Fields of the recipe and the scale that were named; later wins."
+    return starting_point(args) if args.scale or args.recipe else {}
+
 def run_plan(
     args, # Parsed arguments
 ):
@@ -629,10 +666,10 @@ def run_plan(
     check_picture(args.picture, '--picture')
     if args.iteration < 0: raise ValueError(f"iteration must be >= 0, got {args.iteration}: the first is 0")
     entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
-    asked = args.scale or args.probe or args.share or args.processes != 1
+    asked = args.scale or args.recipe or args.probe or args.share or args.processes != 1
     costs = asked or any(n is not None for n in entered) or given(args, COST_OPTIONS)
     cost = run_text(args) if costs else '' # may take a moment, or be refused: before anything is printed
-    scale = {k: v for k, v in (preset(args.scale) if args.scale else {}).items() if k in PLAN_OPTIONS}
+    scale = {k: v for k, v in plan_start(args).items() if k in PLAN_OPTIONS}
     settings = {name: config_options()[name].default for name in PLAN_OPTIONS} | scale | given(args, PLAN_OPTIONS) # needs no trainer
     schedule = ''
     if settings['shift'] is None:
@@ -655,6 +692,7 @@ def add_plan(
     parser:Parser, # The command's parser
 ):
     "Options of egrpo plan."
+    add_recipe(parser)
     group = parser.add_argument_group('plan')
     add_fields(group, PLAN_OPTIONS)
     add_own(group, Option('iteration', 'int', 0, 'Training iteration, for methods whose plan changes with it'))
@@ -891,14 +929,19 @@ def check_model(
     if model == 'miniature' or Path(model).exists() or re.fullmatch(r'[\w.-]+/[\w.-]+', model): return
     raise ValueError(f"model {model!r} is no folder here and no hub id (owner/name): name one of them, or 'miniature'")
 
+def check_config_and_method(config):
+    "Refuse settings that no run, and no plan, can have."
+    from egrpo.train.config import check_config
+    from egrpo.train.trainer import check_method
+    check_config(config)
+    check_method(config.method, config)
+
 def check_run(
     config, # A `TrainConfig`
 ):
     "The same configuration, if all is well that can be known without a model and without writing."
-    from egrpo.train.config import check_config
-    from egrpo.train.trainer import check_method, prompts_and_rewards
-    check_config(config)
-    check_method(config.method, config)
+    from egrpo.train.trainer import prompts_and_rewards
+    check_config_and_method(config)
     check_model(config.model)
     prompts_and_rewards(config)
     check_device(config.device)
@@ -932,11 +975,12 @@ def begun_settings(
 def train_config(
     args, # Parsed arguments
 ): # A `TrainConfig`
-    "Merge settings; later wins: published defaults, resumed run or scale preset, command line."
+    "Merge settings; later wins: published defaults, resumed run, scale preset, recipe, command line."
     from egrpo.methods.registry import check_plan, fitting, published
     named = given(args, SETTINGS)
     begun = begun_settings(named.get('out', TrainConfig.out)) if named.get('resume') else {}
-    scale = preset(args.scale) if args.scale or not begun else {}
+    named_start = args.scale or getattr(args, 'recipe', None)
+    scale = starting_point(args) if named_start or not begun else {}
     chosen = TrainConfig(**begun | scale | named)
     method, base = chosen.method, chosen.plan.get('base')
     check_plan(method, given_plan(args, base))
@@ -971,7 +1015,12 @@ def run_train(
 )->int: # Exit code: 130 where a signal ended the training before its time
     "egrpo train: train a model."
     from egrpo.train.trainer import Trainer, describe_run
-    config = check_run(train_config(args))
+    config = train_config(args)
+    if args.print_config:
+        from egrpo.train.recipes import to_yaml
+        check_config_and_method(config)
+        return say(to_yaml(config).rstrip())
+    config = check_run(config)
     if args.dry_run: try_own_rewards(config)
     say(f'{describe_run(config)}\n{prompts_text(config)}')
     if schedule := schedule_text(config): say(f' schedule  {schedule}')
@@ -1054,9 +1103,11 @@ def add_train(
     parser:Parser, # The command's parser
 ):
     "Options of egrpo train: every field of the configuration."
+    add_recipe(parser)
     scale = 'Settings of a scale, smoke, mini, confirm, gpu or flux, in place of the defaults below (default: EGRPO_SCALE, else none)'
     add_own(parser.add_argument_group('preset'), Option('scale', 'str', None, scale, 'NAME'),
-            Option('dry_run', 'bool', False, 'Check the settings, print what the numbers come to, and stop'))
+            Option('dry_run', 'bool', False, 'Check the settings, print what the numbers come to, and stop'),
+            Option('print_config', 'bool', False, 'Print all settings as a recipe, and stop'))
     for title, names in option_groups().items(): add_fields(parser.add_argument_group(title), names)
 
 COMMANDS['train'] = Command(run_train, add_train, 'Train a model with a method, a reward and prompts of your choice.',
