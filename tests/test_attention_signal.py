@@ -177,7 +177,7 @@ def test_watch(monkeypatch):
     for k in ('delta_entropy', 'distance', 'last_std', 'score'): assert_close(seen[k][1], once[k][0], atol=1e-5, rtol=1e-3)
     assert seen['reward'] == pytest.approx(once['reward'], rel=1e-4)
     assert_close(asked[1], asked[2], atol=1e-5, rtol=1e-4)
-    assert all(len(v) == SMALL.num_generations for v in asked[0].values())
+    assert all(len(v) == SMALL.plan["num_generations"] for v in asked[0].values())
     assert seen['nfe'] > once['nfe']
 
 
@@ -239,4 +239,4 @@ def test_record_of_learning_value_adds_up():
 
 
 def test_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match='scale must be one of smoke, mini, gpu'): peaks.peaks_data({}, get_scale('flux'))
+    with pytest.raises(ValueError, match='scale must be one of smoke, mini, gpu'): peaks.peaks_data(get_scale('flux'))

@@ -103,7 +103,7 @@ def actions(name):
 def test_every_option_has_help_and_default(name):
     for action in actions(name):
         assert action.help, action.dest
-        known = '(default: ' in action.help or action.nargs == 0 or action.dest in ('lora', 'prompts', 'picture', 'out', 'name')
+        known = '(default: ' in action.help or action.nargs == 0 or action.dest in ('lora', 'prompts', 'picture', 'out', 'name', 'recipe')
         assert known, f'{name} --{action.dest}: {action.help}'
 
 
@@ -484,7 +484,7 @@ def test_the_line_below_the_methods_shows_what_the_table_says(capsys):
     assert re.search(r'flow_grpo .*? (\d+) of', out)[1] == str(sum(line.endswith('●') for line in capsys.readouterr().out.splitlines()))
 
 
-@pytest.mark.parametrize('words, says', [('train --num-step 3', '--num-step 3, did you mean --num-steps? (see egrpo train --help)'),
+@pytest.mark.parametrize('words, says', [('train --num-step 3', '--num-step, did you mean --num-steps? (see egrpo train --help)'),
                                          ('train --foo', '--foo (see egrpo train --help)'), ('--vresion', 'did you mean --version?')])
 def test_an_option_that_is_none(words, says, capsys):
     assert main(words.split()) == 2

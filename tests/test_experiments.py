@@ -20,7 +20,7 @@ from egrpo.paper import cells as cells_module
 from egrpo.paper import experiments, grids, pool
 from egrpo.paper.cells import FALL, _costs, _pack, _unpack, cell_path, load_cell, run_cell
 from egrpo.paper.claims import verdict_lines
-from egrpo.paper.comparisons import _rise_lead, contrast, evaluation_texts, grid_data, summarize
+from egrpo.paper.comparisons import Comparison, contrast, evaluation_texts, grid_data, summarize
 from egrpo.paper.experiments import EXPERIMENTS, cells_of, registered, reproduce
 from egrpo.paper.grids import learning_rate
 from egrpo.paper.hacking import contrast_hacking, hacking, real_share
@@ -185,7 +185,7 @@ def test_rises_are_compared_without_pairing_seeds():
     "Welch's interval, whichever seeds the runs have."
     a = [cell(([0, 0], [1, 1]), s, (0., s)) for s in (0, 1, 2)]
     b = [cell(([0, 0], [1, 1]), s, (0., 2 * s)) for s in (2, 0, 1, 7)]
-    e, rises = _rise_lead(a, b), [(0., 1., 2.), (4., 0., 2., 14.)]
+    e, rises = Comparison(a, b).rise(), [(0., 1., 2.), (4., 0., 2., 14.)]
     welch = stats.ttest_ind(*rises, equal_var=False)
     assert e.mean == -4 and e.mean / e.se == pytest.approx(welch.statistic) and e.df == pytest.approx(max(welch.df, 1))
     assert e.p_below() * 2 == pytest.approx(welch.pvalue)
@@ -218,7 +218,7 @@ def test_base_scores_take_the_prompts_out_of_the_training_reward(base_scores, mo
     known, _ = base_scores
     runs = {gain: [trained(s, known, gain) for s in range(24)] for gain in (0., .02)}
     fair = {gain: training_rise(rs) for gain, rs in runs.items()}
-    lead = _rise_lead(runs[.02][:5], runs[0.][12:17])
+    lead = Comparison(runs[.02][:5], runs[0.][12:17]).rise()
     data = grid_data({str(k): rs for k, rs in runs.items()}, '0.02')
     monkeypatch.setenv('EGRPO_FIGURES', str(tmp_path/'none'))
     raw = {gain: training_rise(rs) for gain, rs in runs.items()}

@@ -242,7 +242,7 @@ def test_learned_rewards_load_once(monkeypatch):
         loads.append(1)
         return Scorer()
 
-    monkeypatch.setattr(miniature, 'load_clip', load)
+    monkeypatch.setattr(miniature, 'load_small_clip', load)
     monkeypatch.setattr(miniature, 'clip_score', lambda scorer, images, prompts: scorer.model(images.mean((2, 3)))[:, 0])
     reward._load.cache_clear()
     try:

@@ -10,22 +10,25 @@ import numpy as np
 from scipy.special import ndtri, stdtrit
 
 # %% ../../nbs/base/02_bootstrap.ipynb #07bb217a
-def _draws(
-    rng, # numpy Generator
-    size:int, # How many things there are
-    n:int, # How many resamples
-)->np.ndarray: # (n, size) how often each thing is drawn; every row sums to size
-    "Counts of resampling with replacement."
+def _draws(rng, size, n):
+    "Counts (n, size) of resampling `size` things with replacement; every row sums to size."
     return rng.multinomial(size, np.full(size, 1/size), size=n)
 
 # %% ../../nbs/base/02_bootstrap.ipynb #68866bce
-def _stretch(
-    seeds:int, # S, >= 2
-)->float: # > 1; 1.58 for five
-    "Factor by which S seeds are spread, so that the 95 % interval of a bootstrap is as long as Student's."
-    return stdtrit(seeds - 1, .975) / ndtri(.975) * (seeds / (seeds - 1))**.5
+def _stretch(seeds):
+    "Factor by which seeds are spread, so that a 95 % interval is as long as Student's: 1.58 for five."
+    student = stdtrit(seeds - 1, .975)
+    small_sample = (seeds / (seeds - 1))**.5
+    return student / ndtri(.975) * small_sample
 
 # %% ../../nbs/base/02_bootstrap.ipynb #e736ce83
+def _group_sums(values, groups):
+    "Sums (seeds, J) of the scores in each group, and the groups' sizes (J,)."
+    _, index = np.unique(groups, return_inverse=True)
+    index = index.reshape(-1)
+    sums = [np.bincount(index, weights=row) for row in values]
+    return np.stack(sums), np.bincount(index)
+
 def bootstrap_means(
     values, # (N,) or (seeds, N) scores
     groups=None, # (N,) ids of what is drawn together (prompts); every entry by itself if not given
@@ -34,18 +37,19 @@ def bootstrap_means(
 )->np.ndarray: # (n,) resampled means
     "Means of `values` under resampling of prompts, and of seeds, moved apart, if there are several."
     values = np.atleast_2d(np.asarray(values, dtype=float))
-    ids = np.arange(values.shape[-1]) if groups is None else np.asarray(groups)
-    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"values must be (N,) or (seeds, N), not empty and finite, got shape {values.shape}: drop what was not measured")
-    if ids.shape != values.shape[1:]:
-        raise ValueError(f"groups must have one id per value, got {ids.shape} for {values.shape[1:]}: repeat a prompt's id for its images")
-    index = np.unique(ids, return_inverse=True)[1].reshape(-1)
-    counts = np.bincount(index)
-    sums = np.stack([np.bincount(index, weights=v) for v in values])
-    if len(sums) > 1: sums += (_stretch(len(sums)) - 1) * np.outer(values.mean(1) - values.mean(), counts)
+    if not values.size or not np.isfinite(values).all():
+        got = f"got shape {values.shape}: drop what was not measured"
+        raise ValueError(f"values must be (N,) or (seeds, N), not empty and finite, {got}")
+    seeds, num = values.shape
+    sums, counts = _group_sums(values, np.arange(num) if groups is None else groups)
+    if seeds > 1:
+        apart = values.mean(1) - values.mean()
+        sums += (_stretch(seeds) - 1) * np.outer(apart, counts)
     rng = np.random.default_rng(seed)
-    rows, columns = _draws(rng, len(sums), n), _draws(rng, len(counts), n)
-    return ((rows @ sums) * columns).sum(1) / (len(sums) * (columns @ counts))
+    rows = _draws(rng, seeds, n)
+    columns = _draws(rng, len(counts), n)
+    total = ((rows @ sums) * columns).sum(1)
+    return total / (seeds * (columns @ counts))
 
 # %% ../../nbs/base/02_bootstrap.ipynb #4b849e8b
 def bootstrap_interval(
@@ -57,9 +61,10 @@ def bootstrap_interval(
 )->tuple: # (mean, low, high)
     "Mean of `values` with its percentile-bootstrap interval, expanded for few seeds."
     if not 0 < level < 1: raise ValueError(f"level must be between 0 and 1, got {level}: 0.95 is usual")
-    if n < 1: raise ValueError(f"n must be >= 1 resample, got {n}: 2000 is usual")
-    low, high = np.quantile(bootstrap_means(values, groups, n, seed), [(1 - level)/2, (1 + level)/2])
-    return float(np.mean(np.asarray(values, dtype=float))), float(low), float(high)
+    mean = float(np.mean(np.asarray(values, dtype=float)))
+    ends = [(1 - level)/2, (1 + level)/2]
+    low, high = np.quantile(bootstrap_means(values, groups, n, seed), ends)
+    return mean, float(low), float(high)
 
 # %% ../../nbs/base/02_bootstrap.ipynb #9d2e28b9
 def paired_interval(
@@ -69,7 +74,9 @@ def paired_interval(
     **kwargs, # `n`, `seed`, `level` of `bootstrap_interval`
 )->tuple: # (mean, low, high) of after - before
     "Mean difference with its interval, over pairs."
-    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    before = np.asarray(before, dtype=float)
+    after = np.asarray(after, dtype=float)
     if before.shape != after.shape:
-        raise ValueError(f"before and after must be pairs, got {before.shape} and {after.shape}: evaluate the same prompts and noise")
+        got = f"got {before.shape} and {after.shape}: evaluate the same prompts and noise"
+        raise ValueError(f"before and after must be pairs, {got}")
     return bootstrap_interval(after - before, groups, **kwargs)

@@ -249,11 +249,8 @@ def category_rows(
     prompts, # P prompts
 )->dict: # Category, then 'all' -> places of its prompts
     "Places of the prompts of each row of a table."
-    from egrpo.miniature.world import CATEGORIES, parse_prompt
-    every = dict(all=list(range(len(prompts))))
-    try: kinds = [parse_prompt(p).category for p in prompts]
-    except ValueError: return every # prompts of another world have no categories
-    return {**{c: [i for i, k in enumerate(kinds) if k == c] for c in CATEGORIES if c in kinds}, **every}
+    from egrpo.miniature.world import by_category
+    return by_category(prompts) | dict(all=list(range(len(prompts))))
 
 def score_names(
     frame, # An evaluation: columns prompt, perhaps iteration, and rewards

@@ -9,7 +9,9 @@ __all__ = ['ROUNDING', 'ALLOCATIONS', 'EXPLORE', 'CHOOSES', 'query_share', 'entr
 
 # %% ../../nbs/methods/02_aegpo.ipynb #32a97f55
 import hashlib
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from scipy.signal import find_peaks
 from torch import Tensor
 
 from ..base.files import load_whole, save_whole
+from ..base.inputs import one_of
 from ..core.noise import random_order
 from ..core.plan import Branch, Plan, gradient_nfe, rollout_nfe
 from ..core.rollout import rollout
@@ -30,7 +33,8 @@ def query_share(
 )->int: # 1 = every image query, 16 = one in sixteen
     "Stride of the image queries of a probe: all up to a thousand, then one in sixteen."
     height, width = policy.latent_shape[-2:]
-    return 16 if height * width // 4 > 1000 else 1
+    queries = height * width // 4
+    return 16 if queries > 1000 else 1
 
 @torch.no_grad()
 def entropy_profiles(
@@ -42,9 +46,10 @@ def entropy_profiles(
     "Attention entropy along a prompt's unguided ODE trajectory: T network evaluations per prompt."
     if not prompts: return torch.zeros(0, num_steps)
     plan = Plan(policy.sigmas(num_steps, shift), (Branch(),))
-    with policy.unguided(), record_attention_entropy(policy.transformer, every=query_share(policy)) as H:
+    recording = record_attention_entropy(policy.transformer, every=query_share(policy))
+    with policy.unguided(), recording as entropy:
         rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)
-    return H.entropy(samples=len(prompts)).mean(1).T.contiguous()
+    return entropy.entropy(samples=len(prompts)).mean(1).T.contiguous()
 
 # %% ../../nbs/methods/02_aegpo.ipynb #ade5ce64
 class ProfileCache:
@@ -53,11 +58,15 @@ class ProfileCache:
         address:tuple, # What they depend on besides the prompt: the weights, resolution, dtype, guidance, …
         folder=None, # Where to keep them; None = in memory only
     ):
-        self.address, self.folder, self.known = address, folder and Path(folder), {}
+        self.address = address
+        self.folder = folder and Path(folder)
+        self.known = {}
 
     def _path(self, prompt):
         "A prompt's file."
-        return self.folder/f"{hashlib.blake2b(repr((*self.address, prompt)).encode(), digest_size=12).hexdigest()}.safetensors"
+        key = repr((*self.address, prompt)).encode()
+        name = hashlib.blake2b(key, digest_size=12).hexdigest()
+        return self.folder/f"{name}.safetensors"
 
     def _load(self, prompt):
         "Take a prompt's profile from the disk, if it is there and whole."
@@ -71,17 +80,20 @@ class ProfileCache:
         if not self.folder: return
         try: save_whole({'profile': profile.contiguous()}, self._path(prompt))
         except (OSError, SafetensorError) as e:
-            raise ValueError(f"profile_cache: {str(self.folder)!r} cannot be written ({e}): free some space or name another folder") from e
+            remedy = "free some space or name another folder"
+            raise ValueError(f"profile_cache: {str(self.folder)!r} cannot be written ({e}): {remedy}") from e
 
     def __call__(self,
         prompts:list, # P prompts
         measure, # Function of the prompts that are not known: (p,T) profiles
     )->Tensor: # (P,T)
         "Profiles of the prompts; `measure` is called with the new ones only."
-        for p in prompts: self._load(p)
-        new = list(dict.fromkeys(p for p in prompts if p not in self.known))
-        for p, profile in zip(new, measure(new) if new else []): self._keep(p, profile)
-        return torch.stack([self.known[p] for p in prompts]) if prompts else measure([])
+        if not prompts: return measure([])
+        for prompt in prompts: self._load(prompt)
+        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
+        profiles = measure(new) if new else []
+        for prompt, profile in zip(new, profiles): self._keep(prompt, profile)
+        return torch.stack([self.known[p] for p in prompts])
 
 # %% ../../nbs/methods/02_aegpo.ipynb #c146b1cb
 ROUNDING = 1e-5 # nats
@@ -97,26 +109,27 @@ def delta_entropy(
 # %% ../../nbs/methods/02_aegpo.ipynb #c1bd73f8
 ALLOCATIONS = ('median', 'proportional', 'inverted', 'random', 'uniform')
 
-def _halves(
-    order, # The prompts' places, those that get more first
-    num_generations:int, # G, mean
-)->list: # P whole numbers, sum P·G
-    "A third more for the first half, a third fewer for the second, never below two."
-    counts, half, more = [num_generations] * len(order), len(order) // 2, min(round(num_generations / 3), num_generations - 2)
-    for high, low in zip(order[:half], reversed(order)): counts[high], counts[low] = num_generations + more, num_generations - more
+def _halves(order, num_generations):
+    "A third more than the mean for the first half of the order, a third fewer for the second, never below two."
+    counts = [num_generations] * len(order)
+    more = min(round(num_generations / 3), num_generations - 2)
+    half = len(order) // 2
+    for p in order[:half]: counts[p] += more
+    for p in order[len(order) - half:]: counts[p] -= more
     return counts
 
-def _proportional(
-    delta:Tensor, # (P,) not all zero
-    num_generations:int, # G, mean
-    order:list, # The prompts' places; the first of equal remainders gets the sample
-)->list: # P whole numbers, sum P·G
-    "Half the mean for each, the rest by largest remainder."
+def _descending(order, values):
+    "The same places by falling value; equal ones stay in their order."
+    return sorted(order, key=lambda i: -float(values[i]))
+
+def _proportional(delta, num_generations, order):
+    "Half the mean for each, the rest by largest remainder, the first in the order where remainders are equal."
     least = max(2, num_generations // 2)
-    share = delta.double() / delta.double().sum() * len(delta) * (num_generations - least)
+    spare = num_generations - least
+    share = delta.double() / delta.double().sum() * len(delta) * spare
     counts = share.floor().long()
-    left = len(delta) * (num_generations - least) - int(counts.sum())
-    for i in sorted(order, key=lambda i: -float(share[i] - counts[i]))[:left]: counts[i] += 1
+    left = len(delta) * spare - int(counts.sum())
+    for i in _descending(order, share - counts)[:left]: counts[i] += 1
     return (counts + least).tolist()
 
 def allocate(
@@ -126,13 +139,14 @@ def allocate(
     *address, # What the order of equals belongs to: integers and strings, e.g. seed and iteration
 )->list: # P whole numbers >= 2 that add up to P·G
     "Divide a batch's samples among its prompts (AEGPO 4.1)."
-    if rule not in ALLOCATIONS: raise ValueError(f"allocation must be one of {', '.join(ALLOCATIONS)}, got {rule!r}")
-    lottery = random_order(len(delta), 'allocation', *address)
-    if rule == 'random': return _halves(lottery, num_generations)
+    one_of('allocation', rule, ALLOCATIONS)
+    order = random_order(len(delta), 'allocation', *address)
+    if rule == 'random': return _halves(order, num_generations)
     if rule == 'uniform' or len(delta.unique()) == 1: return [num_generations] * len(delta)
-    if rule == 'proportional': return _proportional(delta, num_generations, lottery)
-    order = sorted(lottery, key=lambda i: -float(delta[i]))
-    return _halves(order if rule == 'median' else order[::-1], num_generations)
+    if rule == 'proportional': return _proportional(delta, num_generations, order)
+    order = _descending(order, delta)
+    if rule == 'inverted': order.reverse()
+    return _halves(order, num_generations)
 
 # %% ../../nbs/methods/02_aegpo.ipynb #c1228e6b
 EXPLORE = ('peaks', 'first', 'last', 'random', 'all')
@@ -143,8 +157,9 @@ def entropy_peaks(
     top:int=4, # How many, >= 1
 )->list: # Steps, increasing; fewer than `top` if there are fewer candidates
     "Local maxima of a profile first, then its highest values (AEGPO 4.2)."
-    maxima = {*find_peaks(profile.numpy())[0].tolist()}
-    return sorted(sorted(candidates, key=lambda k: (k not in maxima, -float(profile[k])))[:top])
+    maxima, _ = find_peaks(profile.numpy())
+    def rank(k): return k not in maxima, -float(profile[k])
+    return sorted(sorted(candidates, key=rank)[:top])
 
 def choose_steps(
     profile, # (T,) nats; not looked at unless by `peaks`
@@ -154,23 +169,27 @@ def choose_steps(
     *address, # What `random` belongs to: integers and strings
 )->list: # Steps, increasing
     "The steps that explore."
-    if rule not in EXPLORE: raise ValueError(f"explore must be one of {', '.join(EXPLORE)}, got {rule!r}")
+    one_of('explore', rule, EXPLORE)
+    if rule == 'all': return sorted(candidates)
     if rule == 'peaks': return entropy_peaks(profile, candidates, top)
-    order = range(len(candidates))
-    if rule == 'last': order = order[::-1]
+    order = list(range(len(candidates)))
+    if rule == 'last': order.reverse()
     if rule == 'random': order = random_order(len(candidates), 'explore', *address)
-    return sorted(candidates[i] for i in order[:len(candidates) if rule == 'all' else top])
+    return sorted(candidates[i] for i in order[:top])
 
 # %% ../../nbs/methods/02_aegpo.ipynb #26dfdc3b
 CHOOSES = dict(allocation='median', explore='peaks', explore_per='prompt', top=4) # how, unless a setting says otherwise
+
+def _choices(settings): return CHOOSES | {k: v for k, v in settings.items() if v is not None}
 
 def signal_needed(
     settings:dict, # Fields of a run's configuration; None and what is missing are as in `CHOOSES`
 )->tuple: # Are profiles of the policy needed? And of the policy before training?
     "Say whether profiles, now and before training, must be measured to plan a batch."
-    s = CHOOSES | {k: v for k, v in settings.items() if v is not None}
-    reference = s['allocation'] not in ('random', 'uniform')
-    return reference or s['explore'] == 'peaks', reference
+    choices = _choices(settings)
+    reference = choices['allocation'] not in ('random', 'uniform')
+    now = reference or choices['explore'] == 'peaks'
+    return now, reference
 
 def allocated_plans(
     method, # A name in `METHODS` or a function that returns a Plan; it takes `steps` and `num_generations`
@@ -182,14 +201,22 @@ def allocated_plans(
     **settings, # Fields of a run's configuration: the method's own, and `allocation`, `explore`, `explore_per`, `top`, `seed`
 )->list: # P plans
     "A plan for each prompt of a batch: so many samples as ΔEntropy says, at the steps where the entropy peaks."
-    s = CHOOSES | {k: v for k, v in settings.items() if v is not None}
-    address = s.get('seed', 0), iteration
+    choices = _choices(settings)
+    one_of('explore_per', choices['explore_per'], ('prompt', 'batch'))
+    together = choices['explore_per'] == 'batch'
+    address = choices.get('seed', 0), iteration
+    mean_size = method_settings(method, **settings)['num_generations']
     delta = torch.zeros(num_prompts) if reference is None else delta_entropy(profiles, reference)
-    groups = allocate(delta, method_settings(method, **settings)['num_generations'], s['allocation'], *address)
-    candidates = stochastic_steps(make_plan(method, iteration, **settings | dict(num_generations=groups[0], top=10**9)))
-    seen, lots = _seen_by(s['explore_per'], profiles, num_prompts)
-    steps = [choose_steps(h, candidates, s['explore'], s['top'], *address, lot) for h, lot in zip(seen, lots)]
-    return [make_plan(method, iteration, **settings | dict(num_generations=g, steps=k)) for g, k in zip(groups, steps)]
+    sizes = allocate(delta, mean_size, choices['allocation'], *address)
+    everything = settings | dict(num_generations=sizes[0], top=sys.maxsize)
+    candidates = stochastic_steps(make_plan(method, iteration, **everything))
+    plans = []
+    for p, size in enumerate(sizes):
+        profile = None if profiles is None else profiles.mean(0) if together else profiles[p]
+        lot = 0 if together else p # prompts of one lot draw the same random steps
+        steps = choose_steps(profile, candidates, choices['explore'], choices['top'], *address, lot)
+        plans.append(make_plan(method, iteration, **settings | dict(num_generations=size, steps=steps)))
+    return plans
 
 def describe_choice(
     plans:list, # P plans
@@ -197,21 +224,12 @@ def describe_choice(
     reference:Tensor|None, # (P,T) nats, of the policy before training
 )->dict: # samples: of each prompt; explored: step -> how many prompts chose it; delta_entropy: mean, nats
     "A batch's choices, as metrics."
-    steps = [k for p in plans for k in stochastic_steps(p)]
-    out = dict(samples=[max(b.leaves for b in p.branches) for p in plans], explored={str(k): steps.count(k) for k in sorted({*steps})})
-    return out if reference is None else out | dict(delta_entropy=float(delta_entropy(profiles, reference).mean()))
-
-def _seen_by(
-    per:str, # Does every 'prompt' choose, or the 'batch'?
-    profiles:Tensor|None, # (P,T) nats
-    num_prompts:int, # P
-)->tuple: # P profiles (or None), P numbers of a lot
-    "Profile and lot number by which each prompt chooses its steps."
-    if per not in ('prompt', 'batch'): raise ValueError(f"explore_per must be prompt or batch, got {per!r}")
-    alone = per == 'prompt'
-    lots = list(range(num_prompts)) if alone else [0] * num_prompts
-    if profiles is None: return [None] * num_prompts, lots
-    return (profiles if alone else profiles.mean(0, keepdim=True).expand(num_prompts, -1)), lots
+    explored = Counter()
+    for plan in plans: explored.update(stochastic_steps(plan))
+    samples = [max(b.leaves for b in plan.branches) for plan in plans]
+    choice = dict(samples=samples, explored={str(k): explored[k] for k in sorted(explored)})
+    if reference is not None: choice['delta_entropy'] = float(delta_entropy(profiles, reference).mean())
+    return choice
 
 # %% ../../nbs/methods/02_aegpo.ipynb #e81f03ac
 class AttentionPlanner:
@@ -223,7 +241,10 @@ class AttentionPlanner:
         settings:dict, # Fields of the run's configuration, from `egrpo.train.trainer.plan_settings`
         folder=None, # Where profiles before training are kept; None = in memory only
     ):
-        self.method, self.policy, self.accelerator, self.settings = method, policy, accelerator, settings
+        self.method = method
+        self.policy = policy
+        self.accelerator = accelerator
+        self.settings = settings
         self.now, self.before = signal_needed(settings)
         if self.before: policy.freeze_reference()
         shift = settings['shift']
@@ -252,9 +273,10 @@ class AttentionPlanner:
 
     def _cost(self, prompts):
         "Network evaluations of a batch's probes, whether profiles were found on the disk or measured."
-        new = {*prompts} - self.seen if self.before else ()
+        new = len({*prompts} - self.seen) if self.before else 0
+        now = len(prompts) if self.now else 0
         self.remember(prompts)
-        return self.settings['num_steps'] * (len(new) + (len(prompts) if self.now else 0))
+        return self.settings['num_steps'] * (new + now)
 
     def _profiles(self, prompts):
         "Profiles of prompts under the policy as it is."
@@ -263,19 +285,16 @@ class AttentionPlanner:
     def _known_before(self, prompts):
         "Profiles of prompts under the policy before training, measured where they are not known."
         def measure(new):
-            "Profiles of those that are not."
             with self.policy.reference(): return self._profiles(new)
         return self.known(prompts, measure)
 
-    def _joined(self,
-        measure, # Prompts -> their profiles
-        prompts:list, # P prompts
-    )->Tensor: # (P,T)
-        "Profiles of a batch: every process adds those of its share to zeros."
+    def _joined(self, measure, prompts):
+        "Profiles (P,T) of a batch: every process adds those of its share to zeros."
         a = self.accelerator
-        share, out = slice(a.process_index, None, a.num_processes), torch.zeros(len(prompts), self.settings['num_steps'], device=a.device)
-        with self.policy.together(): out[share] = measure(prompts[share]).to(a.device)
-        return a.reduce(out, 'sum').cpu()
+        share = slice(a.process_index, None, a.num_processes)
+        profiles = torch.zeros(len(prompts), self.settings['num_steps'], device=a.device)
+        with self.policy.together(): profiles[share] = measure(prompts[share]).to(a.device)
+        return a.reduce(profiles, 'sum').cpu()
 
 # %% ../../nbs/methods/02_aegpo.ipynb #9fdc79b6
 def share_work(
@@ -284,9 +303,10 @@ def share_work(
 )->list: # For each process, the places of its prompts, increasing
     "Divide prompts among processes so that the network evaluations are even."
     cost = [rollout_nfe(p) + gradient_nfe(p) for p in plans]
-    shares, load = [[] for _ in range(processes)], [0] * processes
-    for i in sorted(range(len(plans)), key=lambda i: (-cost[i], i)):
+    shares = [[] for _ in range(processes)]
+    load = [0] * processes
+    for i in _descending(range(len(plans)), cost):
         least = load.index(min(load))
         shares[least].append(i)
         load[least] += cost[i]
-    return [sorted(s) for s in shares]
+    return [sorted(share) for share in shares]

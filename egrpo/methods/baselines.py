@@ -7,7 +7,7 @@ __all__ = ['chain', 'check_counts', 'flow_grpo', 'grpo_guard', 'dance_grpo', 'mi
            'branch_grpo', 'g2rpo']
 
 # %% ../../nbs/methods/00_baselines.ipynb #ff0edb26
-from ..base.inputs import SettingError
+from ..base.inputs import SettingError, at_least
 from ..core.noise import random_order
 from ..core.plan import Branch, Plan, SDEStep
 from ..core.sde import step_std
@@ -20,7 +20,11 @@ def chain(
     weights=None, # Function of a step's index: its weight in the loss; None = 1
 )->tuple: # `SDEStep`s
     "Stochastic steps in a row: the first one fans out, the others have one child."
-    return tuple(SDEStep(k, 1, children if i == 0 else 1, weights(k) if weights else 1.) for i, k in enumerate(starts))
+    steps = []
+    for k in starts:
+        weight = weights(k) if weights else 1.
+        steps.append(SDEStep(k, 1, 1 if steps else children, weight))
+    return tuple(steps)
 
 # %% ../../nbs/methods/00_baselines.ipynb #fbafd256
 def check_counts(
@@ -31,13 +35,13 @@ def check_counts(
     name:str='active_steps', # What to call `active_steps` in the message
 ):
     "Refuse counts that no plan can have."
-    if num_steps < 2: raise SettingError('num_steps', f"must be >= 2, got {num_steps}: the last step is never stochastic")
-    if first_step < 0: raise SettingError('first_step', f"must be >= 0, got {first_step}: 0 is where the noise is")
+    at_least('num_steps', num_steps, 2, 'the last step is never stochastic')
+    at_least('first_step', first_step, 0, '0 is where the noise is')
     if not 1 <= active_steps <= num_steps - 1 - first_step:
-        allowed = f"from 1 to num_steps - 1 = {num_steps - 1}" + f" - first_step {first_step}" * (first_step > 0)
+        allowed = f"from 1 to num_steps - 1 = {num_steps - 1}"
+        if first_step: allowed += f" - first_step {first_step}"
         raise SettingError(name, f"must be {allowed}, got {active_steps}: the last step is never stochastic")
-    if num_generations < 2:
-        raise SettingError('num_generations', f"must be >= 2, got {num_generations}: a group of one has nothing to compare with")
+    at_least('num_generations', num_generations, 2, 'a group of one has nothing to compare with')
 
 # %% ../../nbs/methods/00_baselines.ipynb #e219fbf9
 def flow_grpo(
@@ -63,7 +67,8 @@ def grpo_guard(
     "GRPO-Guard (arXiv 2510.22319): Flow-GRPO's rollout, the ratio regulated, the loss of a step divided by its length."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
     sigmas = flow_sigmas(num_steps, shift)
-    branch = Branch(chain(range(num_steps - 1), weights=lambda k: 1 / float(sigmas[k] - sigmas[k+1])), noises=num_generations)
+    def weight(k): return 1 / float(sigmas[k] - sigmas[k + 1])
+    branch = Branch(chain(range(num_steps - 1), weights=weight), noises=num_generations)
     return Plan(sigmas, (branch,), noise_level, kernel, guard=True)
 
 # %% ../../nbs/methods/00_baselines.ipynb #67bae1d4
@@ -77,11 +82,14 @@ def dance_grpo(
     seed:int=0, # Addresses which steps
     iteration:int=0, # Addresses which steps
 )->Plan: # The plan of one prompt
-    "DanceGRPO (arXiv 2505.07818): chains from one shared noise, stochastic in every step but the last, a random share of them trained."
+    "DanceGRPO (arXiv 2505.07818): chains from one noise, stochastic in every step but the last, a random share trained."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    if not 0 < train_share <= 1: raise ValueError(f"train_share must be above 0 and at most 1, got {train_share}: 0.6 is published")
-    trained = random_order(num_steps - 1, seed, iteration)[:max(1, int((num_steps - 1) * train_share + 1e-9))]
-    branch = Branch(chain(range(num_steps - 1), num_generations, lambda k: float(k in trained)))
+    if not 0 < train_share <= 1:
+        raise SettingError('train_share', f"must be above 0 and at most 1, got {train_share}: 0.6 is published")
+    num_trained = int((num_steps - 1) * train_share + 1e-9)
+    trained = random_order(num_steps - 1, seed, iteration)[:max(1, num_trained)]
+    def weight(k): return float(k in trained)
+    branch = Branch(chain(range(num_steps - 1), num_generations, weight))
     return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel)
 
 # %% ../../nbs/methods/00_baselines.ipynb #761f2bb0
@@ -99,7 +107,7 @@ def mix_grpo(
 )->Plan: # The plan of one prompt
     "MixGRPO (arXiv 2507.21802): chains from one shared noise, stochastic in a window that slides with the iteration."
     check_counts(num_steps, window, num_generations, name='window')
-    if slide_every < 1: raise ValueError(f"slide_every must be >= 1 iteration, got {slide_every}: 25 is published")
+    at_least('slide_every', slide_every, 1, '25 iterations are published')
     start = iteration // slide_every % (num_steps - window)
     branch = Branch(chain(range(start, start + window), num_generations))
     return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), solver)
@@ -132,19 +140,22 @@ def tempflow_grpo(
     num_generations:int=24, # G, samples per group and step, >= 2
     noise_level:float=0.7, # a of the kernel, > 0
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
-    noises:int|None=None, # Initial noises they leave from, a divisor of G; None = the largest that leaves each six samples or more
+    noises:int|None=None, # Initial noises, a divisor of G; None = as many as leave each six samples or more
     stride:int=1, # Schedule steps per ODE step after the stochastic one, >= 1; 1 is exact
     solver:str='euler', # Solver of that ODE: euler or ab2, of second order
 )->Plan: # The plan of one prompt
     "TempFlow-GRPO (arXiv 2508.04324): one stochastic step at a time from ODE anchors, weighted by its noise."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    sigmas, most = flow_sigmas(num_steps, shift), max(1, num_generations // 6)
-    noises = noises or max(n for n in range(1, most + 1) if num_generations % n == 0)
+    if not noises:
+        most = max(1, num_generations // 6)
+        noises = max(n for n in range(1, most + 1) if num_generations % n == 0)
     if num_generations % noises:
         raise SettingError('num_generations', f"({num_generations}) must be a multiple of noises ({noises}): change one of them")
+    sigmas = flow_sigmas(num_steps, shift)
     stds = step_std(sigmas[:-2], sigmas[1:-1], noise_level, kernel, sigmas[1])
     weights = (stds / stds.mean()).tolist()
-    branches = (Branch((SDEStep(k, 1, num_generations // noises, w),), noises) for k, w in enumerate(weights))
+    children = num_generations // noises
+    branches = [Branch((SDEStep(k, 1, children, weight),), noises) for k, weight in enumerate(weights)]
     return Plan(sigmas, tuple(branches), noise_level, kernel, (stride,), solver)
 
 # %% ../../nbs/methods/00_baselines.ipynb #5cbf351d
@@ -155,7 +166,7 @@ def branch_grpo(
     noise_level:float=0.3, # eta of the kernel, > 0
     kernel:str='dance', # Kernel of the stochastic steps: flow, dance or cps
     split_every:int=3, # Steps from one split to the next, >= 1; the first one splits
-    keep:float=1.0, # Width pruning: share of the samples after the last split that is trained, in (0, 1]; 0.5 is the code's
+    keep:float=1.0, # Share of the samples after the last split that is trained, in (0, 1]; 0.5 is the code's
     pruned_steps:int=0, # Depth pruning: steps that are sampled and not trained, >= 0; 4 in the code's example
     slide_every:int=30, # Iterations after which those move one step towards the noise, >= 1
     iteration:int=0, # Says where the pruned steps are
@@ -163,38 +174,38 @@ def branch_grpo(
     "BranchGRPO (arXiv 2509.06040): a tree that splits in two at a few early steps, optionally pruned in width and depth."
     splits = {split_every * i: fan for i, fan in enumerate(_prime_factors(num_generations))}
     _check_tree(num_steps, num_generations, splits, split_every, pruned_steps, slide_every)
-    first = max(num_steps - 2 - pruned_steps - iteration // slide_every, max(splits) - 1) # the first pruned step
-    def step(k):
-        "Step k: a split or not, pruned or not."
-        pruned = first <= k < first + pruned_steps
-        return SDEStep(k, 1, splits.get(k, 1), float(not pruned), keep if k > max(splits) else 1.)
-    return Plan(flow_sigmas(num_steps, shift), (Branch(tuple(map(step, range(num_steps - 1)))),), noise_level, kernel)
+    last_split = max(splits)
+    first_pruned = max(num_steps - 2 - pruned_steps - iteration // slide_every, last_split - 1)
+    steps = []
+    for k in range(num_steps - 1):
+        pruned = first_pruned <= k < first_pruned + pruned_steps
+        kept = keep if k > last_split else 1.
+        steps.append(SDEStep(k, 1, splits.get(k, 1), float(not pruned), kept))
+    return Plan(flow_sigmas(num_steps, shift), (Branch(tuple(steps)),), noise_level, kernel)
 
-def _prime_factors(
-    n:int, # A whole number
-)->list: # Its prime factors, increasing; none below 2
-    "Prime factors of a number of leaves: a tree's splits."
-    first = next((f for f in range(2, n + 1) if n % f == 0), None)
-    return [first, *_prime_factors(n // first)] if first else []
+def _prime_factors(n):
+    "Prime factors of a number of leaves, increasing; none below 2."
+    factors = []
+    factor = 2
+    while n > 1:
+        if n % factor: factor += 1
+        else:
+            factors.append(factor)
+            n //= factor
+    return factors
 
-def _check_tree(
-    num_steps:int, # T, denoising steps
-    num_generations:int, # Leaves
-    splits:dict, # Index of a step that splits -> its children
-    split_every:int, # Steps between two of them
-    pruned_steps:int, # Steps that are not trained
-    slide_every:int, # Iterations between two places of them
-):
-    "Refuse a tree that cannot be."
-    if num_generations < 2:
-        raise SettingError('num_generations', f"must be >= 2, got {num_generations}: a tree of one leaf compares nothing")
-    if split_every < 1: raise ValueError(f"split_every must be >= 1 step, got {split_every}: 3 is published")
-    last = max(splits)
-    if last > num_steps - 2:
-        raise ValueError(f"splits at {list(splits)} do not fit {num_steps} steps: lower num_generations or split_every, or raise num_steps")
-    if not 0 <= pruned_steps <= num_steps - 2 - last:
-        raise SettingError('pruned_steps', f"must be from 0 to {num_steps - 2 - last}, the steps after the last split, got {pruned_steps}")
-    if slide_every < 1: raise ValueError(f"slide_every must be >= 1 iteration, got {slide_every}: 30 is published")
+def _check_tree(num_steps, num_generations, splits, split_every, pruned_steps, slide_every):
+    "Refuse a tree that cannot be; `splits` maps a step to its children."
+    at_least('num_generations', num_generations, 2, 'a tree of one leaf compares nothing')
+    at_least('split_every', split_every, 1, '3 steps are published')
+    at_least('slide_every', slide_every, 1, '30 iterations are published')
+    behind = num_steps - 2 - max(splits)
+    if behind < 0:
+        remedy = "lower num_generations or split_every, or raise num_steps"
+        raise ValueError(f"splits at {list(splits)} do not fit {num_steps} steps: {remedy}")
+    if not 0 <= pruned_steps <= behind:
+        allowed = f"from 0 to {behind}, the steps after the last split"
+        raise SettingError('pruned_steps', f"must be {allowed}, got {pruned_steps}")
 
 # %% ../../nbs/methods/00_baselines.ipynb #dd76ad7c
 def g2rpo(
@@ -210,5 +221,6 @@ def g2rpo(
 )->Plan: # The plan of one prompt
     "G²RPO (arXiv 2510.01982): one stochastic step at a time from an ODE anchor, judged at several strides."
     check_counts(num_steps, active_steps, num_generations)
-    branches = (Branch((SDEStep(k, 1, num_generations),)) for k in range(active_steps))
-    return Plan(flow_sigmas(num_steps, shift), tuple(branches), noise_level, kernel, tuple(stride * s for s in strides), solver)
+    branches = [Branch((SDEStep(k, 1, num_generations),)) for k in range(active_steps)]
+    strides = tuple(stride * s for s in strides)
+    return Plan(flow_sigmas(num_steps, shift), tuple(branches), noise_level, kernel, strides, solver)

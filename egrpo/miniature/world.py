@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'SHAPES', 'CATEGORIES', 'RELATIONS', 'BACKGROUND', 'PREFIXES', 'MARGIN', 'COUNTS', 'MIN_AREA', 'MAX_SIZE',
            'WINDOW', 'Spec', 'plural', 'phrase', 'parse_prompt', 'held_out', 'sample_prompts', 'Thing', 'Scene',
            'relation_gap', 'sample_scene', 'holds', 'draw', 'draw_batch', 'Found', 'see_batch', 'see', 'Verdict',
-           'verify_batch', 'verify']
+           'by_category', 'verify_batch', 'verify']
 
 # %% ../../nbs/miniature/00_world.ipynb #60c83e7a
 import re
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+from ..base.inputs import at_least, one_of
 
 # %% ../../nbs/miniature/00_world.ipynb #d8d80d1a
 COLORS = dict(red=(.86, .10, .12), orange=(1., .55, .05), yellow=(.98, .88, .12), green=(.10, .60, .20),
@@ -42,8 +44,17 @@ class Spec:
     objects:list # (shape, color or None, count) per noun phrase, in the order of the text
     relation:str|None=None # One of `RELATIONS`: the first object stands so to the second
 
+    @property
+    def wanted(self)->list: # (shape, color or None) of each object
+        "The objects that are asked for, one by one."
+        single = []
+        for shape, color, count in self.objects: single += [(shape, color)] * count
+        return single
+
 # %% ../../nbs/miniature/00_world.ipynb #d8be6232
-def plural(shape:str)->str: # The shape's plural
+def plural(
+    shape:str # One of `SHAPES`
+)->str: # The shape's plural
     "The plural of a shape's name"
     return shape + ('es' if shape.endswith('s') else 's')
 
@@ -54,23 +65,30 @@ def phrase(
     count:int=1 # 1 to 4
 )->str: # A noun phrase
     "The words for `count` shapes of one colour"
-    words = [w for w in (color, shape if count == 1 else plural(shape)) if w]
-    number = {2: 'two', 3: 'three', 4: 'four'}.get(count) or ('an' if words[0][0] in 'aeiou' else 'a')
+    noun = shape if count == 1 else plural(shape)
+    words = [color, noun] if color else [noun]
+    article = 'an' if words[0][0] in 'aeiou' else 'a'
+    number = {1: article, 2: 'two', 3: 'three', 4: 'four'}[count]
     return ' '.join([number, *words])
 
 # %% ../../nbs/miniature/00_world.ipynb #923c43ff
-_noun = '(an?|two|three|four) (?:(' + '|'.join(COLORS) + ') )?(' + '|'.join(n for s in SHAPES for n in (plural(s), s)) + ')'
-_prompt = re.compile(f"(?:(?:{'|'.join(p for p in PREFIXES if p)}) )?{_noun}(?: (and|{'|'.join(RELATIONS)}) {_noun})?")
+_shape_of = {plural(shape): shape for shape in SHAPES} | {shape: shape for shape in SHAPES} # noun -> shape
+_noun = f"(an?|two|three|four) (?:({'|'.join(COLORS)}) )?({'|'.join(_shape_of)})"
+_prefix = '|'.join(filter(None, PREFIXES))
+_joint = '|'.join(['and', *RELATIONS])
+_prompt = re.compile(f"(?:(?:{_prefix}) )?{_noun}(?: ({_joint}) {_noun})?")
 
 def _object(number, color, noun):
     "(shape, color, count) of a noun phrase's three words"
-    return next(s for s in SHAPES if noun in (s, plural(s))), color, COUNTS[number]
+    return _shape_of[noun], color, COUNTS[number]
 
 def _category(objects, joint):
     "The GenEval category of a parsed prompt"
-    if joint: return ('attribution' if all(o[1] for o in objects) else 'two_objects') if joint == 'and' else 'position'
-    (_, color, count), = objects
-    return 'counting' if count > 1 else 'colors' if color else 'single_object'
+    _, color, count = objects[0]
+    if joint == 'and': return 'attribution' if all(o[1] for o in objects) else 'two_objects'
+    if joint: return 'position'
+    if count > 1: return 'counting'
+    return 'colors' if color else 'single_object'
 
 # %% ../../nbs/miniature/00_world.ipynb #26a56a9c
 @lru_cache(maxsize=100_000)
@@ -78,41 +96,44 @@ def parse_prompt(
     text:str # A prompt of this world, as `sample_prompts` writes them
 )->Spec: # What it asks for
     "Read a prompt: its category, its objects and how they stand to each other"
-    m = _prompt.fullmatch(text) if isinstance(text, str) else None
-    if not m: raise ValueError(f"text is not a prompt of this world, got {text!r}: write one such as 'three red crosses' or "
-                               f"'a circle left of a blue square' (colours: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)})")
-    objects = [_object(*m.group(1, 2, 3))] + ([_object(*m.group(5, 6, 7))] if m[4] else [])
-    return Spec(text, _category(objects, m[4]), objects, m[4] if m[4] in RELATIONS else None)
+    match = _prompt.fullmatch(text) if isinstance(text, str) else None
+    if not match:
+        examples = "'three red crosses' or 'a circle left of a blue square'"
+        known = f"colours: {', '.join(COLORS)}; shapes: {', '.join(SHAPES)}"
+        raise ValueError(f"text is not a prompt of this world, got {text!r}: write one such as {examples} ({known})")
+    joint = match[4]
+    objects = [_object(*match.group(1, 2, 3))]
+    if joint: objects.append(_object(*match.group(5, 6, 7)))
+    return Spec(text, _category(objects, joint), objects, joint if joint in RELATIONS else None)
 
 # %% ../../nbs/miniature/00_world.ipynb #4b20489b
 def held_out(
     text:str # A prompt of this world
 )->bool: # Does the prompt belong to the held-out tenth?
     "A stable split by hash: of the words after the prefix where two objects are combined, of the whole text elsewhere"
-    spec = parse_prompt(text)
-    core = ' '.join(text.split()[3:]) if any(p and text.startswith(p + ' ') for p in PREFIXES) else text
-    key = core if spec.category in ('position', 'attribution') else text
+    key = text
+    combined = parse_prompt(text).category in ('position', 'attribution')
+    if combined and any(p and text.startswith(p + ' ') for p in PREFIXES):
+        key = ' '.join(text.split()[3:]) # every prefix has three words
     return blake2b(key.encode(), digest_size=8).digest()[0] % 10 == 0
 
 # %% ../../nbs/miniature/00_world.ipynb #9c15de66
 def _core(category, rng):
     "A random prompt of a category, without a prefix"
-    pick, names = (lambda xs: xs[rng.integers(len(xs))]), list(COLORS)
-    a, b = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
-    c, d = (names[i] for i in rng.permutation(len(names))[:2])
-    maybe = lambda color: color if rng.random() < .5 else None
+    names = list(COLORS)
+    a, b = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
+    c, d = [names[i] for i in rng.permutation(len(names))[:2]]
+    def maybe(color): return color if rng.random() < .5 else None
     if category == 'single_object': return phrase(a)
     if category == 'colors': return phrase(a, c)
-    if category == 'counting': return phrase(a, maybe(c), int(rng.integers(2, 5)))
     if category == 'two_objects': return f'{phrase(a)} and {phrase(b)}'
     if category == 'attribution': return f'{phrase(a, c)} and {phrase(b, d)}'
-    return f'{phrase(a, maybe(c))} {pick(RELATIONS)} {phrase(b, maybe(d))}'
+    first = maybe(c)
+    if category == 'counting': return phrase(a, first, int(rng.integers(2, 5)))
+    relation = RELATIONS[rng.integers(len(RELATIONS))]
+    return f'{phrase(a, first)} {relation} {phrase(b, maybe(d))}'
 
 # %% ../../nbs/miniature/00_world.ipynb #da191044
-def _checked(name, value, choices):
-    "Refuse a value that is none of the choices"
-    if value not in choices: raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
 def sample_prompts(
     n:int, # How many prompts
     seed:int, # The same seed gives the same prompts, on every machine
@@ -120,14 +141,17 @@ def sample_prompts(
     category:str|None=None # One of `CATEGORIES`; none: all, equally likely
 )->list[str]: # n prompts; short ones repeat
     "Draw prompts of one split"
-    _checked('split', split, ['train', 'held_out'])
-    if category is not None: _checked('category', category, CATEGORIES)
-    if n < 1: raise ValueError(f"n must be at least 1, got {n}")
-    rng, prompts = np.random.default_rng([seed, split == 'held_out']), []
+    one_of('split', split, ['train', 'held_out'])
+    if category is not None: one_of('category', category, CATEGORIES)
+    at_least('n', n, 1, 'ask for one prompt or more')
+    wanted = split == 'held_out'
+    rng = np.random.default_rng([seed, wanted])
+    prompts = []
     while len(prompts) < n:
         kind = category or CATEGORIES[len(prompts) % 6]
-        text = f'{PREFIXES[rng.integers(len(PREFIXES))]} {_core(kind, rng)}'.strip()
-        if held_out(text) == (split == 'held_out'): prompts.append(text)
+        prefix = PREFIXES[rng.integers(len(PREFIXES))]
+        text = f'{prefix} {_core(kind, rng)}'.strip()
+        if held_out(text) == wanted: prompts.append(text)
     return [prompts[i] for i in rng.permutation(n)]
 
 # %% ../../nbs/miniature/00_world.ipynb #35f3bfbf
@@ -146,11 +170,11 @@ class Scene:
     objects:list # of `Thing`
 
 # %% ../../nbs/miniature/00_world.ipynb #a9f2781e
-def _cells(spec, n, rng):
-    "n distinct cells (row, column) of the 3x3 grid that stand as the relation says"
-    cells = [divmod(int(i), 3) for i in rng.permutation(9)[:n]]
-    if not spec.relation or relation_gap(spec.relation, *[(c, r) for r, c in cells[:2]]) > 0: return cells
-    return _cells(spec, n, rng)
+def _draw_cells(spec, n, rng):
+    "n distinct cells (column, row) of the 3x3 grid that stand as the relation says"
+    while True:
+        cells = [divmod(int(i), 3)[::-1] for i in rng.permutation(9)[:n]]
+        if not spec.relation or relation_gap(spec.relation, *cells[:2]) > 0: return cells
 
 def relation_gap(
     relation:str, # One of `RELATIONS`
@@ -158,8 +182,9 @@ def relation_gap(
     b:tuple # (x, y) of the second
 )->float: # How far the relation holds, in the unit of x and y; negative where the opposite does
     "The signed distance by which `a` stands so to `b`"
-    dx, dy = b[0] - a[0], b[1] - a[1]
-    return {'left of': dx, 'right of': -dx, 'above': dy, 'below': -dy}[relation]
+    right = b[0] - a[0]
+    down = b[1] - a[1]
+    return {'left of': right, 'right of': -right, 'above': down, 'below': -down}[relation]
 
 # %% ../../nbs/miniature/00_world.ipynb #c0e51632
 def sample_scene(
@@ -168,24 +193,38 @@ def sample_scene(
 )->Scene: # Exactly the objects asked for, in different cells of a 3x3 grid
     "Draw up a random scene for which the prompt is true"
     spec = parse_prompt(spec) if isinstance(spec, str) else spec
-    names, wanted = list(COLORS), []
-    for shape, color, count in spec.objects: wanted += [(shape, color or names[rng.integers(len(names))])] * count
-    cells = _cells(spec, len(wanted), rng)
-    place = lambda i: (i + .5) * 64 / 3 + rng.uniform(-1.5, 1.5)
-    return Scene([Thing(s, c, place(col), place(row), rng.uniform(6.5, 8.)) for (s, c), (row, col) in zip(wanted, cells)])
+    names = list(COLORS)
+    wanted = []
+    for shape, color, count in spec.objects:
+        color = color or names[rng.integers(len(names))]
+        wanted += [(shape, color)] * count
+    def centre(cell): return (cell + .5) * 64 / 3 + rng.uniform(-1.5, 1.5)
+    things = []
+    for (shape, color), (column, row) in zip(wanted, _draw_cells(spec, len(wanted), rng)):
+        things.append(Thing(shape, color, centre(column), centre(row), rng.uniform(6.5, 8.)))
+    return Scene(things)
 
 # %% ../../nbs/miniature/00_world.ipynb #fd99c674
+def _gap(relation, a, b):
+    "The distance by which one thing, or object found, stands so to another"
+    return relation_gap(relation, (a.cx, a.cy), (b.cx, b.cy))
+
+def _fits(thing, wanted):
+    "Is a thing of the shape and colour that are wanted?"
+    shape, color = wanted
+    return thing.shape == shape and color in (None, thing.color)
+
 def holds(
     prompt:str, # A prompt of this world
     scene:Scene # What is there
 )->bool: # Is the prompt true of the scene, with nothing left over?
     "The truth, from the scene itself: what the verifier has to find out from pixels"
-    spec, things = parse_prompt(prompt), scene.objects
-    fits = lambda o, t: t.shape == o[0] and o[1] in (None, t.color)
-    wanted = [o[:2] for o in spec.objects for _ in range(o[2])]
-    if len(wanted) != len(things): return False
-    return any(all(map(fits, wanted, order)) and (not spec.relation or relation_gap(
-        spec.relation, *[(t.cx, t.cy) for t in order]) >= MARGIN) for order in permutations(things))
+    spec = parse_prompt(prompt)
+    if len(spec.wanted) != len(scene.objects): return False
+    for things in permutations(scene.objects):
+        stands = not spec.relation or _gap(spec.relation, *things) >= MARGIN
+        if stands and all(map(_fits, things, spec.wanted)): return True
+    return False
 
 # %% ../../nbs/miniature/00_world.ipynb #79ea0a20
 def _distance(shape, x, y, r):
@@ -193,10 +232,19 @@ def _distance(shape, x, y, r):
     ax, ay = np.abs(x), np.abs(y)
     if shape == 'circle': return np.sqrt(x * x + y * y) - .95 * r
     if shape == 'square': return np.maximum(ax, ay) - .86 * r
-    if shape == 'triangle': return np.maximum(y - .78 * r, (1.78 * ax - y - r) / np.hypot(1.78, 1))
-    return np.minimum(np.maximum(ax - r, ay - .33 * r), np.maximum(ay - r, ax - .33 * r))
+    if shape == 'triangle':
+        side = (1.78 * ax - y - r) / np.hypot(1.78, 1)
+        return np.maximum(y - .78 * r, side)
+    flat = np.maximum(ax - r, ay - .33 * r)
+    upright = np.maximum(ay - r, ax - .33 * r)
+    return np.minimum(flat, upright)
 
 # %% ../../nbs/miniature/00_world.ipynb #f8d60715
+def _extent(centre, r, size):
+    "Pixels that an object may cover in one direction, two or more to spare"
+    scale = size / 64
+    return slice(max(0, int((centre - r - 2) * scale)), min(size, int((centre + r + 3) * scale)))
+
 def draw(
     scene:Scene, # What to draw
     size:int=64 # Height and width, pixels
@@ -204,12 +252,16 @@ def draw(
     "Paint a scene, edges anti-aliased"
     scale = size / 64
     grid = (np.arange(size, dtype=np.float32) + .5) / scale
-    image = np.empty((3, size, size), np.float32); image[:] = np.float32(BACKGROUND)[:, None, None]
+    image = np.empty((3, size, size), np.float32)
+    image[:] = np.float32(BACKGROUND)[:, None, None]
     for o in scene.objects:
-        (i, j), (k, l) = [(max(0, int((c - o.r - 2) * scale)), min(size, int((c + o.r + 3) * scale))) for c in (o.cy, o.cx)]
-        d = _distance(o.shape, grid[None, k:l] - np.float32(o.cx), grid[i:j, None] - np.float32(o.cy), np.float32(o.r))
-        cover = np.clip(.5 - d * scale, 0, 1)
-        image[:, i:j, k:l] += cover * (np.float32(COLORS[o.color])[:, None, None] - image[:, i:j, k:l])
+        rows = _extent(o.cy, o.r, size)
+        columns = _extent(o.cx, o.r, size)
+        x = grid[None, columns] - np.float32(o.cx)
+        y = grid[rows, None] - np.float32(o.cy)
+        cover = np.clip(.5 - _distance(o.shape, x, y, np.float32(o.r)) * scale, 0, 1)
+        part = image[:, rows, columns]
+        part += cover * (np.float32(COLORS[o.color])[:, None, None] - part)
     return torch.from_numpy(image)
 
 def draw_batch(
@@ -236,76 +288,122 @@ class Found:
 MIN_AREA = 20 # pixels of a 64-pixel image: the smallest speck that counts as an object
 MAX_SIZE = 24 # pixels, square root of the area: anything larger is no object of this world, whatever its outline
 
+def _label(contrast, smallest):
+    "Number the connected regions of each image 1..n (B,H,W); small specks join the ground, which is 0"
+    plane = np.zeros((3, 3, 3), bool)
+    plane[1] = ndimage.generate_binary_structure(2, 1) # neighbours in the same image
+    labels, _ = ndimage.label(contrast > .3, structure=plane)
+    kept = np.bincount(labels.ravel()) >= smallest
+    kept[0] = False
+    numbers = np.cumsum(kept) * kept
+    return numbers[labels], int(kept.sum())
+
 def _segment(images):
     "Connected regions that differ from the ground: (labels (B,H,W) from 0, opacity (B,H,W), number of regions)"
-    contrast = (images - images.new_tensor(BACKGROUND)[:, None, None]).square().sum(1).sqrt().numpy()
-    plane = np.zeros((3, 3, 3), bool); plane[1] = ndimage.generate_binary_structure(2, 1)
-    labels, _ = ndimage.label(contrast > .3, structure=plane)
-    area = np.bincount(labels.ravel()); keep = area >= MIN_AREA * (images.shape[-1] / 64) ** 2; keep[0] = False
-    labels = (np.cumsum(keep) * keep)[labels] # small specks join the ground, the rest are renumbered 1..n
-    n = int(keep.sum())
-    full = np.bincount(labels.ravel(), contrast.ravel(), n + 1) / np.maximum(np.bincount(labels.ravel(), minlength=n + 1), 1)
-    return labels, np.where(labels > 0, np.minimum(contrast / np.maximum(full[labels], 1e-6), 1), 0).astype(np.float32), n
+    ground = images.new_tensor(BACKGROUND)[:, None, None]
+    contrast = (images - ground).square().sum(1).sqrt().numpy()
+    labels, n = _label(contrast, MIN_AREA * (images.shape[-1] / 64) ** 2)
+    area = np.bincount(labels.ravel(), minlength=n + 1)
+    full = np.bincount(labels.ravel(), contrast.ravel(), n + 1) / np.maximum(area, 1)
+    opacity = np.minimum(contrast / np.maximum(full[labels], 1e-6), 1)
+    return labels, np.where(labels > 0, opacity, 0).astype(np.float32), n
 
 # %% ../../nbs/miniature/00_world.ipynb #39702025
 WINDOW = 20 # side of the normalised crop that is compared with the templates
 
 def _crops(masks, areas, cx, cy):
     "(N,WINDOW,WINDOW): each region's opacity, centred and scaled so that every shape has the same area"
-    n, size = masks.shape[0], masks.shape[-1]
-    half = 1.1 * areas.sqrt()
-    line = torch.linspace(-1, 1, WINDOW)
-    x = (cx[:, None] + half[:, None] * line) * 2 / size - 1
-    y = (cy[:, None] + half[:, None] * line) * 2 / size - 1
-    grid = torch.stack([x[:, None, :].expand(n, WINDOW, WINDOW), y[:, :, None].expand(n, WINDOW, WINDOW)], -1)
+    n, size = len(masks), masks.shape[-1]
+    line = 1.1 * areas.sqrt()[:, None] * torch.linspace(-1, 1, WINDOW)
+    x = (cx[:, None] + line) * 2 / size - 1
+    y = (cy[:, None] + line) * 2 / size - 1
+    x = x[:, None, :].expand(n, WINDOW, WINDOW)
+    y = y[:, :, None].expand(n, WINDOW, WINDOW)
+    grid = torch.stack([x, y], -1)
     return F.grid_sample(masks[:, None], grid, mode='bilinear', align_corners=False)[:, 0]
 
 # %% ../../nbs/miniature/00_world.ipynb #b5974a41
-def _regions(images):
-    "All regions of a batch: their image, centre, area, crop and colour statistics, as tensors over regions"
-    labels, opacity, n = _segment(images)
-    size, flat = images.shape[-1], labels.ravel()
-    index, (b, y, x) = flat[flat > 0] - 1, np.nonzero(labels)
-    alpha = opacity[b, y, x]; area = np.bincount(index, alpha, n)
-    cx, cy = (np.bincount(index, alpha * (p + .5), n) / area for p in (x, y))
-    image = np.zeros(n, int); image[index] = b
-    masks = np.zeros((n, size, size), np.float32); masks[index, y, x] = alpha
-    core = alpha > .85
-    near = np.square(images.numpy()[b[core], :, y[core], x[core]][:, None] - np.array(list(COLORS.values()))).sum(-1).argmin(1)
-    votes = np.bincount(index[core] * len(COLORS) + near, minlength=n * len(COLORS)).reshape(n, len(COLORS))
-    crops = _crops(*[torch.from_numpy(np.asarray(a, np.float32)) for a in (masks, area, cx, cy)])
+@dataclass
+class _Regions:
+    "All regions of a batch"
+    image:np.ndarray # (N,) index of the image each lies in
+    cx:np.ndarray # (N,) centres from the left, pixels of a 64-pixel image
+    cy:np.ndarray # (N,) centres from the top, pixels
+    size:np.ndarray # (N,) square roots of the areas, pixels
+    crops:Tensor # (N,WINDOW,WINDOW) opacity, at the scale of the templates
+    colors:np.ndarray # (N,colors) share of the core pixels nearest to each colour; 1 from nine tenths on
+
+def _color_shares(pixels, region, n):
+    "Share of each region's pixels (P,3) that are nearest to each colour (n,colors); 1 from nine tenths on"
+    palette = np.array(list(COLORS.values()))
+    nearest = np.square(pixels[:, None] - palette).sum(-1).argmin(1)
+    votes = np.bincount(region * len(palette) + nearest, minlength=n * len(palette)).reshape(n, len(palette))
     shares = votes / np.maximum(votes.sum(1, keepdims=True), 1)
-    return image, cx * 64 / size, cy * 64 / size, np.sqrt(area) * 64 / size, crops, np.minimum(shares / .9, 1)
+    return np.minimum(shares / .9, 1)
+
+def _regions(images):
+    "Regions of a batch, with their centres weighted by opacity"
+    labels, opacity, n = _segment(images)
+    size = images.shape[-1]
+    b, y, x = np.nonzero(labels)
+    region = labels[b, y, x] - 1
+    alpha = opacity[b, y, x]
+    area = np.bincount(region, alpha, n)
+    cx = np.bincount(region, alpha * (x + .5), n) / area
+    cy = np.bincount(region, alpha * (y + .5), n) / area
+    image = np.zeros(n, int)
+    image[region] = b
+    masks = np.zeros((n, size, size), np.float32)
+    masks[region, y, x] = alpha
+    crops = _crops(*[torch.from_numpy(np.asarray(o, np.float32)) for o in (masks, area, cx, cy)])
+    core = alpha > .85
+    pixels = images.numpy()[b[core], :, y[core], x[core]]
+    colors = _color_shares(pixels, region[core], n)
+    return _Regions(image, cx * 64 / size, cy * 64 / size, np.sqrt(area) * 64 / size, crops, colors)
 
 # %% ../../nbs/miniature/00_world.ipynb #6964b42f
 @lru_cache(maxsize=1)
 def _templates():
     "(shapes,WINDOW,WINDOW): how each shape looks after the same segmentation and crop"
-    return _regions(draw_batch([Scene([Thing(s, 'blue', 32.3, 31.8, 7.25)]) for s in SHAPES]))[4]
+    scenes = [Scene([Thing(shape, 'blue', 32.3, 31.8, 7.25)]) for shape in SHAPES]
+    return _regions(draw_batch(scenes)).crops
 
 def _shape_scores(crops):
     "Overlap (N,shapes) of crops with the templates, and the scores 0..1 made of it"
-    a, b = crops[:, None], _templates()[None]
-    overlap = torch.minimum(a, b).sum((2, 3)) / torch.maximum(a, b).sum((2, 3)).clamp(min=1e-6)
-    quality = ((overlap.max(1, keepdim=True).values - .6) / .25).clamp(0, 1)
-    return overlap.numpy(), ((24 * overlap).softmax(1) * quality / .9).clamp(max=1).numpy()
+    crops, templates = crops[:, None], _templates()[None]
+    common = torch.minimum(crops, templates).sum((2, 3))
+    union = torch.maximum(crops, templates).sum((2, 3))
+    overlap = common / union.clamp(min=1e-6)
+    best = overlap.max(1, keepdim=True).values
+    quality = ((best - .6) / .25).clamp(0, 1)
+    scores = (24 * overlap).softmax(1) * quality / .9
+    return overlap.numpy(), scores.clamp(max=1).numpy()
 
 # %% ../../nbs/miniature/00_world.ipynb #da214959
+def _clearest(scores, names, least):
+    "The name of the highest score, or 'unclear'"
+    best = scores.argmax()
+    return names[best] if scores[best] > least else 'unclear'
+
+def _found(regions, i, overlap, scores):
+    "Region i as an object, with its overlaps and scores by shape"
+    colors = regions.colors[i]
+    shape = _clearest(scores, SHAPES, .5)
+    color = _clearest(colors, list(COLORS), .6)
+    place = float(regions.cx[i]), float(regions.cy[i]), float(regions.size[i])
+    by_shape = dict(zip(SHAPES, scores.tolist()))
+    return Found(shape, color, *place, float(overlap.max()), by_shape, dict(zip(COLORS, colors.tolist())))
+
 def see_batch(
     images:Tensor # (B,3,H,W) in 0..1
 )->list[list]: # Per image, the objects found in it
     "Find the coloured shapes in a batch of images: segment, then compare each region with templates"
-    images = images.detach().float().cpu().clamp(0, 1)
-    image, cx, cy, size, crops, votes = _regions(images)
-    overlap, scores = _shape_scores(crops)
-    scores[size > MAX_SIZE] = 0
-    names, found = list(COLORS), [[] for _ in images]
-    for i in range(len(image)):
-        s, c = scores[i].argmax(), votes[i].argmax()
-        found[image[i]].append(Found(SHAPES[s] if scores[i, s] > .5 else 'unclear', names[c] if votes[i, c] > .6 else 'unclear',
-            float(cx[i]), float(cy[i]), float(size[i]), float(overlap[i].max()),
-            dict(zip(SHAPES, scores[i].tolist())), dict(zip(names, votes[i].tolist()))))
-    return found
+    regions = _regions(images.detach().float().cpu().clamp(0, 1))
+    overlap, scores = _shape_scores(regions.crops)
+    scores[regions.size > MAX_SIZE] = 0
+    seen = [[] for _ in images]
+    for i, image in enumerate(regions.image): seen[image].append(_found(regions, i, overlap[i], scores[i]))
+    return seen
 
 def see(
     image:Tensor # (3,H,W) in 0..1
@@ -325,62 +423,83 @@ class Verdict:
 
 # %% ../../nbs/miniature/00_world.ipynb #9bcc3bcc
 def _match(wanted, seen):
-    "Pair wanted objects (shape, color) with those seen, best total first: index of the one seen, or None"
-    worth = np.zeros((len(wanted), max(len(seen), 1)))
+    "For each wanted object (shape, color) the one seen that shows it, best total first, or None"
+    if not seen: return [None] * len(wanted)
+    worth = np.zeros((len(wanted), len(seen)))
     for i, (shape, color) in enumerate(wanted):
-        for j, f in enumerate(seen): worth[i, j] = .05 + f.shapes[shape] + (f.colors[color] if color else 0)
-    pairs = dict(zip(*linear_sum_assignment(-worth))) if seen else {}
-    return [pairs.get(i) for i in range(len(wanted))]
+        for j, found in enumerate(seen):
+            named = found.colors[color] if color else 0
+            worth[i, j] = .05 + found.shapes[shape] + named
+    rows, columns = linear_sum_assignment(-worth)
+    pairs = dict(zip(rows, columns))
+    return [seen[pairs[i]] if i in pairs else None for i in range(len(wanted))]
 
 # %% ../../nbs/miniature/00_world.ipynb #221e316e
-def _parts(spec, wanted, chosen, seen):
+def _position_score(relation, wanted, chosen):
+    "How well the relation is kept, 0..1: by the distance, and by how clear the two shapes are"
+    a, b = chosen[:2]
+    if not (a and b): return 0.
+    kept = np.clip(.5 + _gap(relation, a, b) / (2 * MARGIN), 0, 1)
+    clear = min(a.shapes[wanted[0][0]], b.shapes[wanted[1][0]])
+    return kept * clear
+
+def _parts(spec, chosen, seen):
     "The parts of the graded score, each in 0..1"
-    found = [(w, seen[j] if j is not None else None) for w, j in zip(wanted, chosen)]
+    pairs = list(zip(spec.wanted, chosen))
+    excess = abs(len(seen) - len(pairs)) / len(pairs)
     clear = np.mean([max(f.shapes.values()) for f in seen]) if seen else 0.
-    parts = dict(objects=np.mean([f.shapes[s] if f else 0. for (s, _), f in found]),
-                 count=max(0., 1 - abs(len(seen) - len(wanted)) / len(wanted)) * clear)
-    named = [f.colors[c] if f else 0. for (_, c), f in found if c]
-    if named: parts['colors'] = np.mean(named)
-    if spec.relation:
-        (_, a), (_, b) = found[:2]
-        gap = relation_gap(spec.relation, (a.cx, a.cy), (b.cx, b.cy)) if a and b else None
-        right = a and b and min(a.shapes[wanted[0][0]], b.shapes[wanted[1][0]])
-        parts['position'] = float(np.clip(.5 + gap / (2 * MARGIN), 0, 1) * right) if a and b else 0.
-    return {k: float(v) for k, v in parts.items()}
+    objects = [found.shapes[shape] if found else 0. for (shape, _), found in pairs]
+    parts = dict(objects=np.mean(objects), count=max(0., 1 - excess) * clear)
+    colors = [found.colors[color] if found else 0. for (_, color), found in pairs if color]
+    if colors: parts['colors'] = np.mean(colors)
+    if spec.relation: parts['position'] = _position_score(spec.relation, spec.wanted, chosen)
+    return {name: float(score) for name, score in parts.items()}
 
 # %% ../../nbs/miniature/00_world.ipynb #401c482f
-def _faults(spec, wanted, chosen, seen):
+def _fault(wanted, found):
+    "What is wrong with an object, in words; empty where it is right"
+    shape, color = wanted
+    if not found: return f'no {color} {shape}' if color else f'no {shape}'
+    if found.shape != shape: return f'{found.shape} shape where a {shape} is wanted'
+    return f'{shape} is {found.color}, not {color}' if color and found.color != color else ''
+
+def _faults(spec, chosen, seen):
     "What is wrong, in words; empty where all is right"
-    faults = []
-    for (shape, color), j in zip(wanted, chosen):
-        f = seen[j] if j is not None else None
-        if f is None: faults.append(f'no {color + " " if color else ""}{shape}')
-        elif f.shape != shape: faults.append(f'{f.shape} shape where a {shape} is wanted')
-        elif color and f.color != color: faults.append(f'{shape} is {f.color}, not {color}')
-    if len(seen) > len(wanted): faults.append(f'{len(seen) - len(wanted)} too many')
-    if spec.relation and None not in chosen:
-        a, b = (seen[j] for j in chosen)
-        if relation_gap(spec.relation, (a.cx, a.cy), (b.cx, b.cy)) < MARGIN: faults.append(f'not {spec.relation}')
+    faults = list(filter(None, map(_fault, spec.wanted, chosen)))
+    excess = len(seen) - len(chosen)
+    if excess > 0: faults.append(f'{excess} too many')
+    if spec.relation and all(chosen) and _gap(spec.relation, *chosen[:2]) < MARGIN: faults.append(f'not {spec.relation}')
     return faults
 
 # %% ../../nbs/miniature/00_world.ipynb #8ca96fdf
 def _judge(seen, prompt):
     "The verdict on what was seen"
     spec = parse_prompt(prompt)
-    wanted = [(s, c) for s, c, n in spec.objects for _ in range(n)]
-    chosen = _match(wanted, seen)
-    parts, faults = _parts(spec, wanted, chosen, seen), _faults(spec, wanted, chosen, seen)
+    chosen = _match(spec.wanted, seen)
+    parts = _parts(spec, chosen, seen)
+    faults = _faults(spec, chosen, seen)
     saw = ', '.join(f'{f.color} {f.shape}' for f in seen) or 'nothing'
-    return Verdict(sum(parts.values()) / len(parts), not faults, seen, f"saw {saw}: {'; '.join(faults) or 'all right'}", parts)
+    explanation = f"saw {saw}: {'; '.join(faults) or 'all right'}"
+    return Verdict(sum(parts.values()) / len(parts), not faults, seen, explanation, parts)
 
 # %% ../../nbs/miniature/00_world.ipynb #2d6cf1b2
+def by_category(
+    prompts:list, # Prompts, of this world or another
+)->dict: # Category -> places of its prompts, in the order of `CATEGORIES`; empty for prompts of another world
+    "Places of prompts by their category"
+    try: kinds = [parse_prompt(p).category for p in prompts]
+    except ValueError: return {}
+    places = {c: [i for i, kind in enumerate(kinds) if kind == c] for c in CATEGORIES}
+    return {c: found for c, found in places.items() if found}
+
 def verify_batch(
     images:Tensor, # (B,3,H,W) in 0..1
     prompts:list # B prompts of this world
 )->list[Verdict]: # One verdict per image
     "Judge each image against its prompt, by its pixels alone"
-    if len(images) != len(prompts): raise ValueError(f"prompts must be one per image, got {len(prompts)} for {len(images)} images")
-    return [_judge(seen, p) for seen, p in zip(see_batch(images), prompts)]
+    if len(images) != len(prompts):
+        raise ValueError(f"prompts must be one per image, got {len(prompts)} for {len(images)} images")
+    return [_judge(seen, prompt) for seen, prompt in zip(see_batch(images), prompts)]
 
 def verify(
     image:Tensor, # (3,H,W) in 0..1

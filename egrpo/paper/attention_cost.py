@@ -10,6 +10,7 @@ __all__ = ['SIZES', 'MATRIX_LIMIT', 'attention_contenders', 'memory_of', 'flops_
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,8 @@ def _matrix(
     k:Tensor # (B,H,N,D)
 )->Tensor: # (B,H,N) nats
     "Entropy from the whole matrix of weights."
-    return torch.special.entr((q.shape[-1]**-.5 * q @ k.mT).softmax(-1)).sum(-1)
+    weights = (q.shape[-1]**-.5 * q @ k.mT).softmax(-1)
+    return torch.special.entr(weights).sum(-1)
 
 def _matrix_log(
     q:Tensor, # (B,H,N,D)
@@ -51,9 +53,10 @@ def attention_contenders(
 )->dict: # Name -> function of no arguments
     "Attention itself, and the ways to its entropy."
     some = query_subset(q.shape[2], 16).to(q.device)
-    return dict(plain=lambda: F.scaled_dot_product_attention(q, k, v), entropy=lambda: attention_entropy(q, k),
-                entropy_1_in_16=lambda: attention_entropy(q, k, queries=some), matrix=lambda: _matrix(q, k),
-                matrix_log=lambda: _matrix_log(q, k), chunked=lambda: attention_entropy(q, k, path='chunked'))
+    return dict(plain=partial(F.scaled_dot_product_attention, q, k, v), entropy=partial(attention_entropy, q, k),
+                entropy_1_in_16=partial(attention_entropy, q, k, queries=some),
+                matrix=partial(_matrix, q, k), matrix_log=partial(_matrix_log, q, k),
+                chunked=partial(attention_entropy, q, k, path='chunked'))
 
 # %% ../../nbs/paper/10_attention_cost.ipynb #644e2a15
 @torch.no_grad()
@@ -66,8 +69,10 @@ def _contender_memory(
     "Bytes by which one call raises the memory held."
     torch.set_num_threads(1)
     dtype = getattr(torch, dtype)
-    attention_contenders(*_inputs((1, 1, 64, shape[-1]), device, dtype))[name]() # what the first call of all loads is not counted
-    return highest_rise(attention_contenders(*_inputs(shape, device, dtype))[name], device)[1]
+    small = attention_contenders(*_inputs((1, 1, 64, shape[-1]), device, dtype))
+    small[name]() # what the first call of all loads is not counted
+    contenders = attention_contenders(*_inputs(shape, device, dtype))
+    return highest_rise(contenders[name], device)[1]
 
 def memory_of(
     name:str, # A contender of `attention_contenders`
@@ -78,7 +83,8 @@ def memory_of(
     "Memory of one call, in a process of its own."
     call = f'_contender_memory({name!r}, {tuple(shape)}, {device!r}, {dtype!r})'
     code = f'from egrpo.paper.attention_cost import _contender_memory; print({call})'
-    return int(subprocess.run([sys.executable, '-c', code], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    done = subprocess.run([sys.executable, '-c', code], check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout)
 
 # %% ../../nbs/paper/10_attention_cost.ipynb #b83355b3
 @torch.no_grad()
@@ -142,10 +148,12 @@ def _attention_part(
 )->dict: # shape, dtype, path, error, seconds
     "Time the contenders, and the entropy's largest error among 64 queries against float64."
     q, k, v = _inputs(shape, device, dtype)
-    some = attention_entropy(q[:, :, :64].double().cpu(), k.double().cpu(), path='chunked')
-    error = (attention_entropy(q, k).cpu()[:, :, :64] - some).abs().max().item()
-    seconds = time_in_turns(attention_contenders(q, k, v), rounds, device)
-    return dict(shape=list(shape), dtype=str(dtype).removeprefix('torch.'), path=attention_path(q, k)[0], error=error, seconds=seconds)
+    exact = attention_entropy(q[:, :, :64].double().cpu(), k.double().cpu(), path='chunked')
+    found = attention_entropy(q, k).cpu()[:, :, :64]
+    data = dict(shape=list(shape), dtype=str(dtype).removeprefix('torch.'), path=attention_path(q, k)[0])
+    data['error'] = (found - exact).abs().max().item()
+    data['seconds'] = time_in_turns(attention_contenders(q, k, v), rounds, device)
+    return data
 
 def _memory_part(
     tokens:tuple, # Numbers of tokens
@@ -154,8 +162,12 @@ def _memory_part(
     dtype:str='float32' # Of the tensors, as in torch
 )->dict: # contender -> tokens -> bytes
     "Memory of three contenders against the number of tokens."
-    sizes = {name: [n for n in tokens if name != 'matrix' or n <= MATRIX_LIMIT] for name in ('plain', 'entropy', 'matrix')}
-    return {name: {n: memory_of(name, (1, heads, n, 128), device, dtype) for n in ns} for name, ns in sizes.items()}
+    memory = dict(plain={}, entropy={}, matrix={})
+    for name, own in memory.items():
+        for n in tokens:
+            if name == 'matrix' and n > MATRIX_LIMIT: continue
+            own[n] = memory_of(name, (1, heads, n, 128), device, dtype)
+    return memory
 
 def _miniature_part(
     batch:int, # Samples
@@ -194,7 +206,11 @@ def attention_benchmark(
     "Measure the cost of attention entropy: time, memory, and a recorded forward pass."
     tokens, heads, rounds, sizes, batch = SIZES['smoke' if scale == 'smoke' else 'mini']
     every = (1, 16) if scale == 'smoke' else (1, 4, 16, 32)
-    data = dict(threads=1, clock='processor time (GPU: wall time)', attention=_attention_part((1, heads, tokens, 128), rounds),
-                memory=_memory_part(sizes, heads), forward=_miniature_part(batch, 3 * rounds),
-                flops=dict(model='FLUX.1-dev', image=4096, text=512, **flops_of_recording(_flux('meta'), 4096, 512, every)))
-    return data | (dict(gpu=_gpu_part(rounds)) if torch.cuda.is_available() and scale != 'smoke' else {})
+    data = dict(threads=1, clock='processor time (GPU: wall time)')
+    data['attention'] = _attention_part((1, heads, tokens, 128), rounds)
+    data['memory'] = _memory_part(sizes, heads)
+    data['forward'] = _miniature_part(batch, 3 * rounds)
+    flops = flops_of_recording(_flux('meta'), 4096, 512, every)
+    data['flops'] = dict(model='FLUX.1-dev', image=4096, text=512, **flops)
+    if torch.cuda.is_available() and scale != 'smoke': data['gpu'] = _gpu_part(rounds)
+    return data

@@ -18,12 +18,14 @@ def iterations_for(
     budget:int, # Network evaluations, > 0
 )->int: # Iterations
     "Number of iterations that a budget pays for, to the nearest, at least 1."
-    n, spent, changes = 0, 0, 'iteration' in method_settings(config.method)
-    if not changes: return max(1, round(budget / iteration_nfe(config)))
-    while n == 0 or spent + (cost := iteration_nfe(config, n)) / 2 <= budget:
-        spent += cost if n else iteration_nfe(config)
+    if 'iteration' not in method_settings(config.method): return max(1, round(budget / iteration_nfe(config)))
+    n = 1
+    spent = iteration_nfe(config)
+    while True:
+        cost = iteration_nfe(config, n)
+        if spent + cost / 2 > budget: return n
+        spent += cost
         n += 1
-    return n
 
 # %% ../../nbs/paper/19_grids.ipynb #8d3623c9
 def with_budget(
@@ -31,7 +33,8 @@ def with_budget(
     budget:int, # Network evaluations
 )->TrainConfig: # The run that costs so much
     "A run whose iterations a budget pays for."
-    n, every = iterations_for(TrainConfig(**settings), budget), settings.get('eval_every', TrainConfig.eval_every)
+    n = iterations_for(TrainConfig(**settings), budget)
+    every = settings.get('eval_every', TrainConfig.eval_every)
     while every and n > 5 * every: every *= 2
     return TrainConfig(**{**settings, 'iterations': n, 'eval_every': every})
 
@@ -46,8 +49,18 @@ def _base(
     joint:bool=False, # Is the second one, too?
 )->dict: # Fields of `TrainConfig`
     "Settings that all runs of a scale share."
-    rewards = scale.settings.get('eval_rewards', HELD_OUT)
-    return {**scale.settings, 'reward': ' + '.join(rewards.split(' + ')[:2 if joint else 1]), 'eval_rewards': rewards}
+    measured = scale.settings.get('eval_rewards', HELD_OUT)
+    first, second, *_ = measured.split(' + ')
+    trained = f'{first} + {second}' if joint else first
+    return {**scale.settings, 'reward': trained, 'eval_rewards': measured}
+
+def _with_seeds(
+    settings:dict, # Fields of `TrainConfig`
+    budget:int, # Network evaluations
+    seeds, # A run each
+)->list: # Runs
+    "Runs of one setting that cost so much each."
+    return [with_budget({**settings, 'seed': seed}, budget) for seed in seeds]
 
 def grid(
     scale, # A `Scale`
@@ -56,7 +69,7 @@ def grid(
     "E-GRPO with some fields changed: equal seeds and equal budgets."
     base = _base(scale)
     budget = training_nfe(TrainConfig(**base))
-    return {name: [with_budget({**base, **fields, 'seed': seed}, budget) for seed in scale.seeds] for name, fields in settings.items()}
+    return {name: _with_seeds({**base, **fields}, budget, scale.seeds) for name, fields in settings.items()}
 
 TAU = {f'{tau:g}': dict(tau=tau) for tau in TAUS}
 MERGE_LENGTH = {'2': dict(merge_length=2), '4': dict(merge_length=4), '6': dict(merge_length=6), 'adaptive': {}}
@@ -78,9 +91,13 @@ def _lr_cells(
     base = _base(scale)
     budget = training_nfe(TrainConfig(**base)) // 3
     base |= dict(eval_prompts=f"{base.get('prompts', 'shapes')}_tuning", eval_every=0, seed=100)
-    rates = [factor * base.get('lr', TrainConfig.lr) for factor in LEARNING_RATES]
-    return {f'{name} {lr:g}': [with_budget({**base, **PUBLISHED[name], 'method': name, 'lr': lr}, budget)]
-            for name in TABLE_1 for lr in rates}
+    usual = base.get('lr', TrainConfig.lr)
+    cells = {}
+    for method in TABLE_1:
+        for factor in LEARNING_RATES:
+            lr = factor * usual
+            cells[f'{method} {lr:g}'] = [with_budget({**base, **PUBLISHED[method], 'method': method, 'lr': lr}, budget)]
+    return cells
 
 def learning_rate(
     method:str, # A name in `METHODS`
@@ -89,10 +106,11 @@ def learning_rate(
     "The learning rate that `egrpo reproduce lr` found; at scale smoke the default."
     if scale.name == 'smoke': return TrainConfig.lr
     if scale.registered: return REGISTERED_RATES[method]
-    record = load_record('lr') if record_path('lr').exists() else None
-    if record is None or record['scale'] != scale.name or method not in record['data']['chosen']:
-        raise ValueError(f"no lr is chosen for {method} at scale {scale.name}: run `egrpo reproduce lr --scale {scale.name}` first")
-    return record['data']['chosen'][method]
+    path = record_path('lr')
+    record = load_record(path) if path.exists() else dict(scale=None)
+    chosen = record['data']['chosen'] if record['scale'] == scale.name else {}
+    if method in chosen: return chosen[method]
+    raise ValueError(f"no lr is chosen for {method} at scale {scale.name}: run `egrpo reproduce lr --scale {scale.name}` first")
 
 # %% ../../nbs/paper/19_grids.ipynb #1eb33420
 def _method_cells(
@@ -102,8 +120,11 @@ def _method_cells(
     "Every method at its learning rate, with equal budgets."
     base = _base(scale, joint)
     budget = training_nfe(TrainConfig(**base))
-    own = {name: dict(PUBLISHED[name], method=name, lr=learning_rate(name, scale)) for name in TABLE_1}
-    return {name: [with_budget({**base, **fields, 'seed': seed}, budget) for seed in scale.seeds] for name, fields in own.items()}
+    cells = {}
+    for method in TABLE_1:
+        own = dict(PUBLISHED[method], method=method, lr=learning_rate(method, scale))
+        cells[method] = _with_seeds({**base, **own}, budget, scale.seeds)
+    return cells
 
 # %% ../../nbs/paper/19_grids.ipynb #a7aa922e
 def _both_cells(
@@ -112,8 +133,8 @@ def _both_cells(
     "The cells of both halves of Table 1."
     if 'verifier' not in _base(scale)['eval_rewards']:
         raise ValueError(f"scale {scale.name} has no verifier that could tell hacking from gain: take a scale of the miniature")
-    alone, joint = (_method_cells(scale, o) for o in (False, True))
-    return alone | {f'{k}, clip': cs for k, cs in joint.items()}
+    joint = {f'{method}, clip': runs for method, runs in _method_cells(scale, joint=True).items()}
+    return _method_cells(scale) | joint
 
 # %% ../../nbs/paper/19_grids.ipynb #eabe9ae1
 AEGPO = {'DanceGRPO': dict(method='dance_grpo'), 'global only': dict(explore='all'), 'local only': dict(allocation='uniform'), 'both': {}}
@@ -134,8 +155,11 @@ def aegpo_grid(
     base = {**_base(scale), 'method': 'aegpo', 'lr': learning_rate(tuned, scale)}
     if scale.name != 'smoke':
         budget = training_nfe(TrainConfig(**_base(scale)))
-        every = 0 if scale.registered else 40
-        iterations = 5 * iterations_for(TrainConfig(**base), budget)
-        groups = 3 * base.get('num_generations', 8) // 2 # on average
-        base |= dict(num_generations=groups, eval_every=every, budget=budget, iterations=iterations)
-    return {name: [TrainConfig(**{**base, **fields, 'seed': seed}) for seed in scale.seeds] for name, fields in settings.items()}
+        base['iterations'] = 5 * iterations_for(TrainConfig(**base), budget) # the budget ends it
+        base['num_generations'] = 3 * base.get('num_generations', 8) // 2 # on average
+        base['eval_every'] = 0 if scale.registered else 40
+        base['budget'] = budget
+    cells = {}
+    for name, fields in settings.items():
+        cells[name] = [TrainConfig(**{**base, **fields, 'seed': seed}) for seed in scale.seeds]
+    return cells

@@ -8,20 +8,12 @@ __all__ = ['real_share', 'hacking', 'contrast_hacking']
 # %% ../../nbs/paper/18_hacking.ipynb #6ac0d6b1
 import numpy as np
 
-from ..base.bootstrap import bootstrap_interval, bootstrap_means, paired_interval
+from ..base.bootstrap import bootstrap_interval, paired_interval
 from .cells import FALL
-from .comparisons import _at, paired_seeds
+from .comparisons import changes, paired_seeds
+from .intervals import means_interval
 
 # %% ../../nbs/paper/18_hacking.ipynb #882b5b7b
-def real_share(
-    learned, # (S,P) change of the learned reward
-    truth, # (S,P) change of the verifier's score, the same seeds and prompts
-)->tuple|None: # (share, low, high); None where the learned reward has not risen
-    "Share of the gain in the learned reward that comes with a gain in truth."
-    learned, truth = np.asarray(learned, dtype=float), np.asarray(truth, dtype=float)
-    if bootstrap_interval(learned)[1] <= 0: return None
-    return _interval(lambda mean: _share(learned, truth, mean))
-
 def _share(
     learned, # (S,P)
     truth, # (S,P)
@@ -29,31 +21,37 @@ def _share(
 ): # The share, or shares
     "The real share from means."
     x, y = mean(truth), mean(learned)
-    return (mean(truth * learned) - x * y) / (mean(truth**2) - x**2) * x / y
+    covariance = mean(truth * learned) - x * y
+    variance = mean(truth**2) - x**2
+    return covariance / variance * x / y
 
-def _interval(
-    statistic, # Function that takes means -> a number, or one per resample
-)->tuple: # (value, low, high)
-    "A statistic of means with its interval over seeds and prompts; all its means are of the same resamples."
-    return float(statistic(np.mean)), *map(float, np.quantile(statistic(bootstrap_means), [.025, .975]))
+def real_share(
+    learned, # (S,P) change of the learned reward
+    truth, # (S,P) change of the verifier's score, the same seeds and prompts
+)->tuple|None: # (share, low, high); None where the learned reward has not risen
+    "Share of the gain in the learned reward that comes with a gain in truth."
+    learned = np.asarray(learned, dtype=float)
+    truth = np.asarray(truth, dtype=float)
+    _, low, _ = bootstrap_interval(learned)
+    if low <= 0: return None
+    return means_interval(lambda mean: _share(learned, truth, mean))
 
-def _changes(
-    results:list, # Results of one setting, a seed each
-    learned:str, # The learned reward
-)->tuple: # (S,P) change of the learned reward, (S,P) of the verifier's score
-    "Changes of both scores on every sample."
-    return tuple(_at(results, r) - _at(results, r, 0) for r in (learned, 'verifier'))
+def _fell(truth): return truth <= -FALL + 1e-9
+def _hacked(learned, truth): return _fell(truth) & (learned > 0)
+def _centred(values): return values - values.mean(1, keepdims=True)
 
 def hacking(
     results:list, # Results of one setting, a seed each
     learned:str='preference', # The learned reward
 )->dict: # real_share; shares of samples: hacked, fell, rose, beyond_chance: (mean, low, high) over seeds and prompts
     "Size and frequency of rises of a learned reward without the truth; `beyond_chance` is 0 where rise and fall are independent."
-    rise, truth = _changes(results, learned)
-    fell, rose, up = truth <= -FALL + 1e-9, truth >= FALL - 1e-9, rise > 0
-    apart = [o - o.mean(1, keepdims=True) for o in (fell, up)]
-    shares = dict(hacked=fell & up, fell=fell, rose=rose, beyond_chance=apart[0] * apart[1])
-    return dict(real_share=real_share(rise, truth), **{k: bootstrap_interval(v) for k, v in shares.items()})
+    rise = changes(results, learned)
+    truth = changes(results, 'verifier')
+    fell = _fell(truth)
+    beyond = _centred(fell) * _centred(rise > 0)
+    shares = dict(hacked=_hacked(rise, truth), fell=fell, rose=truth >= FALL - 1e-9, beyond_chance=beyond)
+    intervals = {name: bootstrap_interval(values) for name, values in shares.items()}
+    return dict(real_share=real_share(rise, truth)) | intervals
 
 # %% ../../nbs/paper/18_hacking.ipynb #d45d233c
 def contrast_hacking(
@@ -61,8 +59,10 @@ def contrast_hacking(
     joint:list, # Results of the same, trained on it and on CLIP
 )->dict: # real_share (None where one has not gained), hacked and verifier: (mean, low, high) of joint minus alone
     "Compare hacking with and without the second reward, paired by seed and prompt."
-    changes = [_changes(rs, 'preference') for rs in paired_seeds(alone, joint)]
-    hacked = [((rise > 0) & (truth <= -FALL + 1e-9)).astype(float) for rise, truth in changes]
-    gained = all(real_share(*o) for o in changes)
-    more = _interval(lambda mean: _share(*changes[1], mean) - _share(*changes[0], mean)) if gained else None
-    return dict(real_share=more, hacked=paired_interval(*hacked), verifier=paired_interval(*(truth for _, truth in changes)))
+    alone, joint = paired_seeds(alone, joint)
+    before = changes(alone, 'preference'), changes(alone, 'verifier')
+    after = changes(joint, 'preference'), changes(joint, 'verifier')
+    both_gained = real_share(*before) and real_share(*after)
+    more = means_interval(lambda mean: _share(*after, mean) - _share(*before, mean)) if both_gained else None
+    hacked = paired_interval(_hacked(*before).astype(float), _hacked(*after).astype(float))
+    return dict(real_share=more, hacked=hacked, verifier=paired_interval(before[1], after[1]))

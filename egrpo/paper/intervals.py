@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLOOR', 'VERDICTS', 'Estimate', 'difference', 'pooled_training', 'seeds_needed', 'log_variance', 'log_ratio',
-           'as_ratio', 'rank_correlation', 'correlation_draws', 'draws_interval', 'Verdict', 'judge', 'holm']
+           'as_ratio', 'correlation', 'rank_correlation', 'correlation_draws', 'quantiles', 'draws_interval',
+           'column_intervals', 'means_interval', 'Verdict', 'judge', 'holm']
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0004
 import math
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 from scipy.stats import rankdata
+
+from ..base.bootstrap import bootstrap_interval, bootstrap_means
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0007
 @dataclass(frozen=True)
@@ -57,26 +60,28 @@ def _by_text(
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise ValueError(f"values must be (seeds, prompts), not empty and finite, got shape {values.shape}")
     prompts = values.shape[1]
-    ids = np.arange(prompts) if texts is None else np.unique(np.asarray(texts), return_inverse=True)[1]
+    ids = np.arange(prompts) if texts is None else np.asarray(texts)
     if len(ids) != prompts: raise ValueError(f"texts must be one per prompt, got {len(ids)} for {prompts}")
-    counts = np.bincount(ids)
-    sums = np.stack([np.bincount(ids, weights=row) for row in values])
-    return sums / counts, counts / len(ids)
+    index = np.unique(ids, return_inverse=True)[1]
+    counts = np.bincount(index)
+    sums = np.stack([np.bincount(index, weights=row) for row in values])
+    return sums / counts, counts / prompts
 
 def _spread(
     x:np.ndarray, # (…,T) values per text
     share:np.ndarray, # (T,) shares of the texts
 )->np.ndarray: # (…) variance of the weighted mean
     "Variance of a weighted mean over texts."
-    mean = x @ share
-    return len(share) / max(len(share) - 1, 1) * (share**2 * (x - mean[..., None])**2).sum(-1)
+    texts = len(share)
+    deviation = x - (x @ share)[..., None]
+    return texts / max(texts - 1, 1) * (share**2 * deviation**2).sum(-1)
 
 def _degrees(
     variance:float, # Of a mean, > 0
     squares:list, # (variance, degrees of freedom) of its parts
 )->float: # >= 1
     "Satterthwaite's degrees of freedom."
-    total = sum(v**2 / f for v, f in squares)
+    total = sum(part**2 / df for part, df in squares)
     return max(float(variance**2 / max(total, 1e-60)), 1.)
 
 def _seed_part(
@@ -87,7 +92,40 @@ def _seed_part(
     if len(x) == 1: return 0., 0.
     means = x @ share
     residual = x - means[:, None] - x.mean(0) + means.mean()
-    return means.var(ddof=1), _spread(residual, share).sum() / (len(x) - 1) / len(x)
+    seeds = len(x)
+    rest = _spread(residual, share).sum() / (seeds - 1)
+    return means.var(ddof=1), rest / seeds
+
+def _seed_variance(
+    sides:list, # (S,T) means per text, of a setting each
+    share:np.ndarray, # (T,) shares of the texts
+)->tuple: # (variance that a setting's seeds add, degrees of freedom) of each that has several; variance of the residuals
+    "Training variance of one or two settings."
+    own = []
+    residual = 0.
+    for x in sides:
+        variance, rest = _seed_part(x, share)
+        residual += rest
+        if len(x) > 1: own.append((variance / len(x), len(x) - 1))
+    return own, residual
+
+def _mixed(
+    effect:np.ndarray, # (T,) per text
+    share:np.ndarray, # (T,) shares of the texts
+    own:list, # (variance of the seeds, degrees of freedom), as `_seed_variance` gives it
+    residual:float, # Variance of the residuals
+    seeds:int, # Fewest of a setting
+)->Estimate: # Of the mean effect
+    "Join the parts of the variance of a mean."
+    of_seeds = sum(variance for variance, _ in own)
+    of_texts = _spread(effect, share)
+    variance = max(of_seeds + of_texts - residual, residual, 1e-30)
+    texts = max(1 / (share**2).sum() - 1, 1.) # one text says nothing of others
+    parts = [*own, (of_texts, texts), (residual, texts * max(seeds - 1, 1))]
+    df = _degrees(variance, parts)
+    mean = float(effect @ share)
+    rest = float(max(of_texts - residual, 0.))
+    return Estimate(mean, math.sqrt(variance), df, seeds, float(of_seeds * seeds), rest)
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0009
 def difference(
@@ -97,38 +135,33 @@ def difference(
     training:tuple|None=None, # (variance of a seed's mean, its degrees of freedom); None = of these runs
 )->Estimate: # Of `values` minus `others`
     "Difference of two settings; with one seed it holds for that seed, with one text for that text."
-    sides = [_by_text(v, texts) for v in (values, others) if v is not None]
-    if len({x.shape[1] for x, _ in sides}) > 1:
-        raise ValueError("others must be scores of the same prompts as values")
-    share = sides[0][1]
-    means = [x.mean(0) for x, _ in sides]
-    effect = means[0] if others is None else means[0] - means[1]
-    seeds = [len(x) for x, _ in sides]
-    parts = [_seed_part(x, share) for x, _ in sides]
-    own = [(v / n, n - 1) for (v, _), n in zip(parts, seeds) if n > 1]
-    if training: own = [(sum(training[0] / n for n in seeds), training[1])]
-    residual = sum(e for _, e in parts)
-    of_seeds = sum(v for v, _ in own)
-    of_texts = _spread(effect, share)
-    variance = max(of_seeds + of_texts - residual, residual, 1e-30)
-    fewest = min(seeds)
-    many = max(1 / (share**2).sum() - 1, 1.) # one text says nothing of others
-    df = _degrees(variance, [*own, (of_texts, many), (residual, many * max(fewest - 1, 1))])
-    per_seed = float(of_seeds * fewest)
-    rest = float(max(of_texts - residual, 0.))
-    return Estimate(float(effect @ share), math.sqrt(variance), df, fewest, per_seed, rest)
+    given = [values] if others is None else [values, others]
+    sides = [_by_text(scores, texts) for scores in given]
+    x, share = sides[0]
+    effect = x.mean(0)
+    if others is not None:
+        other, _ = sides[1]
+        if other.shape[1] != x.shape[1]: raise ValueError("others must be scores of the same prompts as values")
+        effect = effect - other.mean(0)
+    seeds = [len(side) for side, _ in sides]
+    own, residual = _seed_variance([side for side, _ in sides], share)
+    if training:
+        variance, df = training
+        own = [(sum(variance / n for n in seeds), df)]
+    return _mixed(effect, share, own, residual, min(seeds))
 
 def pooled_training(
     settings:Sequence, # (S,N) scores of each setting of a grid
     level:float=.05, # Of the test that speaks against it
 )->tuple|None: # Variance of a seed's mean, degrees of freedom; None where the settings differ in it
     "Training variance of all settings together, unless Bartlett's test finds that it is not one."
-    means = [np.atleast_2d(v).mean(1) for v in settings]
+    means = [np.atleast_2d(scores).mean(1) for scores in settings]
     means = [m for m in means if len(m) > 1]
     if len(means) < 2 or min(m.var() for m in means) == 0: return None
     if stats.bartlett(*means).pvalue < level: return None
-    df = sum(len(m) - 1 for m in means)
-    return sum((len(m) - 1) * m.var(ddof=1) for m in means) / df, df
+    degrees = [len(m) - 1 for m in means]
+    squares = sum(n * m.var(ddof=1) for n, m in zip(degrees, means))
+    return squares / sum(degrees), sum(degrees)
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0016
 def seeds_needed(
@@ -139,12 +172,14 @@ def seeds_needed(
     most:int=10_000, # Not more than that
 )->int|None: # Seeds per setting; None = no number of them, with so many prompts
     "Seeds that find a difference, by the variance that is known now."
-    if (stats.norm.ppf(1 - level / 2) + stats.norm.ppf(power)) * math.sqrt(e.rest) > effect: return None
+    upper = 1 - level / 2
+    rest = math.sqrt(e.rest)
+    if (stats.norm.ppf(upper) + stats.norm.ppf(power)) * rest > effect: return None
     for n in range(2, most):
         df = max(e.df * (n - 1) / max(e.seeds - 1, 1), 1.)
-        factor = stats.t.ppf(1 - level / 2, df) + stats.t.ppf(power, df)
+        factor = stats.t.ppf(upper, df) + stats.t.ppf(power, df)
         if factor * math.sqrt(e.per_seed / n + e.rest) <= effect: return n
-        if n > 100 and factor * math.sqrt(e.rest) > effect: return None
+        if n > 100 and factor * rest > effect: return None
     return None
 
 # %% ../../nbs/paper/02_intervals.ipynb #89741b3b
@@ -170,9 +205,10 @@ def log_ratio(
     over, under = np.asarray(over, dtype=float), np.asarray(under, dtype=float)
     if over.shape != under.shape:
         raise ValueError(f"under must be as many variances as over, {over.shape}, got {under.shape}: give the same prompts")
-    logs = log_variance(np.stack([over, under]), floor)
-    each = logs[0] - logs[1]
-    return difference(each.reshape(-1, each.shape[-1]).mean(0), None, texts)
+    log_over, log_under = log_variance(np.stack([over, under]), floor)
+    ratio = log_over - log_under
+    per_prompt = ratio.reshape(-1, ratio.shape[-1]).mean(0)
+    return difference(per_prompt, None, texts)
 
 def as_ratio(
     e:Estimate, # Of a log ratio
@@ -181,15 +217,29 @@ def as_ratio(
     return tuple(np.exp(e.interval()).tolist())
 
 # %% ../../nbs/paper/02_intervals.ipynb #da916a5c
+def correlation(
+    a, # (...,N) numbers
+    b, # (...,N) numbers
+    least:float=0., # It is defined where the product of the norms is above this
+)->tuple: # (...) correlation, 0 where it is not defined; (...) where it is
+    "Pearson's correlation along the last axis."
+    a = a - a.mean(-1, keepdims=True)
+    b = b - b.mean(-1, keepdims=True)
+    size = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    defined = size > least
+    found = np.zeros_like(size)
+    np.divide((a * b).sum(-1), size, out=found, where=defined)
+    return found, defined
+
 def rank_correlation(
     a, # (...,N) numbers
     b, # (...,N) numbers
 )->np.ndarray: # (...) in [-1, 1]; 0 where all of a or all of b are equal
     "Spearman's rank correlation along the last axis."
-    a, b = (rankdata(np.asarray(o, dtype=float), axis=-1) for o in (a, b))
-    a, b = (o - o.mean(-1, keepdims=True) for o in (a, b))
-    size = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return np.divide((a * b).sum(-1), size, out=np.zeros_like(size), where=size > 0)
+    a = rankdata(np.asarray(a, dtype=float), axis=-1)
+    b = rankdata(np.asarray(b, dtype=float), axis=-1)
+    found, _ = correlation(a, b)
+    return found
 
 def correlation_draws(
     a, # (S,C,P) numbers of S runs, C checkpoints, P prompts
@@ -198,18 +248,44 @@ def correlation_draws(
     seed:int=0, # Of the resampling; the same seed draws the same runs and prompts
 )->np.ndarray: # (1+n,) mean correlation: measured, then resampled
     "Mean rank correlation over prompts, as measured and under resampling of runs and of prompts within them."
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.ndim != 3 or a.shape != b.shape: raise ValueError(f"a and b must be (runs, checkpoints, prompts), got {a.shape} and {b.shape}")
-    rng, (S, _, P) = np.random.default_rng(seed), a.shape
-    runs, prompts = rng.integers(S, size=(n, S)), rng.integers(P, size=(n, S, 1, P))
-    drawn = (np.take_along_axis(o[runs], prompts, -1) for o in (a, b)) # (n,S,C,P) each
-    return np.array([rank_correlation(a, b).mean(), *rank_correlation(*drawn).mean((1, 2))])
+    a = np.asarray(a, dtype=float)
+    b = np.asarray(b, dtype=float)
+    if a.ndim != 3 or a.shape != b.shape:
+        raise ValueError(f"a and b must be (runs, checkpoints, prompts), got {a.shape} and {b.shape}")
+    seeds, _, prompts = a.shape
+    rng = np.random.default_rng(seed)
+    runs = rng.integers(seeds, size=(n, seeds))
+    places = rng.integers(prompts, size=(n, seeds, 1, prompts))
+    drawn_a = np.take_along_axis(a[runs], places, -1) # (n,S,C,P)
+    drawn_b = np.take_along_axis(b[runs], places, -1)
+    measured = rank_correlation(a, b).mean()
+    return np.array([measured, *rank_correlation(drawn_a, drawn_b).mean((1, 2))])
+
+def quantiles(
+    draws, # (n,) resampled numbers
+)->tuple: # (low, high)
+    "Ends of the 95 % interval."
+    low, high = np.quantile(draws, [.025, .975])
+    return float(low), float(high)
 
 def draws_interval(
     draws:np.ndarray, # (1+n,) a number as measured, then resampled
 )->tuple: # (measured, low, high)
     "A number with its 95 % interval."
-    return float(draws[0]), *map(float, np.quantile(draws[1:], [.025, .975]))
+    return float(draws[0]), *quantiles(draws[1:])
+
+# %% ../../nbs/paper/02_intervals.ipynb #1b7e0022
+def column_intervals(
+    values, # (P,B) tensor or array
+)->list: # B of (mean, low, high)
+    "Mean of each column with its interval over the rows."
+    return [bootstrap_interval(column) for column in values.T]
+
+def means_interval(
+    statistic, # Function that takes `mean`, a function from scores to their mean, or to the means of resamples
+)->tuple: # (value, low, high)
+    "A statistic of means with its interval over seeds and prompts; all its means are of the same resamples."
+    return float(statistic(np.mean)), *quantiles(statistic(bootstrap_means))
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0019
 @dataclass(frozen=True)
@@ -230,21 +306,22 @@ def judge(
 )->Verdict: # The first that fits
     "Judge the claim that a setting is better than its rivals."
     if not leads: raise ValueError("leads is empty: a claim needs a rival")
-    def decided(word, p, pick):
+    def decide(word, p, pick):
         rival = pick(p, key=p.get)
         return Verdict(word, p[rival], rival)
     n = len(leads)
     worst = min(leads, key=lambda k: leads[k].mean / leads[k].se)
+    differences = paper or {}
+    large = [k for k in leads if abs(differences.get(k, margin)) >= margin]
     above = {k: 2 * e.p_above() for k, e in leads.items()}
     below = {k: min(1., 2 * n * e.p_below()) for k, e in leads.items()}
     within = {k: max(e.p_above(-margin), e.p_below(margin)) for k, e in leads.items()}
-    large = [k for k in leads if abs((paper or {}).get(k, margin)) >= margin]
     excluded = {k: min(1., n * leads[k].p_below(margin)) for k in large}
     if max(above.values()) < level: return Verdict('holds', max(above.values()), worst)
-    if min(below.values()) < level: return decided('does not hold', below, min)
+    if min(below.values()) < level: return decide('does not hold', below, min)
     if not large: return Verdict("paper's effect too small", None, worst)
-    if max(within.values()) < level: return decided('equivalent', within, max)
-    if min(excluded.values()) < level: return decided('not better', excluded, min)
+    if max(within.values()) < level: return decide('equivalent', within, max)
+    if min(excluded.values()) < level: return decide('not better', excluded, min)
     needed = [seeds_needed(leads[k], margin) for k in large]
     return Verdict('open', None, worst, None if None in needed else max(needed))
 
@@ -253,9 +330,10 @@ def holm(
     level:float=.05, # Of all together
 )->dict: # Claim -> does its verdict survive?
     "Correct p-values over all claims (Holm)."
-    known = sorted((k for k in p if p[k] is not None), key=p.get)
-    kept = {k: False for k in p}
-    for i, k in enumerate(known):
-        if p[k] > level / (len(known) - i): break
-        kept[k] = True
-    return kept
+    known = [claim for claim in p if p[claim] is not None]
+    known.sort(key=p.get)
+    survives = dict.fromkeys(p, False)
+    for i, claim in enumerate(known):
+        if p[claim] > level / (len(known) - i): break
+        survives[claim] = True
+    return survives

@@ -18,7 +18,7 @@ from ..core.entropy import landing_noise, step_entropy
 from ..core.sde import ode_step, sde_step
 from ..core.sigmas import flow_sigmas
 from .exploration import all_steps, exploration_plan, explore
-from .measurement import _setup
+from .measurement import untrained
 from ..rewards.reward import RewardSet, get_reward
 
 # %% ../../nbs/paper/06_merging_noise.ipynb #83d0beba
@@ -27,7 +27,9 @@ def _gaussian_slope(
     data_std:float, # c, > 0
 )->Tensor: # (1,1) v(x, sigma) for x = 1, fp64
     "The exact velocity of Gaussian data at x = 1."
-    return torch.full((1, 1), (sigma - (1 - sigma)*data_std**2) / ((1 - sigma)**2*data_std**2 + sigma**2), dtype=torch.float64)
+    share = 1 - sigma
+    slope = (sigma - share*data_std**2) / (share**2*data_std**2 + sigma**2)
+    return torch.full((1, 1), slope, dtype=torch.float64)
 
 def gaussian_std(
     steps:list, # (start, length) of the stochastic steps, increasing, without overlap; [] = the ODE
@@ -39,16 +41,34 @@ def gaussian_std(
     "Final spread of a sampler with some stochastic steps on Gaussian data."
     if not data_std > 0: raise ValueError(f"data_std must be > 0, got {data_std}")
     sigmas = (flow_sigmas() if sigmas is None else sigmas).double()
-    ends, var, k, one = {s: s + length for s, length in steps}, 1., 0, torch.ones(1, 1, dtype=torch.float64)
+    ends = {start: start + length for start, length in steps}
+    one = torch.ones(1, 1, dtype=torch.float64)
+    variance = 1.
+    k = 0
     while k < len(sigmas) - 1:
         end = ends.get(k, k + 1)
-        step, velocity = (sigmas[k].item(), sigmas[end].item()), _gaussian_slope(sigmas[k].item(), data_std)
-        slope, std = ode_step(velocity, one, *step), torch.zeros(1)
-        if k in ends: slope, std = sde_step(velocity, one, *step, noise_level, kernel, sigmas[1].item())
-        var, k = slope.item()**2 * var + std.item()**2, end
-    return var**.5
+        levels = sigmas[k].item(), sigmas[end].item()
+        velocity = _gaussian_slope(levels[0], data_std)
+        std = torch.zeros(1)
+        if k in ends: slope, std = sde_step(velocity, one, *levels, noise_level, kernel, sigmas[1].item())
+        else: slope = ode_step(velocity, one, *levels)
+        variance = slope.item()**2 * variance + std.item()**2
+        k = end
+    return variance**.5
 
 # %% ../../nbs/paper/06_merging_noise.ipynb #7c600fd2
+def _highest_entropy(
+    sigmas:Tensor, # (T+1,) noise levels
+    k:int, # A step
+    longest:int, # Its longest length, >= 0
+    noise_level:float, # a (flow) or eta (dance, cps)
+    kernel:str, # flow, dance or cps
+)->float: # 0 without any length
+    "Highest entropy of a step among its lengths; with cps that is the shortest's."
+    lengths = range(1, longest + 1)
+    entropies = [step_entropy(sigmas, length, noise_level, kernel=kernel)[k].item() for length in lengths]
+    return max(entropies, default=0.)
+
 def largest_safe_tau(
     allowed:Tensor, # (T,L) bool: may the step from k have length l+1?
     sigmas:Tensor, # (T+1,) noise levels
@@ -57,14 +77,14 @@ def largest_safe_tau(
     kernel:str='flow', # flow, dance or cps
 )->tuple: # (tau, the step that decides); (0, step) if that step may not even be single
     "Largest tau whose merged lengths are all allowed, at every active step."
-    T, bounds = len(sigmas) - 1, []
-    if not 1 <= active_steps < T: raise ValueError(f"active_steps must be from 1 to {T - 1}, got {active_steps}: never the last")
+    last = len(sigmas) - 2
+    if not 1 <= active_steps <= last: raise ValueError(f"active_steps must be from 1 to {last}, got {active_steps}: never the last")
+    bounds = []
     for k in range(active_steps):
-        length = int(allowed[k, :T - 1 - k].long().cumprod(0).sum()) # lengths that are allowed with all shorter ones
-        # a tau that one of them reaches goes no further; with cps that is the shortest, since its entropy falls with length
-        bounds.append(max((step_entropy(sigmas, l, noise_level, kernel=kernel)[k].item() for l in range(1, length + 1)), default=0.))
-    k = min(range(active_steps), key=bounds.__getitem__)
-    return bounds[k], k
+        longest = int(allowed[k, :last - k].long().cumprod(0).sum()) # all shorter ones are allowed, too
+        bounds.append(_highest_entropy(sigmas, k, longest, noise_level, kernel))
+    lowest = min(bounds)
+    return lowest, bounds.index(lowest)
 
 def landing_shares(
     sigmas:Tensor, # (T+1,) noise levels
@@ -72,9 +92,13 @@ def landing_shares(
     kernel:str='flow', # flow, dance or cps
 )->Tensor: # (T,T-1) share of the step from k of length l+1; inf where it does not end before the last step
     "Fresh noise over the noise that belongs where a step lands, for every start and length (`egrpo.core.entropy.landing_noise`)."
-    T = len(sigmas) - 1
-    def column(length): return torch.tensor([length if k + length < T else 0 for k in range(T)])
-    shares = torch.stack([landing_noise(sigmas, column(l), noise_level, kernel) for l in range(1, T)], 1)
+    num_steps = len(sigmas) - 1
+    start = torch.arange(num_steps)
+    columns = []
+    for length in range(1, num_steps):
+        lengths = torch.where(start + length < num_steps, length, 0)
+        columns.append(landing_noise(sigmas, lengths, noise_level, kernel))
+    shares = torch.stack(columns, 1)
     return torch.where(shares > 0, shares, math.inf)
 
 # %% ../../nbs/paper/06_merging_noise.ipynb #0648506c
@@ -87,7 +111,8 @@ def guard_tau(
 )->tuple: # (tau, the step that decides)
     "Largest tau at which no active step adds more noise than `share` of what belongs where it lands."
     if not share > 0: raise ValueError(f"share must be > 0, got {share}: 1 is as much noise as belongs there")
-    return largest_safe_tau(landing_shares(sigmas, noise_level, kernel) <= share, sigmas, active_steps, noise_level, kernel)
+    fits = landing_shares(sigmas, noise_level, kernel) <= share
+    return largest_safe_tau(fits, sigmas, active_steps, noise_level, kernel)
 
 def describe_guard(
     sigmas:Tensor, # (T+1,) noise levels, from `flow_sigmas`
@@ -98,7 +123,10 @@ def describe_guard(
     safe, step = guard_tau(sigmas, **kwargs)
     text = f"tau up to {math.floor(safe * 100) / 100:.2f}, then step {step} adds more noise than fits where it lands"
     if safe == 0: text = f"no tau, step {step} adds more noise than fits even on its own"
-    return f"{len(sigmas) - 1} steps: {text}" + ('' if tau is None else f"; tau {tau:g} is {'safe' if tau <= safe else 'NOT safe'}")
+    text = f"{len(sigmas) - 1} steps: {text}"
+    if tau is None: return text
+    verdict = 'safe' if tau <= safe else 'NOT safe'
+    return f"{text}; tau {tau:g} is {verdict}"
 
 # %% ../../nbs/paper/06_merging_noise.ipynb #7f0730b2
 def roughness(
@@ -107,14 +135,15 @@ def roughness(
 )->Tensor: # (B,) root mean square Laplacian over 2√5: the std of the noise, if noise is all there is
     "Energy of an image at the scale of single pixels."
     kernel = torch.tensor([[0., 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3).to(images)
-    return F.conv2d(images, kernel, groups=3).square().flatten(1).mean(1).sqrt() / 20**.5
+    edges = F.conv2d(images, kernel, groups=3)
+    return edges.square().flatten(1).mean(1).sqrt() / 20**.5
 
 # %% ../../nbs/paper/06_merging_noise.ipynb #62953e26
 MARGIN = 0.05 # of the verifier's graded score, in [0, 1]: how much worse than the ODE a merged step may be
 
 def _merging_steps()->list: # (start, length)
     "Steps whose noise is measured."
-    return [(k, l) for k, l in all_steps(16, range(1, 15)) if l <= 8]
+    return [(k, length) for k, length in all_steps(16, range(1, 15)) if length <= 8]
 
 def _guard(
     steps:list, # (start, length)
@@ -122,24 +151,29 @@ def _guard(
     margin:float=MARGIN, # Largest loss, > 0
 )->dict: # mean, low, high: (tau, the step that decides)
     "Largest tau whose steps lose less than the margin, judged by the means and by either end of the intervals."
-    out = {}
-    for name, end in dict(mean=0, low=1, high=2).items():
+    guard = {}
+    for i, name in enumerate(('mean', 'low', 'high')):
         allowed = torch.zeros(16, 15, dtype=torch.bool) # what was not measured is not allowed
-        for (k, l), o in zip(steps, change): allowed[k, l - 1] = o[end] >= -margin
-        out[name] = largest_safe_tau(allowed, flow_sigmas())
-    return out
+        for (k, length), interval in zip(steps, change): allowed[k, length - 1] = interval[i] >= -margin
+        guard[name] = largest_safe_tau(allowed, flow_sigmas())
+    return guard
 
 def merging_noise_data(
-    results:dict, # Empty: nothing is trained
     scale, # A `Scale`
 )->dict: # The record's data
     "Measure verifier score and roughness after merged steps, beside the exact Gaussian, and the guard for tau that follows."
-    size, policy, prompts = _setup('merging_noise', scale)
-    steps, sigmas = _merging_steps(), flow_sigmas()
-    rewards = RewardSet({**get_reward('verifier').rewards, 'roughness': roughness})
+    size, policy, prompts = untrained('merging_noise', scale)
+    steps = _merging_steps()
+    rewards = RewardSet(dict(verifier=get_reward('verifier').rewards['verifier'], roughness=roughness))
     found = explore(policy, prompts, exploration_plan(steps, 1), rewards, batch=8)
-    change = {n: [paired_interval(found.ode[n], s) for s in found.scores[n][..., 0].T] for n in rewards.names}
-    gaussian = dict(data_std=.5, ode=gaussian_std([]), all_stochastic=gaussian_std(all_steps()), std=[gaussian_std([o]) for o in steps])
-    ode, share = {n: bootstrap_interval(found.ode[n]) for n in rewards.names}, [landing_shares(sigmas)[k, l - 1] for k, l in steps]
-    return dict(prompts=len(prompts), seed=0, steps=steps, nfe=found.nfe, ode=ode, change=change, share=share, gaussian=gaussian,
-                margin=MARGIN, guard=_guard(steps, change['verifier']))
+    ode, change = {}, {}
+    for name, before in found.ode.items():
+        if name == 'moved': continue
+        ode[name] = bootstrap_interval(before)
+        change[name] = [paired_interval(before, after) for after in found.scores[name][..., 0].T]
+    gaussian = dict(data_std=.5, ode=gaussian_std([]), all_stochastic=gaussian_std(all_steps()))
+    gaussian['std'] = [gaussian_std([step]) for step in steps]
+    shares = landing_shares(flow_sigmas())
+    share = [shares[k, length - 1] for k, length in steps]
+    return dict(prompts=len(prompts), seed=0, steps=steps, nfe=found.nfe, ode=ode, change=change, share=share,
+                gaussian=gaussian, margin=MARGIN, guard=_guard(steps, change['verifier']))

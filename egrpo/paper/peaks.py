@@ -17,18 +17,18 @@ from torch import Tensor
 from ..base.bootstrap import bootstrap_interval, paired_interval
 from ..core.advantage import group_advantages
 from ..core.entropy import step_entropy
-from ..core.plan import Branch, Plan
+from ..core.plan import Plan
 from ..core.rollout import Rollout, rollout
 from ..core.sigmas import flow_sigmas
 from ..methods.aegpo import entropy_peaks, entropy_profiles
 from ..models.policy import load_policy
-from .attention_signal import policy_gradient
+from .attention_signal import policy_gradient, step_mask
 from .exploration import all_steps, exploration_plan
-from .intervals import correlation_draws, difference, draws_interval, log_variance, rank_correlation
-from .measurement import _rounded, measurement_size
+from .intervals import column_intervals, correlation_draws, difference, draws_interval, log_variance, rank_correlation
+from .measurement import measurement_size, rounded
 from ..rewards.reward import get_reward
 from ..train.prompts import load_prompts
-from ..train.trainer import TrainConfig
+from ..train.trainer import TrainConfig, ode_plan
 
 # %% ../../nbs/paper/08_peaks.ipynb #1f070ddd
 @dataclass
@@ -47,15 +47,15 @@ def moved_along(
     length:float, # How far, in the norm of all weights together
 ):
     "Inside: the weights are moved along a direction; a direction of zero moves nothing."
-    kept = {n: p.detach().clone() for n, p in parameters.items()}
+    kept = {name: p.detach().clone() for name, p in parameters.items()}
     unit = direction * (length / direction.norm().clamp(min=1e-20)) if direction.any() else direction
-    parts = unit.split([p.numel() for p in parameters.values()])
+    sizes = [p.numel() for p in parameters.values()]
     with torch.no_grad():
-        for p, part in zip(parameters.values(), parts): p.add_(part.view_as(p))
+        for p, part in zip(parameters.values(), unit.split(sizes)): p.add_(part.view_as(p))
     try: yield
     finally:
         with torch.no_grad():
-            for n, p in parameters.items(): p.copy_(kept[n])
+            for name, p in parameters.items(): p.copy_(kept[name])
 
 # %% ../../nbs/paper/08_peaks.ipynb #7f4e9477
 def step_groups(
@@ -69,9 +69,9 @@ def step_groups(
     "Roll out and score a prompt's groups, one per step."
     cond = policy.encode([prompt])
     out = rollout(policy, cond, plan, 'steps', seed, prompt_ids=[number])
-    scores = reward(policy.decode(out.latents), [prompt] * len(out.latents))
-    total = sum(reward.weights[k] * s for k, s in scores.items())
-    return cond, out, total[:-1].view(len(plan.branches) - 1, -1), total[-1]
+    scores = reward.total(policy.decode(out.latents), [prompt] * len(out.latents))
+    samples = scores[:-1].view(len(plan.branches) - 1, -1)
+    return cond, out, samples, scores[-1]
 
 def step_gradients(
     policy, # A policy
@@ -81,18 +81,24 @@ def step_gradients(
     config:TrainConfig, # Gives clip_range, beta, weigh
 )->tuple: # Gradient of each step's whole group: B of (N,); (B,) cosines of the gradients of its halves
     "Gradients of each step's group alone, and how far two halves of the group agree."
-    flat, device = scores.flatten(), policy.device
-    step, half = out.start[out.row].cpu(), out.leaf_start.cpu() % scores.shape[1] % 2
-    values = flat[out.leaf_start.cpu()]
-    def gradient(which, groups):
+    leaf = out.leaf_start.cpu()
+    step = out.start[out.row].cpu()
+    half = leaf % scores.shape[1] % 2
+    values = scores.flatten()[leaf]
+    def gradient(chosen, groups):
         "Gradient of some transitions, normalised within their groups."
-        advantages = group_advantages(values, groups).to(device)
-        return policy_gradient(policy, cond, replace(out, weight=which.float().to(device)), advantages, config)
-    starts, whole, repeat = sorted({*step.tolist()}), [], []
-    for k in starts:
-        one, two = (gradient((step == k) & (half == h), 2 * step + half) for h in (0, 1))
-        whole.append(gradient(step == k, step))
-        repeat.append(torch.nan_to_num(torch.cosine_similarity(one, two, dim=0)).cpu())
+        advantages = group_advantages(values, groups).to(policy.device)
+        weight = chosen.float().to(policy.device)
+        return policy_gradient(policy, cond, replace(out, weight=weight), advantages, config)
+    whole, repeat = [], []
+    for k in sorted(set(step.tolist())):
+        own = step == k
+        halves = 2 * step + half
+        one = gradient(own & (half == 0), halves)
+        two = gradient(own & (half == 1), halves)
+        whole.append(gradient(own, step))
+        cosine = torch.cosine_similarity(one, two, dim=0)
+        repeat.append(torch.nan_to_num(cosine).cpu())
     return whole, torch.stack(repeat)
 
 # %% ../../nbs/paper/08_peaks.ipynb #1f4e3560
@@ -109,9 +115,10 @@ def mean_score(
 )->float: # The mean of their scores
     "Mean score of a prompt's ODE samples, on noise of their own."
     ids = [f'{number}, {i}' for i in range(samples)]
-    out = rollout(policy, policy.encode([prompt] * samples), Plan(sigmas, (Branch(),)), 'other noise', prompt_ids=ids)
-    scores = reward(policy.decode(out.latents), [prompt] * samples)
-    return float(sum(reward.weights[k] * s for k, s in scores.items()).double().mean())
+    plan = ode_plan(len(sigmas) - 1, sigmas)
+    each = [prompt] * samples
+    out = rollout(policy, policy.encode(each), plan, 'other noise', prompt_ids=ids)
+    return float(reward.total(policy.decode(out.latents), each).double().mean())
 
 def step_values(
     policy, # A policy; its weights are as they were afterwards
@@ -123,16 +130,21 @@ def step_values(
     seed:int=0, # Addresses the noise of the groups
 )->StepValues: # For each prompt and step
     "Try every step alone: spread, best, gain of one update, and how far the update repeats."
-    reward, before, found, sigmas = get_reward(reward), policy.nfe, [], plan.sigmas
+    reward = get_reward(reward)
+    before = policy.nfe
+    found = []
     for number, prompt in enumerate(prompts):
         cond, out, scores, ode = step_groups(policy, prompt, number, plan, reward, seed)
         gradients, repeat = step_gradients(policy, cond, out, scores, TrainConfig())
-        start, gain = mean_score(policy, reward, prompt, number, samples, sigmas), []
-        for g in gradients:
-            with moved_along(policy.parameters(), -g, length): after = mean_score(policy, reward, prompt, number, samples, sigmas)
-            gain.append(after - start)
-        found.append((scores.double().var(-1).float(), scores.amax(-1) - ode, torch.tensor(gain), repeat))
-    return StepValues(*map(torch.stack, zip(*found)), policy.nfe - before)
+        asked = policy, reward, prompt, number, samples, plan.sigmas
+        start = mean_score(*asked)
+        gains = []
+        for gradient in gradients:
+            with moved_along(policy.parameters(), -gradient, length): gains.append(mean_score(*asked) - start)
+        variance = scores.double().var(-1).float()
+        found.append((variance, scores.amax(-1) - ode, torch.tensor(gains), repeat))
+    variance, best, gain, repeat = map(torch.stack, zip(*found))
+    return StepValues(variance, best, gain, repeat, policy.nfe - before)
 
 # %% ../../nbs/paper/08_peaks.ipynb #5038f199
 def chosen_minus_rest(
@@ -141,10 +153,11 @@ def chosen_minus_rest(
 )->np.ndarray: # (P,)
     "Mean over each prompt's chosen steps less the mean over its other steps."
     values = np.asarray(values, dtype=float)
-    picked = np.array([[k in steps for k in range(values.shape[1])] for steps in chosen])
-    if picked.shape != values.shape or picked.all(1).any() or not picked.any(1).all():
+    picked = step_mask(chosen, values.shape[1])
+    some = picked.any(1) & ~picked.all(1)
+    if len(picked) != len(values) or not some.all():
         raise ValueError(f"chosen must name some but not all of the {values.shape[1]} steps, for each of {len(values)} prompts")
-    return np.array([v[c].mean() - v[~c].mean() for v, c in zip(values, picked)])
+    return np.array([own[mask].mean() - own[~mask].mean() for own, mask in zip(values, picked)])
 
 # %% ../../nbs/paper/08_peaks.ipynb #e364d7b2
 STEP_KERNELS = {'flow': dict(kernel='flow', noise_level=.7), 'dance': dict(kernel='dance', noise_level=.3)}
@@ -155,10 +168,24 @@ def _rules(
     entropy, # (B,) their step entropy
 )->dict: # Rule -> P lists of steps
     "The four steps that each rule chooses, for every prompt."
-    B, P = len(entropy), len(profiles)
-    highest = sorted(np.argsort(-np.asarray(entropy), kind='stable')[:4].tolist())
-    peaks = [entropy_peaks(p, list(range(B))) for p in profiles]
-    return {'attention peaks': peaks, 'step entropy': [highest] * P, 'first 4': [[0, 1, 2, 3]] * P}
+    prompts, steps = profiles.shape
+    order = np.argsort(-np.asarray(entropy), kind='stable')
+    highest = sorted(order[:4].tolist())
+    peaks = [entropy_peaks(profile, list(range(steps))) for profile in profiles]
+    return {'attention peaks': peaks, 'step entropy': [highest] * prompts, 'first 4': [[0, 1, 2, 3]] * prompts}
+
+def _choices(
+    values, # (P,B) a value of every step
+    rules:dict, # Rule -> P lists of steps
+    texts, # (P,) the prompts' texts; None = all distinct
+)->dict: # chosen, over_rules: rule -> interval; lead: fields of an `Estimate`, of the peaks over the rest
+    "Compare the steps that each rule chooses with the other steps, and the peaks with the other rules."
+    differences = {rule: chosen_minus_rest(values, steps) for rule, steps in rules.items()}
+    chosen = {rule: difference(d, None, texts) for rule, d in differences.items()}
+    peaks = differences.pop('attention peaks')
+    over = {rule: difference(peaks - d, None, texts).interval() for rule, d in differences.items()}
+    lead = asdict(chosen['attention peaks'])
+    return dict(over_rules=over, chosen={rule: e.interval() for rule, e in chosen.items()}, lead=lead)
 
 def _step_statistics(
     values, # (P,B) a value of every step
@@ -167,19 +194,19 @@ def _step_statistics(
     rules:dict, # Rule -> P lists of steps
     texts=None, # (P,) the prompts' texts; None = all distinct
     logs:bool=False, # Choose by the logarithm? Of variances
-)->dict: # mean by step; along, across, chosen, over_rules: intervals; lead: fields of an `Estimate`, of the peaks over the rest
+)->dict: # mean by step; along, along_lead, across: intervals; and `_choices`
     "Statistics of attention entropy and step entropy against one value of the steps."
-    values, attention, step = (np.asarray(o, dtype=float) for o in (values, attention, np.broadcast_to(entropy, values.shape)))
-    along = {'attention entropy': rank_correlation(attention, values), 'step entropy': rank_correlation(step, values)}
-    level = log_variance(values) if logs else values
-    chosen = {name: chosen_minus_rest(level, steps) for name, steps in rules.items()}
-    peaks = chosen['attention peaks']
-    lead = difference(peaks, None, texts)
-    over = {name: peaks - c for name, c in chosen.items() if name != 'attention peaks'}
-    def by_text(found): return {name: difference(v, None, texts).interval() for name, v in found.items()}
-    return dict(mean=[bootstrap_interval(o) for o in values.T], along={n: bootstrap_interval(o) for n, o in along.items()},
-                along_lead=paired_interval(along['step entropy'], along['attention entropy']), over_rules=by_text(over),
-                chosen=by_text(chosen), lead=asdict(lead), across=draws_interval(correlation_draws(attention.T[None], values.T[None])))
+    values = np.asarray(values, dtype=float)
+    attention = np.asarray(attention, dtype=float)
+    step = np.broadcast_to(np.asarray(entropy, dtype=float), values.shape)
+    by_attention = rank_correlation(attention, values)
+    by_step = rank_correlation(step, values)
+    along = {'attention entropy': by_attention, 'step entropy': by_step}
+    along = {name: bootstrap_interval(values) for name, values in along.items()}
+    across = draws_interval(correlation_draws(attention.T[None], values.T[None]))
+    choices = _choices(log_variance(values) if logs else values, rules, texts)
+    lead = paired_interval(by_step, by_attention)
+    return dict(mean=column_intervals(values), along=along, along_lead=lead, across=across, **choices)
 
 def kernel_statistics(
     values:dict, # Value -> (P,B) of every step
@@ -189,7 +216,9 @@ def kernel_statistics(
 )->dict: # Value -> its statistics
     "Statistics of both entropies against the steps of a kernel; variances enter as logarithms."
     rules = _rules(profiles, entropy)
-    return {n: _step_statistics(v, profiles, entropy, rules, texts, n == 'variance') for n, v in values.items()}
+    found = {}
+    for name, own in values.items(): found[name] = _step_statistics(own, profiles, entropy, rules, texts, name == 'variance')
+    return found
 
 def _kernel_steps(
     policy, # A policy
@@ -202,19 +231,19 @@ def _kernel_steps(
     plan = exploration_plan(all_steps(16), size['generations'], **settings)
     found = step_values(policy, prompts, plan, 'preference', size['samples'])
     entropy = step_entropy(flow_sigmas(), 1, **settings)[:15]
-    values = {n: getattr(found, n) for n in STEP_VALUES}
+    values = {name: getattr(found, name) for name in STEP_VALUES}
     statistics = kernel_statistics(values, profiles, entropy, prompts)
-    return dict(step_entropy=entropy, values={n: _rounded(v, 10) for n, v in values.items()}, statistics=statistics)
+    return dict(step_entropy=entropy, values={n: rounded(v, 10) for n, v in values.items()}, statistics=statistics)
 
 # %% ../../nbs/paper/08_peaks.ipynb #7252ef04
 def peaks_data(
-    results:dict, # Empty: nothing is trained
     scale, # A `Scale`
 )->dict: # The record's data
     "Measure whether peaks of the attention entropy mark the steps whose exploration pays (AEGPO)."
     size = measurement_size('peaks', scale)
-    policy, prompts = load_policy(), load_prompts('shapes', 'held_out', size['prompts'])
+    policy = load_policy()
+    prompts = load_prompts('shapes', 'held_out', size['prompts'])
     profiles = entropy_profiles(policy, prompts)[:, :15]
-    kernels = {name: _kernel_steps(policy, prompts, profiles, size, o) for name, o in STEP_KERNELS.items()}
-    return dict(size, seed=0, nfe=policy.nfe, length=LENGTH, profiles=_rounded(profiles, 5), kernels=kernels,
-                peaks=[entropy_peaks(p, list(range(15))) for p in profiles])
+    kernels = {name: _kernel_steps(policy, prompts, profiles, size, settings) for name, settings in STEP_KERNELS.items()}
+    peaks = [entropy_peaks(profile, list(range(15))) for profile in profiles]
+    return dict(size, seed=0, nfe=policy.nfe, length=LENGTH, profiles=rounded(profiles, 5), kernels=kernels, peaks=peaks)

@@ -16,20 +16,35 @@ from .records import SCALES, figures_dir, load_record
 from ..show.plots import GREY
 
 # %% ../../nbs/paper/01_pictures.ipynb #3e7748c6
+def _counts(
+    record:dict, # A record
+)->list: # e.g. '3 to 5 seeds', '256 prompts'
+    "Numbers of seeds and prompts of a record, where it has any."
+    finished = record['data'].get('seeds_finished', {}).values()
+    seeds = sorted({len(own) for own in finished if own} or {len(record['seeds'])})
+    prompts = record['data'].get('prompts')
+    counts = []
+    if seeds[-1]:
+        some = str(seeds[-1]) if seeds[0] == seeds[-1] else f'{seeds[0]} to {seeds[-1]}'
+        counts.append(f'{some} seed' + 's' * (seeds[-1] > 1))
+    if isinstance(prompts, int) and prompts: counts.append(f'{prompts} prompt' + 's' * (prompts > 1))
+    return counts
+
 def caption(
     name:str, # Name of a picture: that of its record, or with a suffix ('tau_curves')
     intervals:str='', # What its intervals are
 )->str: # A line; '' without a record
     "Caption of a picture, from the record whose name is the longest that its own begins with."
-    names = [p.stem for p in figures_dir().glob('*.json') if f'{name}_'.startswith(f'{p.stem}_')]
-    if not names: return ''
-    record = load_record(max(names, key=len))
-    scale, prompts = record['scale'], record['data'].get('prompts')
-    seeds = {len(o) for o in record['data'].get('seeds_finished', {}).values() if o} or {len(record['seeds'])}
-    counts = [('seed', sorted({min(seeds), max(seeds)})), ('prompt', [prompts if isinstance(prompts, int) else 0])]
-    counted = [f'{" to ".join(map(str, n))} {what}{"s" * (n[-1] > 1)}' for what, n in counts if n[-1]]
-    model = f" ({SCALES[scale].settings.get('model', 'small FLUX on drawn shapes')})" * bool(counted)
-    return ', '.join([f'scale {scale}{model}', *counted, *filter(None, [intervals])])
+    stems = [path.stem for path in figures_dir().glob('*.json')]
+    stems = [stem for stem in stems if f'{name}_'.startswith(f'{stem}_')]
+    if not stems: return ''
+    record = load_record(max(stems, key=len))
+    scale = record['scale']
+    counts = _counts(record)
+    text = f'scale {scale}'
+    if counts: text += f" ({SCALES[scale].settings.get('model', 'small FLUX on drawn shapes')})"
+    parts = [text, *counts, intervals]
+    return ', '.join(part for part in parts if part)
 
 # %% ../../nbs/paper/01_pictures.ipynb #6e6c1ef5
 @contextmanager
@@ -53,12 +68,15 @@ def save_figure(
 )->Path: # The file written
     "Write a picture at 110 dpi into `figures_dir()`, its `caption` below: the same picture gives the same bytes."
     if not isinstance(figure, Figure): figure = np.ravel(figure)[0].figure.figure # of a subfigure, the whole
-    named = Path(name).suffix == '.png'
-    path, text = Path(name) if named else figures_dir()/f'{name}.png', '' if named else caption(name, intervals)
+    is_path = Path(name).suffix == '.png'
+    path = Path(name) if is_path else figures_dir()/f'{name}.png'
+    text = '' if is_path else caption(name, intervals)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _laid_out(figure):
-        box, height = figure.get_tightbbox(), figure.get_figheight()
-        note = figure.text(box.x0 / figure.get_figwidth(), (box.y0 - .08) / height, text, fontsize=8, color=GREY, va='top')
+        box = figure.get_tightbbox()
+        x = box.x0 / figure.get_figwidth()
+        y = (box.y0 - .08) / figure.get_figheight()
+        note = figure.text(x, y, text, fontsize=8, color=GREY, va='top')
         figure.savefig(path, dpi=110, bbox_inches='tight', metadata={'Software': None})
         note.remove()
     return path

@@ -36,22 +36,27 @@ DESIGN = (
 LEARNING_RATES = defaultdict(lambda: 1e-4, dance_grpo=5e-5)
 
 # %% ../../nbs/paper/12_registered.ipynb #4e910011
+def _without_seed(run)->str: return repr(replace(run, seed=0))
+
 def shared_iterations(
     chosen:dict, # Experiment -> setting -> a run per seed, for every grid of `DESIGN`
     iterations:Callable, # Run -> how many iterations it surely has
 )->dict: # What makes a run, its seed aside -> set of iterations
     "Collect the iterations at which a setting is compared with another that ends earlier."
-    first = {name: {k: cells[0] for k, cells in grid.items()} for name, grid in chosen.items()}
-    ends = {name: {k: iterations(run) for k, run in runs.items()} for name, runs in first.items()}
-    least = defaultdict(lambda: float('inf'))
-    for g in DESIGN: least[g.family] = min(least[g.family], *ends[g.experiment].values())
+    ends = {} # (experiment, setting) -> its iterations
+    least = defaultdict(lambda: float('inf')) # family -> fewest
+    for g in DESIGN:
+        for setting, runs in chosen[g.experiment].items():
+            end = ends[g.experiment, setting] = iterations(runs[0])
+            least[g.family] = min(least[g.family], end)
     places = defaultdict(set)
     for g in DESIGN:
-        runs, own = first[g.experiment], ends[g.experiment]
         for rival in g.rivals:
-            shared = least[g.family] if g.family else min(own[g.best], own[rival])
-            for k in (g.best, rival):
-                if own[k] > shared or runs[k].budget: places[repr(replace(runs[k], seed=0))].add(shared)
+            shared = least[g.family] if g.family else min(ends[g.experiment, g.best], ends[g.experiment, rival])
+            for setting in (g.best, rival):
+                run = chosen[g.experiment][setting][0]
+                goes_on = ends[g.experiment, setting] > shared or run.budget
+                if goes_on: places[_without_seed(run)].add(shared)
     return places
 
 def register(
@@ -59,13 +64,16 @@ def register(
     iterations:Callable, # Run -> how many iterations it surely has
 )->dict: # The same of `DESIGN`
     "Turn grids into the registered ones."
-    chosen = {}
+    chosen = defaultdict(dict)
     for g in DESIGN:
-        seeds = {g.best: g.best_seeds} | dict.fromkeys(g.rivals, g.seeds)
-        chosen[g.experiment] = {k: planned[g.experiment][k][:n] for k, n in seeds.items()}
+        runs = planned[g.experiment]
+        chosen[g.experiment][g.best] = runs[g.best][:g.best_seeds]
+        for rival in g.rivals: chosen[g.experiment][rival] = runs[rival][:g.seeds]
     places = shared_iterations(chosen, iterations)
     def evaluated(run):
         "Name the iterations in the run."
-        at = places.get(repr(replace(run, seed=0)))
+        at = places.get(_without_seed(run))
         return replace(run, eval_at=' '.join(map(str, sorted(at)))) if at else run
-    return {name: {k: [*map(evaluated, runs)] for k, runs in grid.items()} for name, grid in chosen.items()}
+    for grid in chosen.values():
+        for setting, runs in grid.items(): grid[setting] = [evaluated(run) for run in runs]
+    return dict(chosen)

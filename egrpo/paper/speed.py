@@ -14,15 +14,14 @@ from ..train.trainer import TrainConfig
 
 # %% ../../nbs/paper/11_speed.ipynb #b656ad67
 def speed_data(
-    results:dict, # Empty: nothing is trained to learn
     scale, # A `Scale`
 )->dict: # The record's data
     "An iteration of E-GRPO against the same sample by sample, and against plain diffusers sampling."
     size = measurement_size('speed', scale)
-    config = TrainConfig(prompts_per_iteration=size['prompts'], num_generations=size['generations'], active_steps=size['active_steps'],
-                         reward='preference', device='cpu', dtype='fp32', eval_size=2)
+    own = dict(prompts_per_iteration=size['prompts'], num_generations=size['generations'], active_steps=size['active_steps'])
+    config = TrainConfig(**own, reward='preference', device='cpu', dtype='fp32', eval_size=2)
     found = speed_of(config, size['rounds'])
     compiled = compiled_of(config, size['rounds']) if size['rounds'] > 1 else [] # compiling takes minutes
     found['nfe'] += sum(o['nfe'] for o in compiled)
-    return dict(size, seed=0, threads=1, clock='processor time', plan=describe(make_plan('egrpo', **config.flat())), **found,
-                compiled=compiled)
+    plan = describe(make_plan('egrpo', **config.flat()))
+    return dict(size, seed=0, threads=1, clock='processor time', plan=plan, **found, compiled=compiled)

@@ -13,43 +13,60 @@ from .records import load_record, record_path, show_interval
 # %% ../../nbs/paper/22_tables.ipynb #685857f5
 PAPER_COLUMNS = ('paper HPS', 'paper CLIP', 'paper PickScore', 'paper ImageReward')
 
+def _as_text(
+    intervals:dict, # reward -> (mean, low, high)
+    sign:str='', # '+' shows the sign of positive numbers, too
+)->dict: # reward -> text
+    "Intervals as text."
+    return {reward: show_interval(interval, sign) for reward, interval in intervals.items()}
+
+def _scores(scores:dict, when:str)->dict: return _as_text({reward: own[when] for reward, own in scores.items()})
+
 def score_table(
     data:dict, # A record's data, as `grid_data` makes it
     paper:dict|None=None, # setting -> the paper's four scores
 )->pd.DataFrame: # A row before training and one per setting, a column per reward
     "Scores after training, with 95 % intervals over seeds and prompts."
     first = next(iter(data['settings'].values()))
-    rows = {'before training': {r: show_interval(s['before']) for r, s in first.items()}}
-    rows |= {k: {r: show_interval(s['after']) for r, s in setting.items()} for k, setting in data['settings'].items()}
-    for k, numbers in (paper or {}).items(): rows[k] = rows.get(k, {}) | {c: f'{v:.3f}' for c, v in zip(PAPER_COLUMNS, numbers)}
-    return pd.DataFrame(rows).T.fillna('')
+    rows = {'before training': _scores(first, 'before')}
+    for setting, scores in data['settings'].items(): rows[setting] = _scores(scores, 'after')
+    for setting, scores in (paper or {}).items():
+        shown = [f'{score:.3f}' for score in scores]
+        rows[setting] = rows.get(setting, {}) | dict(zip(PAPER_COLUMNS, shown))
+    return pd.DataFrame.from_dict(rows, orient='index').fillna('')
 
 def difference_table(
     data:dict, # A record's data, as `grid_data` makes it
     equal_iterations:bool=False, # At equal iterations instead of at the end of the runs?
 )->pd.DataFrame: # A row per other setting, a column per reward
     "Differences of all settings from the one they are compared with, on the same prompts."
-    rows = {k: {r: show_interval(d, '+') for r, d in ds.items()} for k, ds in data['against_best'].items()}
+    rows = {setting: _as_text(leads, '+') for setting, leads in data['against_best'].items()}
     if equal_iterations:
-        rows = {k: dict(iteration=e['iteration'], **{r: show_interval(d, '+') for r, d in e['against_best'].items()})
-                for k, e in data['equal_iterations'].items()}
+        rows = {}
+        for setting, equal in data['equal_iterations'].items():
+            rows[setting] = dict(iteration=equal['iteration']) | _as_text(equal['against_best'], '+')
     return pd.DataFrame(rows).T.rename_axis(f"minus {data['best']}")
 
 def cost_table(
     data:dict, # A record's data, as `grid_data` makes it
 )->pd.DataFrame: # A row per setting
     "Table of the cost of each setting's run, and of its finished seeds."
-    seeds, planned = data['seeds_finished'], data['seeds_planned']
-    return pd.DataFrame({k: c | dict(seeds=f'{len(seeds[k])} of {planned}') for k, c in data['cost'].items()}).T
+    rows = {}
+    for setting, cost in data['cost'].items():
+        finished = len(data['seeds_finished'][setting])
+        rows[setting] = cost | dict(seeds=f"{finished} of {data['seeds_planned']}")
+    return pd.DataFrame(rows).T
 
 def said(
     record:dict, # A record
 )->str: # A line
     "Scale, seeds and cost of a record."
-    data, hours = record['data'], record['wall_time'] / 3600
-    fewest, most = (f(map(len, data['seeds_finished'].values())) for f in (min, max))
-    planned = data['seeds_planned']
-    seeds = f"{most} of {planned} seeds of every setting" if fewest == most else f"{fewest} to {most} of {planned} seeds, by setting"
+    finished = [len(seeds) for seeds in record['data']['seeds_finished'].values()]
+    fewest, most = min(finished), max(finished)
+    planned = record['data']['seeds_planned']
+    seeds = f'{most} of {planned} seeds of every setting'
+    if fewest < most: seeds = f'{fewest} to {most} of {planned} seeds, by setting'
+    hours = record['wall_time'] / 3600
     return f"scale {record['scale']}, {seeds}, {hours:.1f} hours of one core, {record['nfe']:,} network evaluations, {record['device']}"
 
 def rewards_of(
@@ -64,7 +81,9 @@ def seeds_of(
     paired:bool=False, # Count only those that all of them have?
 )->int: # Fewest seeds of a setting
     "Number of seeds of a comparison."
-    seeds = [set(o) for k, o in data['seeds_finished'].items() if settings is None or k in settings]
+    finished = data['seeds_finished']
+    chosen = finished if settings is None else [setting for setting in finished if setting in settings]
+    seeds = [set(finished[setting]) for setting in chosen]
     return len(set.intersection(*seeds)) if paired else min(map(len, seeds))
 
 def find_record(

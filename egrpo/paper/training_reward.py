@@ -16,7 +16,7 @@ import pandas as pd
 from ..base.files import digest
 from ..models.policy import load_policy
 from .intervals import difference
-from .measurement import _rounded, measurement_size
+from .measurement import measurement_size, repeat_each, rounded, weighted_sum
 from .records import load_record, record_path
 from ..rewards.reward import get_reward
 from ..train.prompts import load_prompts, prompt_batch
@@ -24,20 +24,25 @@ from ..train.trainer import evaluate
 
 # %% ../../nbs/paper/15_training_reward.ipynb #3d0c5a06
 def base_scores_data(
-    results:dict, # Empty: nothing is trained
     scale, # A `Scale`
 )->dict: # The record's data
     "Mean scores of the untrained model on each distinct training prompt."
-    size, rewards = measurement_size('base_scores', scale), get_reward('preference + clip')
-    prompts = load_prompts('shapes', 'train', size['prompts'])
-    texts, policy, noises = list(dict.fromkeys(prompts)), load_policy(lora_rank=None), size['noises']
-    each = [text for text in texts for _ in range(noises)]
-    starts = range(0, len(each), 128)
-    found = pd.concat([evaluate(policy, each[i:i+128], rewards, seed=1, ids=range(i, min(i + 128, len(each)))) for i in starts])
-    scores = {n: found[n].to_numpy().reshape(-1, noises) for n in rewards.names}
-    return dict(size, texts=len(texts), digest=digest(json.dumps(texts).encode()), seed=1, nfe=policy.nfe,
-                scores={n: _rounded(s.mean(1), 4) for n, s in scores.items()},
-                noise_std={n: float(s.std(1, ddof=1).mean()) for n, s in scores.items()})
+    size = measurement_size('base_scores', scale)
+    noises = size['noises']
+    rewards = get_reward('preference + clip')
+    texts = list(dict.fromkeys(load_prompts('shapes', 'train', size['prompts'])))
+    policy = load_policy(lora_rank=None)
+    each = repeat_each(texts, noises)
+    found = []
+    for first in range(0, len(each), 128):
+        some = each[first:first + 128]
+        found.append(evaluate(policy, some, rewards, seed=1, ids=range(first, first + len(some))))
+    found = pd.concat(found)
+    scores = {name: found[name].to_numpy().reshape(-1, noises) for name in rewards.names}
+    data = dict(size, texts=len(texts), digest=digest(json.dumps(texts).encode()), seed=1, nfe=policy.nfe)
+    data['scores'] = {name: rounded(values.mean(1), 4) for name, values in scores.items()}
+    data['noise_std'] = {name: float(values.std(1, ddof=1).mean()) for name, values in scores.items()}
+    return data
 
 # %% ../../nbs/paper/15_training_reward.ipynb #3d0c5b02
 @lru_cache
@@ -63,22 +68,31 @@ def base_reward(
     result:dict, # A result
 )->np.ndarray|None: # (I,) per iteration; None where it is not known
     "Mean reward of the untrained model on the prompts of each iteration."
-    config, path = result['config'], record_path('base_scores')
-    if (config.get('model'), config.get('prompts')) != ('miniature', 'shapes') or not path.exists(): return None
-    scores, weights = _base_scores(path, path.stat().st_mtime_ns), get_reward(config['reward']).weights
+    config = result['config']
+    path = record_path('base_scores')
+    is_miniature = (config.get('model'), config.get('prompts')) == ('miniature', 'shapes')
+    if not is_miniature or not path.exists(): return None
+    scores = _base_scores(path, path.stat().st_mtime_ns)
+    weights = get_reward(config['reward']).weights
     if not weights.keys() <= scores.keys(): return None
-    prompts, n, seed = _training_texts('shapes'), config['prompts_per_iteration'], config['seed']
-    seen = [text for i in range(len(result['reward'])) for text in prompt_batch(prompts, n, i, seed)]
-    if not scores[next(iter(weights))].keys() >= {*seen}: return None
-    total = sum(weight * np.array([scores[reward][text] for text in seen]) for reward, weight in weights.items())
+    n = config['prompts_per_iteration']
+    prompts = _training_texts('shapes')
+    batches = [prompt_batch(prompts, n, i, config['seed']) for i in range(len(result['reward']))]
+    texts = [text for batch in batches for text in batch]
+    measured = scores[next(iter(weights))]
+    if not measured.keys() >= set(texts): return None
+    table = pd.DataFrame({reward: scores[reward] for reward in weights}).loc[texts]
+    total = weighted_sum(table, weights).to_numpy()
     return total.reshape(-1, n).mean(1)
 
 def training_rewards(
     results:list, # Results of one setting, a seed each
 )->list: # (I,) per result: its reward per iteration
     "Training reward minus the untrained model's on the same prompts, or as it is where that is not known of all."
-    rewards, base = [np.array(r['reward'], dtype=float) for r in results], [base_reward(r) for r in results]
-    return rewards if any(b is None for b in base) else [r - b for r, b in zip(rewards, base)]
+    rewards = [np.array(result['reward'], dtype=float) for result in results]
+    base = [base_reward(result) for result in results]
+    if any(b is None for b in base): return rewards
+    return [reward - b for reward, b in zip(rewards, base)]
 
 def training_curve(
     results:list, # Results of one setting, a seed each
@@ -87,18 +101,20 @@ def training_curve(
     "Mean of `training_rewards` over the parts of a run, with intervals over seeds."
     rewards = training_rewards(results)
     parts = min(parts, *map(len, rewards))
-    def means(x): return [c.mean() for c in np.array_split(x, parts)]
-    middles = np.mean([means(np.arange(len(r)) + .5) for r in rewards], axis=0)
-    levels = np.array([means(r) for r in rewards])
-    return [(float(i), *difference(y[:, None], None).interval()) for i, y in zip(middles, levels.T)]
+    def means(x): return [part.mean() for part in np.array_split(x, parts)]
+    middles = np.mean([means(np.arange(len(reward)) + .5) for reward in rewards], axis=0)
+    levels = np.array([means(reward) for reward in rewards])
+    intervals = [difference(level[:, None], None).interval() for level in levels.T]
+    return [(float(middle), *interval) for middle, interval in zip(middles, intervals)]
 
 def training_rise(
     results:list, # Results of one setting, a seed each
     iterations:int|None=None, # Of the first so many; None = all
 )->np.ndarray: # (S,1) last quarter minus first quarter
     "Rise of each seed's training reward from the first quarter to the last."
-    def rise(reward):
-        "Of one run."
+    rises = []
+    for reward in training_rewards(results):
+        reward = reward[:iterations]
         quarter = max(1, len(reward) // 4)
-        return reward[-quarter:].mean() - reward[:quarter].mean()
-    return np.array([[rise(r[:iterations])] for r in training_rewards(results)])
+        rises.append([reward[-quarter:].mean() - reward[:quarter].mean()])
+    return np.array(rises)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.functions import find_function, name_error
+from ..core.advantage import weighted_sum
 from .judge import judge
 from .published import REWARD_MODELS, RewardError, RewardModel
 from .server import RewardClient, public_address
@@ -25,16 +26,22 @@ def _check_batch(
     prompts:list, # Should be B strings
 )->None:
     "Refuse a batch that is not what every reward expects."
-    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        what = f"{images.dtype} of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"images must be a floating tensor (B,3,H,W) in [0,1], got {what}: give what `policy.decode` returns")
+    expected = "a floating tensor (B,3,H,W) in [0,1]"
+    remedy = "give what `policy.decode` returns"
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be {expected}, got {type(images).__name__}: {remedy}")
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images must be {expected}, got {images.dtype} of shape {tuple(images.shape)}: {remedy}")
     if isinstance(prompts, str) or len(prompts) != len(images):
-        got = 'one string' if isinstance(prompts, str) else f"{len(prompts)}"
-        raise ValueError(f"prompts must be a list of {len(images)} strings, one per image, got {got}: "
-                         "repeat a prompt for each of its images")
-    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if bad: raise RewardError(f"the images are not finite ({len(bad)} of {len(images)}, the first for prompt {prompts[bad[0]]!r}): "
-                              "where dtype is fp16, numbers overflow; take bf16 or fp32")
+        got = 'one string' if isinstance(prompts, str) else len(prompts)
+        wanted = f"a list of {len(images)} strings, one per image"
+        raise ValueError(f"prompts must be {wanted}, got {got}: repeat a prompt for each of its images")
+    finite = images.isfinite().flatten(1).all(1)
+    if finite.all(): return
+    bad = (~finite).nonzero().flatten().tolist()
+    which = f"{len(bad)} of {len(images)}, the first for prompt {prompts[bad[0]]!r}"
+    remedy = "where dtype is fp16, numbers overflow; take bf16 or fp32"
+    raise RewardError(f"the images are not finite ({which}): {remedy}")
 
 # %% ../../nbs/rewards/03_reward.ipynb #09ef633f
 def _as_scores(
@@ -46,13 +53,16 @@ def _as_scores(
     n = len(prompts)
     try: scores = torch.as_tensor(raw).detach().float().cpu()
     except Exception as e:
-        raise RewardError(f"reward {name!r} must return {n} numbers, got {type(raw).__name__}: return a tensor, an array or a list") from e
+        remedy = "return a tensor, an array or a list"
+        raise RewardError(f"reward {name!r} must return {n} numbers, got {type(raw).__name__}: {remedy}") from e
     if scores.shape != (n,):
-        raise RewardError(f"reward {name!r} must return shape ({n},), one score per image, got {tuple(scores.shape)}: check its last line")
-    bad = (~torch.isfinite(scores)).nonzero().flatten().tolist()
-    if bad: raise RewardError(f"reward {name!r} gave {scores[bad[0]].item()} for prompt {prompts[bad[0]]!r} ({len(bad)} of {n} scores are "
-                              "not finite): make it return a finite score for every image")
-    return scores
+        wanted = f"shape ({n},), one score per image"
+        raise RewardError(f"reward {name!r} must return {wanted}, got {tuple(scores.shape)}: check its last line")
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if not bad: return scores
+    first = f"{scores[bad[0]].item()} for prompt {prompts[bad[0]]!r}"
+    remedy = "make it return a finite score for every image"
+    raise RewardError(f"reward {name!r} gave {first} ({len(bad)} of {n} scores are not finite): {remedy}")
 
 # %% ../../nbs/rewards/03_reward.ipynb #b0188ffa
 def _failure(
@@ -112,8 +122,8 @@ def _load(
     name:str, # 'clip' or 'preference'
 ): # Its model and tokenizer
     "A learned reward, read once."
-    from egrpo.miniature import build as miniature
-    return getattr(miniature, f'load_{name}')()
+    from egrpo.miniature.build import load_small_clip, load_small_preference
+    return dict(clip=load_small_clip, preference=load_small_preference)[name]()
 
 # %% ../../nbs/rewards/03_reward.ipynb #86c06cf2
 def _scorer(
@@ -134,27 +144,35 @@ def _clip(images, prompts):
 # %% ../../nbs/rewards/03_reward.ipynb #609caa89
 def _preference(images, prompts):
     "Score of the small preference model."
-    from egrpo.miniature.build import preference_score
-    return preference_score(_scorer('preference'), images, prompts)
+    from egrpo.miniature.build import clip_score
+    return clip_score(_scorer('preference'), images, prompts)
 
 # %% ../../nbs/rewards/03_reward.ipynb #1308a160
 BUILT_IN = dict(verifier=_verifier, verifier_strict=_verifier_strict, clip=_clip, preference=_preference)
 
 # %% ../../nbs/rewards/03_reward.ipynb #9d092fd9
+def _check_callable(name, function):
+    "Refuse what cannot score; a class must be made first."
+    if not callable(function):
+        raise ValueError(f"reward {name!r} is a {type(function).__name__}: give a function of (images, prompts)")
+    if not isinstance(function, type): return
+    place, colon, _ = name.rpartition(':')
+    remedy = f"name an instance of it, e.g. scorer = {function.__name__}() and {place}{colon}scorer"
+    raise ValueError(f"reward {name!r} is a class: {remedy}")
+
 class RewardSet:
     "Named rewards with weights."
     def __init__(self,
         rewards:dict, # name -> callable (images, prompts) -> B scores
         weights:dict=None, # name -> weight, finite and not 0; 1 for each if not given
     ):
+        weights = weights or dict.fromkeys(rewards, 1.)
         self.rewards = dict(rewards)
-        self.weights = {k: float(w) for k, w in (weights or dict.fromkeys(rewards, 1.)).items()}
+        self.weights = {k: float(w) for k, w in weights.items()}
         if not self.rewards or set(self.rewards) != set(self.weights):
-            raise ValueError(f"weights must name the rewards {sorted(self.rewards)}, got {sorted(self.weights)}: give each one weight")
-        for k, f in self.rewards.items():
-            if not callable(f): raise ValueError(f"reward {k!r} is a {type(f).__name__}: give a function of (images, prompts)")
-            if isinstance(f, type): raise ValueError(f"reward {k!r} is a class: name an instance of it, e.g. scorer = {f.__name__}() and "
-                                                     f"{''.join(k.rpartition(':')[:2])}scorer")
+            got = f"got {sorted(self.weights)}: give each one weight"
+            raise ValueError(f"weights must name the rewards {sorted(self.rewards)}, {got}")
+        for name, function in self.rewards.items(): _check_callable(name, function)
         bad = {k: w for k, w in self.weights.items() if not math.isfinite(w) or w == 0}
         if bad: raise ValueError(f"reward weights must be finite and not 0, got {bad}: leave out a reward that should not count")
 
@@ -170,12 +188,18 @@ class RewardSet:
         "Scores of every reward."
         return {k: score(f, images, prompts, k) for k, f in self.rewards.items()}
 
+    def weigh(self,
+        scores:dict, # name -> scores: tensors of one shape, or numbers
+    ): # Their sum, each times its weight
+        "The weighted sum of scores that are there."
+        return weighted_sum(scores, self.weights)
+
     def total(self,
         images:Tensor, # (B,3,H,W) floating, in [0,1]
         prompts:list, # B strings
     )->Tensor: # (B,) fp32 on the CPU
         "The weighted sum of the scores as they are."
-        return sum(self.weights[k] * v for k, v in self(images, prompts).items())
+        return self.weigh(self(images, prompts))
 
     def check(self,
         prompts:list, # Strings
@@ -187,8 +211,11 @@ class RewardSet:
             except ValueError as e: raise ValueError(f"reward {k!r} {e}") from e
 
     def __repr__(self):
-        names = {k: getattr(f, 'spec', k) for k, f in self.rewards.items()}
-        return ' + '.join(names[k] if w == 1 else f'{w:g}*{names[k]}' for k, w in self.weights.items())
+        terms = []
+        for name, weight in self.weights.items():
+            spec = getattr(self.rewards[name], 'spec', name)
+            terms.append(spec if weight == 1 else f'{weight:g}*{spec}')
+        return ' + '.join(terms)
 
 # %% ../../nbs/rewards/03_reward.ipynb #f0d1ac08
 _number = r'[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?'
@@ -196,19 +223,23 @@ _name = r'[\w./-]+\.py:\w+|[A-Za-z_][\w.]*(?::\w+)?' # a path's letters are thos
 _term = re.compile(rf'\s*(?:({_number})\s*\*\s*)?({_name})\s*(?:\(\s*([^()]+?)\s*\))?\s*(?:\+|$)')
 
 # %% ../../nbs/rewards/03_reward.ipynb #b5ab5cb0
+def _not_a_sum(spec):
+    "Message on a reward that cannot be read."
+    forms = "'verifier', 'preference + 0.5*clip', 'hpsv2.1(/path/of/weights.pt)' or 'path/of/file.py:function'"
+    path = "a file's path of letters, digits and ./_-"
+    return f"reward {public_address(spec)!r} is not a weighted sum of names: write it like {forms}, {path}"
+
 def _parse(
     spec:str, # Such as 'preference + 0.5*clip'
 )->list: # (weight, name, place or None) of each term
     "The terms of a weighted sum."
     terms, at = [], 0
     while at < len(spec) or not terms:
-        m = _term.match(spec, at)
-        if not m or (m.end() == len(spec) and spec.rstrip().endswith('+')):
-            raise ValueError(f"reward {public_address(spec)!r} is not a weighted sum of names: write it like 'verifier', "
-                             "'preference + 0.5*clip', 'hpsv2.1(/path/of/weights.pt)' or "
-                             "'path/of/file.py:function', a file's path of letters, digits and ./_-")
-        terms.append((float(m[1] or 1), m[2], m[3]))
-        at = m.end()
+        term = _term.match(spec, at)
+        ends = term and term.end() == len(spec)
+        if not term or (ends and spec.rstrip().endswith('+')): raise ValueError(_not_a_sum(spec))
+        terms.append((float(term[1] or 1), term[2], term[3]))
+        at = term.end()
     return terms
 
 # %% ../../nbs/rewards/03_reward.ipynb #69f625d4
@@ -220,10 +251,10 @@ def _called(
     times = Counter(name for _, name, _ in terms)
     names = []
     for _, name, place in terms:
-        shown = public_address(place) if name in ('server', 'judge') and place else place
+        shown = public_address(place) if name == 'server' and place else place
         names.append(f'{name}({shown})' if times[name] > 1 and place else name)
-    twice = [name for name, n in Counter(names).items() if n > 1]
-    if twice: raise ValueError(f"reward {public_address(spec)!r} names {twice[0]!r} twice: add up its weights")
+    for name, n in Counter(names).items():
+        if n > 1: raise ValueError(f"reward {public_address(spec)!r} names {name!r} twice: add up its weights")
     return names
 
 # %% ../../nbs/rewards/03_reward.ipynb #2d47dcb9

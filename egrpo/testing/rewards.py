@@ -9,42 +9,46 @@ __all__ = ['SMALL_REWARDS', 'random_tensors', 'linear_shapes', 'small_open_clip'
 # %% ../../nbs/testing/01_rewards.ipynb #70ff5c2d
 import json
 import math
+import string
 from pathlib import Path
 
 import torch
 
 # %% ../../nbs/testing/01_rewards.ipynb #b9550e88
+def _random(name, shape, rng):
+    "Random numbers of a size that keeps a network's activations near 1; a norm's weights lie near 1."
+    x = torch.randn(shape, generator=rng)
+    if len(shape) > 1: return x / math.sqrt(math.prod(shape[1:]))
+    norm = name.endswith('weight') and any(part in name for part in ('ln_', 'norm', 'LayerNorm'))
+    return .1 * x + norm
+
 def random_tensors(
     shapes:dict, # Name -> shape
     seed:int=0, # Seed of the numbers
 )->dict: # Name -> tensor, fp32
     "Random weights by name."
     rng = torch.Generator().manual_seed(seed)
-    def tensor(name, shape):
-        "One of them."
-        x = torch.randn(shape, generator=rng)
-        if len(shape) > 1: return x / math.sqrt(math.prod(shape[1:]))
-        norm = name.endswith('weight') and any(o in name for o in ('ln_', 'norm', 'LayerNorm'))
-        return .1 * x + norm
-    return {k: tensor(k, s) for k, s in shapes.items()}
+    return {name: _random(name, shape, rng) for name, shape in shapes.items()}
 
 def linear_shapes(
-    name:str, # The layer's name
-    outputs:int, # Its outputs
-    *inputs:int, # Its inputs; none for a norm
+    prefix:str, # What stands before the layers' names
+    **layers:tuple, # Name -> (outputs, inputs), or (width,) of a norm; __ in a name is a dot
 )->dict: # Name -> shape of weight and bias
-    "Shapes of a linear layer or a norm."
-    return {f'{name}.weight': (outputs, *inputs), f'{name}.bias': (outputs,)}
+    "Shapes of linear layers and norms."
+    shapes = {}
+    for name, (outputs, *inputs) in layers.items():
+        layer = prefix + name.replace('__', '.')
+        shapes[f'{layer}.weight'] = (outputs, *inputs)
+        shapes[f'{layer}.bias'] = (outputs,)
+    return shapes
 
 # %% ../../nbs/testing/01_rewards.ipynb #4f48eb5f
-def _open_clip_block(
-    name:str, # What stands before its tensors
-    n:int, # Width
-)->dict: # Name -> shape
-    "A block of open_clip's transformer."
-    joint = {f'{name}.attn.in_proj_weight': (3 * n, n), f'{name}.attn.in_proj_bias': (3 * n,)}
-    return (linear_shapes(f'{name}.ln_1', n) | joint | linear_shapes(f'{name}.attn.out_proj', n, n) | linear_shapes(f'{name}.ln_2', n)
-            | linear_shapes(f'{name}.mlp.c_fc', 2 * n, n) | linear_shapes(f'{name}.mlp.c_proj', n, 2 * n))
+def _open_clip_block(name, n):
+    "Shapes of a block of width n of open_clip's transformer."
+    attention = {f'{name}.attn.in_proj_weight': (3 * n, n), f'{name}.attn.in_proj_bias': (3 * n,)}
+    before = linear_shapes(f'{name}.', ln_1=(n,))
+    after = linear_shapes(f'{name}.', attn__out_proj=(n, n), ln_2=(n,), mlp__c_fc=(2 * n, n), mlp__c_proj=(n, 2 * n))
+    return before | attention | after
 
 def small_open_clip(
     seed:int=0, # Seed of the weights
@@ -55,12 +59,20 @@ def small_open_clip(
     side:int=28, # Of the images, pixels; patches have 14
 )->dict: # Name -> tensor
     "A CLIP in open_clip's layout, two blocks a tower, texts of up to 77 tokens."
-    shapes = {'visual.class_embedding': (width,), 'visual.positional_embedding': ((side // 14) ** 2 + 1, width),
-              'visual.conv1.weight': (width, 3, 14, 14), 'visual.proj': (width, dim), 'token_embedding.weight': (vocab, words),
-              'positional_embedding': (77, words), 'text_projection': (words, dim), 'logit_scale': ()}
-    shapes |= linear_shapes('visual.ln_pre', width) | linear_shapes('visual.ln_post', width) | linear_shapes('ln_final', words)
+    shapes = {
+        'visual.class_embedding': (width,),
+        'visual.positional_embedding': ((side // 14) ** 2 + 1, width),
+        'visual.conv1.weight': (width, 3, 14, 14),
+        'visual.proj': (width, dim),
+        'token_embedding.weight': (vocab, words),
+        'positional_embedding': (77, words),
+        'text_projection': (words, dim),
+        'logit_scale': (),
+    }
+    shapes |= linear_shapes('', visual__ln_pre=(width,), visual__ln_post=(width,), ln_final=(words,))
     for i in range(2):
-        shapes |= _open_clip_block(f'visual.transformer.resblocks.{i}', width) | _open_clip_block(f'transformer.resblocks.{i}', words)
+        shapes |= _open_clip_block(f'visual.transformer.resblocks.{i}', width)
+        shapes |= _open_clip_block(f'transformer.resblocks.{i}', words)
     return random_tensors(shapes, seed)
 
 # %% ../../nbs/testing/01_rewards.ipynb #b56dc2d6
@@ -72,10 +84,12 @@ def small_clip_model(
     from transformers import CLIPConfig, CLIPModel
     both = dict(num_attention_heads=16, num_hidden_layers=2, hidden_act=act)
     vision = dict(hidden_size=64, image_size=28, patch_size=14, intermediate_size=128, **both)
-    text = dict(vocab_size=514, hidden_size=32, intermediate_size=64, max_position_embeddings=77, eos_token_id=513, **both)
+    words = dict(vocab_size=514, max_position_embeddings=77, eos_token_id=513)
+    text = dict(hidden_size=32, intermediate_size=64, **words, **both)
+    config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)).eval()
+        model = CLIPModel(config).eval()
         for p in model.parameters(): p.data += .1 * torch.randn_like(p) # biases and norms too
     return model
 
@@ -87,28 +101,23 @@ def small_head(
 )->dict: # Name -> tensor
     "A head of five linear layers, numbered as published (dropouts between them count)."
     sizes = (width, 32, 16, 8, 4, 1)
-    layers = [linear_shapes(f'{before}{n}', b, a) for n, a, b in zip((0, 2, 4, 6, 7), sizes, sizes[1:])]
-    return random_tensors({k: s for layer in layers for k, s in layer.items()}, seed)
+    shapes = {}
+    for number, inputs, outputs in zip((0, 2, 4, 6, 7), sizes, sizes[1:]):
+        shapes |= linear_shapes(before, **{str(number): (outputs, inputs)})
+    return random_tensors(shapes, seed)
 
-def _blip_image_block(
-    name:str, # What stands before its tensors
-    n:int, # Width
-)->dict: # Name -> shape
-    "A block of BLIP's vision transformer."
-    return (linear_shapes(f'{name}.norm1', n) | linear_shapes(f'{name}.attn.qkv', 3 * n, n) | linear_shapes(f'{name}.attn.proj', n, n)
-            | linear_shapes(f'{name}.norm2', n) | linear_shapes(f'{name}.mlp.fc1', 2 * n, n) | linear_shapes(f'{name}.mlp.fc2', n, 2 * n))
+def _blip_image_block(name, n):
+    "Shapes of a block of width n of BLIP's vision transformer."
+    attention = dict(norm1=(n,), attn__qkv=(3 * n, n), attn__proj=(n, n))
+    return linear_shapes(f'{name}.', **attention, norm2=(n,), mlp__fc1=(2 * n, n), mlp__fc2=(n, 2 * n))
 
-def _blip_text_block(
-    name:str, # What stands before its tensors
-    n:int, # Width
-    seen:int, # Width of the image tokens it looks at
-)->dict: # Name -> shape
-    "A block of BLIP's text encoder, which looks at the image between attention to itself and the rest."
-    shapes = linear_shapes(f'{name}.intermediate.dense', 2 * n, n) | linear_shapes(f'{name}.output.dense', n, 2 * n)
+def _blip_text_block(name, n, seen):
+    "Shapes of a block of BLIP's text encoder, which looks at image tokens of width `seen` as well as at its own."
+    shapes = linear_shapes(f'{name}.', intermediate__dense=(2 * n, n), output__dense=(n, 2 * n))
     for part, width in (('attention', n), ('crossattention', seen)):
-        for o, inputs in (('query', n), ('key', width), ('value', width)): shapes |= linear_shapes(f'{name}.{part}.self.{o}', n, inputs)
-        shapes |= linear_shapes(f'{name}.{part}.output.dense', n, n) | linear_shapes(f'{name}.{part}.output.LayerNorm', n)
-    return shapes | linear_shapes(f'{name}.output.LayerNorm', n)
+        projections = dict(self__query=(n, n), self__key=(n, width), self__value=(n, width))
+        shapes |= linear_shapes(f'{name}.{part}.', **projections, output__dense=(n, n), output__LayerNorm=(n,))
+    return shapes | linear_shapes(f'{name}.', output__LayerNorm=(n,))
 
 def small_image_reward(
     seed:int=0, # Seed of the weights
@@ -116,35 +125,43 @@ def small_image_reward(
 )->dict: # Name -> tensor
     "ImageReward with two blocks a part: width 64 and 16 heads for images of 32 pixels, width 48 and 12 heads for text."
     image, text = 'blip.visual_encoder', 'blip.text_encoder'
+    words = f'{text}.embeddings'
     shapes = {f'{image}.cls_token': (1, 1, 64), f'{image}.pos_embed': (1, 5, 64)}
-    shapes |= linear_shapes(f'{image}.patch_embed.proj', 64, 3, 16, 16)
-    shapes |= linear_shapes(f'{image}.norm', 64) | linear_shapes(f'{text}.embeddings.LayerNorm', 48)
-    shapes |= {f'{text}.embeddings.word_embeddings.weight': (vocab, 48), f'{text}.embeddings.position_embeddings.weight': (64, 48)}
+    shapes |= linear_shapes(f'{image}.', patch_embed__proj=(64, 3, 16, 16), norm=(64,))
+    shapes |= linear_shapes(f'{words}.', LayerNorm=(48,))
+    shapes |= {f'{words}.word_embeddings.weight': (vocab, 48), f'{words}.position_embeddings.weight': (64, 48)}
     for i in range(2):
-        shapes |= _blip_image_block(f'{image}.blocks.{i}', 64) | _blip_text_block(f'{text}.encoder.layer.{i}', 48, 64)
+        shapes |= _blip_image_block(f'{image}.blocks.{i}', 64)
+        shapes |= _blip_text_block(f'{text}.encoder.layer.{i}', 48, 64)
     return random_tensors(shapes, seed) | small_head(48, seed, 'mlp.layers.')
 
 # %% ../../nbs/testing/01_rewards.ipynb #61d93b0b
+def _numbered(words): return {word: i for i, word in enumerate(words)}
+
 def _save_clip_tokenizer(folder):
     "CLIP's tokenizer with bytes for words."
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     letters = list(bytes_to_unicode().values())
-    words = [*letters, *[o + '</w>' for o in letters], '<|startoftext|>', '<|endoftext|>']
-    CLIPTokenizer({w: i for i, w in enumerate(words)}, [], model_max_length=77).save_pretrained(folder)
+    last = [letter + '</w>' for letter in letters]
+    words = [*letters, *last, '<|startoftext|>', '<|endoftext|>']
+    CLIPTokenizer(_numbered(words), [], model_max_length=77).save_pretrained(folder)
 
 def _save_bert_tokenizer(folder):
     "BERT's tokenizer with letters for words."
     from transformers import BertTokenizer
-    letters = 'abcdefghijklmnopqrstuvwxyz'
-    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters, *['##' + o for o in letters]]
-    BertTokenizer({w: i for i, w in enumerate(words)}).save_pretrained(folder)
+    letters = list(string.ascii_lowercase)
+    later = ['##' + letter for letter in letters]
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *letters, *later]
+    BertTokenizer(_numbered(words)).save_pretrained(folder)
 
 def _save_open_clip(folder, seed):
     "A CLIP of open_clip, and beside it what no tensor tells: 16 heads in either tower."
     torch.save(small_open_clip(seed), folder/'open_clip_pytorch_model.bin')
-    model = dict(embed_dim=24, vision_cfg=dict(width=64, head_width=4), text_cfg=dict(width=32, heads=16))
-    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=model)), encoding='utf-8')
+    vision = dict(width=64, head_width=4)
+    text = dict(width=32, heads=16)
+    config = dict(model_cfg=dict(embed_dim=24, vision_cfg=vision, text_cfg=text))
+    (folder/'open_clip_config.json').write_text(json.dumps(config), encoding='utf-8')
 
 SMALL_REWARDS = ('hpsv2.1', 'hpsv2.0', 'pickscore', 'clip_score', 'imagereward', 'aesthetic')
 
@@ -155,12 +172,19 @@ def save_small_reward(
 )->Path: # The folder: the reward `name(folder)`
     "Random weights in the published file, and a tokenizer."
     if name not in SMALL_REWARDS: raise ValueError(f"name must be one of {', '.join(SMALL_REWARDS)}, got {name!r}")
-    folder, seed = Path(folder), seed + SMALL_REWARDS.index(name)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _save_bert_tokenizer(folder) if name == 'imagereward' else _save_clip_tokenizer(folder)
-    if name in ('pickscore', 'aesthetic'): small_clip_model(seed, 'gelu' if name == 'pickscore' else 'quick_gelu').save_pretrained(folder)
-    if 'hps' in name: torch.save({'state_dict': small_open_clip(seed)}, folder/f'HPS_{"v2.1" if name == "hpsv2.1" else "v2"}_compressed.pt')
+    seed += SMALL_REWARDS.index(name)
+    if name == 'imagereward':
+        _save_bert_tokenizer(folder)
+        torch.save(small_image_reward(seed, 57), folder/'ImageReward.pt')
+        return folder
+    _save_clip_tokenizer(folder)
+    if name == 'hpsv2.1': torch.save({'state_dict': small_open_clip(seed)}, folder/'HPS_v2.1_compressed.pt')
+    if name == 'hpsv2.0': torch.save({'state_dict': small_open_clip(seed)}, folder/'HPS_v2_compressed.pt')
     if name == 'clip_score': _save_open_clip(folder, seed)
-    if name == 'imagereward': torch.save(small_image_reward(seed, 57), folder/'ImageReward.pt')
-    if name == 'aesthetic': torch.save(small_head(24, seed), folder/'aesthetic-model.pth')
+    if name == 'pickscore': small_clip_model(seed).save_pretrained(folder)
+    if name == 'aesthetic':
+        small_clip_model(seed, 'quick_gelu').save_pretrained(folder)
+        torch.save(small_head(24, seed), folder/'aesthetic-model.pth')
     return folder
