@@ -10,7 +10,7 @@ OUT ?= runs/gpu_check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test trials gpu-check wheels lab notebooks readme
+.PHONY: help demo test parity trials gpu-check wheels lab notebooks readme
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -20,6 +20,9 @@ demo: $(READY) ## train E-GRPO on the miniature, then show before and after (opt
 
 test: $(READY) ## everything that must hold: notebooks, tests, lint
 	@$(BIN)/python tests/stages.py
+
+parity: $(READY) ## the general policy against the pipelines of diffusers, all families (some: make parity ARGS="z-image sana")
+	@$(BIN)/python tests/parity.py $(ARGS)
 
 trials: $(READY) ## faults of machines, files and requests, by hand (some: make trials ARGS="server inputs")
 	@$(BIN)/python tests/trials $(ARGS)

@@ -12,8 +12,8 @@ _homes = {
     'flow_sigmas': 'core.sigmas', 'step_entropy': 'core.entropy', 'merge_lengths': 'core.entropy',
     'Plan': 'core.plan', 'Branch': 'core.plan', 'SDEStep': 'core.plan', 'describe': 'core.plan', 'plot_plan': 'core.plan',
     'rollout': 'core.rollout', 'load_policy': 'models.policy', 'METHODS': 'methods.registry', 'make_plan': 'methods.registry',
-    'get_reward': 'rewards.reward', 'Trainer': 'train.trainer', 'TrainConfig': 'train.config',
-    'sample_images': 'train.trainer', 'evaluate': 'train.trainer',
+    'get_reward': 'rewards.reward', 'Trainer': 'train.trainer', 'TrainConfig': 'train.trainer',
+    'sample_images': 'train.evaluate', 'evaluate': 'train.evaluate',
 }
 __all__ = sorted(_homes)
 

@@ -263,7 +263,8 @@ def flux(
     import torch
 
     from egrpo.train.cost import iteration_seconds, probe, run_memory
-    from egrpo.train.trainer import TrainConfig, Trainer, iteration_nfe
+    from egrpo.train.prepare import iteration_nfe
+    from egrpo.train.trainer import TrainConfig, Trainer
     began = time.perf_counter()
     policy, settings = flux_policy(stage)
     stage.results.add(build_seconds=time.perf_counter() - began, held_bytes=torch.cuda.memory_allocated(),

@@ -14,8 +14,10 @@ from egrpo.core.rollout import rollout
 from egrpo.methods.aegpo import ALLOCATIONS, allocate, entropy_profiles, share_work
 from egrpo.methods.registry import METHODS, explored, make_plan, stochastic_steps
 from egrpo.models.policy import load_policy
-from egrpo.train import trainer as trainer_module
-from egrpo.train.trainer import TrainConfig, Trainer, iteration_nfe, rows_loss
+from egrpo.train import objective as objective_module
+from egrpo.train.objective import rows_loss
+from egrpo.train.prepare import iteration_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 SMALL = dict(method='aegpo', top=2, num_steps=7, num_generations=6, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-4,
              ema_decay=0)
@@ -135,7 +137,7 @@ def test_without_choices_it_is_the_base(tmp_path, base):
 def gradient_of(policy, trainer, cond, out, advantages):
     "Gradient of the mean loss, flat."
     policy.transformer.zero_grad()
-    total = trainer_module.loss_weights(out, trainer.config).sum()
+    total = objective_module.loss_weights(out, trainer.config).sum()
     loss = rows_loss(policy, cond, out, torch.arange(len(out.parents)), advantages, trainer.config)[0] / total
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(trainer.parameters.values()))])
 

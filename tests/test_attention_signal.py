@@ -20,7 +20,8 @@ from egrpo.paper.intervals import correlation_draws, draws_interval, rank_correl
 from egrpo.paper.peaks import chosen_minus_rest, mean_score, moved_along, step_groups, step_values
 from egrpo.paper.records import get_scale, load_record
 from egrpo.rewards.reward import get_reward
-from egrpo.train.trainer import TrainConfig, ode_plan
+from egrpo.train.evaluate import ode_plan
+from egrpo.train.trainer import TrainConfig
 
 PROMPTS = ['a red circle', 'two blue squares', 'a green cross']
 SMALL = TrainConfig(method='dance_grpo', num_steps=5, num_generations=3, prompts_per_iteration=3, eval_size=1, device='cpu', ema_decay=0,

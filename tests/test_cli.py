@@ -30,7 +30,9 @@ from egrpo.paper.records import SCALES, load_record
 from egrpo.show import plots
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.config import SETTINGS, TrainConfig, check_config
-from egrpo.train.trainer import Trainer, check_method, sample_images
+from egrpo.train.evaluate import sample_images
+from egrpo.train.prepare import check_method, prepare
+from egrpo.train.trainer import Trainer
 
 command = Path(sys.executable).parent/'egrpo'
 small = shlex.split('--num-steps 6 --active-steps 2 --num-generations 4 --prompts-per-iteration 2 --eval-size 8 --device cpu')
@@ -158,7 +160,7 @@ def test_none_is_a_value():
 def dry(words, monkeypatch):
     "The configuration that `egrpo train` arrives at."
     seen = []
-    monkeypatch.setattr(cli, 'check_run', lambda config: seen.append(config) or config)
+    monkeypatch.setattr(cli, 'check_run', lambda config: seen.append(config) or prepare(config))
     assert main(['train', *shlex.split(words), '--dry-run']) == 0
     return seen[0]
 

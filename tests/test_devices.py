@@ -11,8 +11,10 @@ from egrpo.core.advantage import keep_extremes
 from egrpo.core.noise import addressed_noise
 from egrpo.models.policy import load_policy
 from egrpo.train import trainer as trainer_module
+from egrpo.train.config import check_config
+from egrpo.train.evaluate import sample_images
 from egrpo.train.prompts import prompt_batch
-from egrpo.train.trainer import TrainConfig, Trainer, check_config, sample_images
+from egrpo.train.trainer import TrainConfig, Trainer
 
 SMALL = dict(num_steps=6, num_generations=4, prompts_per_iteration=2, iterations=1, eval_size=2)
 BRANCH = dict(method='branch_grpo', num_steps=10, num_generations=8, keep=.5, pruned_steps=1)

@@ -31,9 +31,9 @@ from egrpo.paper.training_reward import base_reward, training_rewards, training_
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import run as run_module
 from egrpo.train.config import TrainConfig, check_config, evaluation_is_due
+from egrpo.train.prepare import check_method, iteration_nfe
 from egrpo.train.prompts import load_prompts, prompt_batch
-from egrpo.train.run import _what, cell_key
-from egrpo.train.trainer import check_method, iteration_nfe
+from egrpo.train.run import cell_key, result_settings
 
 FIGURES = Path(__file__).parent.parent/'figures'
 CELLS = sorted((FIGURES/'cells').glob('*.json'))
@@ -80,7 +80,7 @@ def test_a_schedule_has_one_name(tmp_path):
     assert key() == key(shift=3.) != key(shift=2.)
     small_pipeline('sd3').save_pretrained(tmp_path)
     assert key(model=str(tmp_path)) != key(model=str(tmp_path), shift=3.)
-    assert 'shift' not in _what(TrainConfig(model=str(tmp_path)))
+    assert 'shift' not in result_settings(TrainConfig(model=str(tmp_path)))
     nowhere = str(tmp_path/'vae') # no pipeline's folder
     assert key(model=nowhere) != key(model=nowhere, shift=3.)
 

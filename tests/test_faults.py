@@ -26,7 +26,8 @@ from egrpo.models.policy import load_policy
 from egrpo.rewards.reward import RewardError, get_reward
 from egrpo.train import checkpoint as checkpoint_module
 from egrpo.train.checkpoint import load_checkpoint, read_state, save_checkpoint
-from egrpo.train.trainer import TrainConfig, Trainer, training_nfe
+from egrpo.train.prepare import training_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 command = Path(sys.executable).parent/'egrpo'
 small = '--num-steps 6 --active-steps 2 --num-generations 2 --prompts-per-iteration 1 --eval-size 2 --device cpu'

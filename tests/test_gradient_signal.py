@@ -16,7 +16,7 @@ from egrpo.paper.records import SCALES
 from egrpo.paper.signal_settings import _signal_points, _signal_tables, signal_correlation, signal_of_setting, signal_settings
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import signal as gs
-from egrpo.train.run import _what
+from egrpo.train.run import result_settings
 from egrpo.train.trainer import TrainConfig, Trainer
 
 small = dict(num_steps=6, num_generations=2, prompts_per_iteration=2, reward='preference', eval_size=2, device='cpu')
@@ -105,7 +105,7 @@ def test_steps_add_up_to_the_whole_gradient_and_nothing_moves(tmp_path, settings
     _, cond, out, _, rewards = t.sample(0, plans)
     advantages, _ = t.advantages(out, rewards)
     out = gs.prune(out, advantages)
-    t._gradient(cond, out, torch.unique(out.row[out.weight > 0]), advantages)
+    t.objective.gradient(cond, out, torch.unique(out.row[out.weight > 0]), advantages)
     torch.testing.assert_close(sum(found.values()), sketch(), rtol=1e-3, atol=1e-5 * float(sketch().norm()))
     if 'beta' not in settings and settings.get('method') not in ('aegpo', 'branch_grpo'): # probes; shares of siblings
         assert nfe == sum(rollout_nfe(p) + gradient_nfe(p) for p in plans)
@@ -189,7 +189,7 @@ def test_refusals(tmp_path, monkeypatch, capsys, words, says):
 def test_every_setting_has_a_run_of_its_table():
     "A setting's fields are those of the runs that its signal is compared with."
     settings, lr = signal_settings('mini'), ('lr', 'iterations', 'budget', 'eval_every', 'eval_size', 'eval_rewards', 'seed')
-    def fields(config): return {k: v for k, v in _what(config).items() if k not in lr}
+    def fields(config): return {k: v for k, v in result_settings(config).items() if k not in lr}
     for record in _signal_tables():
         for name, runs in EXPERIMENTS[record].cells(SCALES['mini']).items():
             run = replace(runs[0], plan=fitting(runs[0].method, runs[0].plan))

@@ -12,8 +12,10 @@ from egrpo.core.sde import ode_step
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.registry import egrpo
 from egrpo.models.policy import load_policy
+from egrpo.train.evaluate import evaluate
+from egrpo.train.prepare import training_nfe
 from egrpo.train.prompts import load_prompts
-from egrpo.train.trainer import TrainConfig, Trainer, evaluate, training_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 PROMPTS = ['a red circle', 'two blue squares', 'a green cross left of a yellow triangle']
 SIGMAS = flow_sigmas(10)

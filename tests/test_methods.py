@@ -25,8 +25,10 @@ from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.baselines import branch_grpo, chain, dance_grpo, flow_grpo_fast, g2rpo, grpo_guard, mix_grpo, tempflow_grpo
 from egrpo.methods.registry import METHODS, PAPERS, PUBLISHED, describe_method, egrpo, make_plan
 from egrpo.models.policy import load_policy
+from egrpo.train import objective as objective_module
 from egrpo.train import trainer as trainer_module
-from egrpo.train.trainer import TrainConfig, Trainer, training_nfe
+from egrpo.train.prepare import training_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 PROMPTS = ['a red circle', 'two blue squares']
 SMALL = dict(num_steps=7, num_generations=4, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-9, ema_decay=0)
@@ -129,13 +131,13 @@ def test_as_many_are_kept_as_counted(n, keep, seed):
 
 def test_weights_are_the_surrogates(policy, monkeypatch):
     "A step's weight multiplies its surrogate and leaves the KL alone, as in the code of TempFlow-GRPO and GRPO-Guard."
-    monkeypatch.setattr(trainer_module, '_reference_kl', lambda policy, sigma, c, out, rows, *_: torch.ones(len(rows)))
+    monkeypatch.setattr(objective_module, '_reference_kl', lambda policy, sigma, c, out, rows, *_: torch.ones(len(rows)))
     p = Plan(flow_sigmas(5), (Branch((SDEStep(1, 1, 4, weight=3.),)),))
     trainer = Trainer(TrainConfig(**SMALL, beta=.5), policy, method=lambda: p)
     _, cond, out, _, _ = trainer.sample(0)
     for advantage_of_all, expected in ((0., .5), (2., 3 * -2. + .5)):
         advantages = torch.full((len(out.row),), advantage_of_all)
-        total, *_ = trainer_module.rows_loss(policy, cond, out, torch.arange(len(out.parents)), advantages, trainer.config)
+        total, *_ = objective_module.rows_loss(policy, cond, out, torch.arange(len(out.parents)), advantages, trainer.config)
         assert_close(total.item() / len(out.row), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -147,7 +149,7 @@ def update_of(policy, p, rewards_of):
     cond = policy.encode(PROMPTS)
     out = rollout(policy, cond, p, 0, 3)
     advantages, _ = trainer.advantages(out, dict(verifier=rewards_of(out)))
-    total, _, _, _ = trainer_module.rows_loss(policy, cond, out, torch.arange(len(out.parents)), advantages, trainer.config)
+    total, _, _, _ = objective_module.rows_loss(policy, cond, out, torch.arange(len(out.parents)), advantages, trainer.config)
     gradient = torch.autograd.grad(total, list(trainer.parameters.values()))
     return out, advantages, total.detach(), gradient
 
@@ -336,7 +338,7 @@ def test_published_settings(name):
 
 def test_no_part_of_the_loop_asks_for_a_method():
     "Nothing that executes plans compares with a method's name."
-    for module in (plan, advantage, loss, rollout_module, trainer_module):
+    for module in (plan, advantage, loss, rollout_module, objective_module, trainer_module):
         compared = [c for c in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(c, ast.Compare)]
         words = {o.value for c in compared for o in ast.walk(c) if isinstance(o, ast.Constant)}
         assert not words & set(METHODS), module.__name__

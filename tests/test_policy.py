@@ -40,7 +40,9 @@ from egrpo.models.policy import load_policy, model_sigmas
 from egrpo.models.recorder import record_attention_entropy
 from egrpo.rewards.reward import get_reward
 from egrpo.testing.pipelines import SMALL, small_pipeline
-from egrpo.train.trainer import TrainConfig, Trainer, describe_run, sample_images, training_nfe
+from egrpo.train.evaluate import sample_images
+from egrpo.train.prepare import describe_run, training_nfe
+from egrpo.train.trainer import TrainConfig, Trainer
 
 PROMPTS = ['a red circle', 'two blue squares']
 every = pytest.mark.parametrize('name', SMALL)
@@ -223,7 +225,7 @@ def test_other_families_are_named(tmp_path):
     unet = UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=('DownBlock2D',) * 2,
                        up_block_types=('UpBlock2D',) * 2)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='is a DDPMPipeline: name a model of one of these pipelines: Flux'): load_policy(str(tmp_path))
+    with pytest.raises(ValueError, match='DDPMPipeline, which has no encode_prompt: name a text-to-image flow'): load_policy(str(tmp_path))
 
 
 REAL = { # configurations of the published transformers, and how many linear layers a LoRA finds in them

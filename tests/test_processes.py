@@ -28,8 +28,9 @@ from egrpo.cli.commands import main
 from egrpo.models.pipeline import assets_path
 from egrpo.models.policy import load_policy
 from egrpo.models.sharing import PASSES, whole_tensor
+from egrpo.rewards.reward import RewardError
 from egrpo.testing.pipelines import small_pipeline
-from egrpo.train import trainer as trainer_module
+from egrpo.train import processes as processes_module
 from egrpo.train.trainer import TrainConfig, Trainer
 
 SMALL = dict(num_steps=6, num_generations=4, active_steps=2, tau=0, prompts_per_iteration=4, eval_size=3, eval_every=0,
@@ -234,16 +235,16 @@ def advantages_of_two(trainer, monkeypatch, gather):
     "Advantages of an iteration whose four prompts two processes share, by prompt; `gather` joins what both give to `gather_object`."
     local, given = [], []
     for ids in ([0, 2], [1, 3]):
-        monkeypatch.setattr(trainer, '_mine', lambda plans, ids=ids: ids)
+        monkeypatch.setattr(trainer.processes, 'share', lambda plans, ids=ids: ids)
         _, _, out, _, rewards = trainer.sample(0)
         local.append((ids, out, rewards))
     for run in ('collect', 'join'):
         found = {}
         for p, (ids, out, rewards) in enumerate(local):
             one_of_two = SimpleNamespace(process_index=p, num_processes=2, device=torch.device('cpu'), reduce=lambda x, how: x)
-            monkeypatch.setattr(trainer, 'accelerator', one_of_two)
+            monkeypatch.setattr(trainer.objective, 'processes', processes_module.Processes(one_of_two))
             joined = gather if run == 'join' else lambda both, own, p: given.append(own[0]) or [own[0]] * 2
-            monkeypatch.setattr(trainer_module, 'gather_object', lambda own, p=p, joined=joined: joined(given, own, p))
+            monkeypatch.setattr(processes_module, 'gather_object', lambda own, p=p, joined=joined: joined(given, own, p))
             advantages, _ = trainer.advantages(out, rewards)
             found |= {i: advantages[out.prompt[out.row] == place] for place, i in enumerate(ids)}
     return torch.cat([found[i] for i in range(4)])
@@ -251,7 +252,7 @@ def advantages_of_two(trainer, monkeypatch, gather):
 
 def test_std_of_the_batch_is_that_of_all_processes(tmp_path, monkeypatch):
     "Two processes find the advantages of one; a planted process that sees itself alone does not."
-    settings = {**SMALL, 'method': 'flow_grpo', 'active_steps': None, 'advantage_std': 'batch', 'out': str(tmp_path/'run')}
+    settings = {**SMALL, 'method': 'flow_grpo', 'active_steps': None, 'tau': None, 'advantage_std': 'batch', 'out': str(tmp_path/'run')}
     trainer = Trainer(TrainConfig(**settings))
     _, _, out, _, rewards = trainer.sample(0)
     whole, _ = trainer.advantages(out, rewards)
@@ -355,16 +356,16 @@ def test_mixed_precision_of_the_launcher_is_not_taken(tmp_path, monkeypatch):
 def test_a_launcher_that_asks_for_what_is_not_there(zero3, monkeypatch, name, value):
     "Names it; what is off is not asked for."
     for k, v in zero3.items(): monkeypatch.setenv(k, v)
-    assert trainer_module.sharing_asked()
+    assert processes_module.sharing_asked()
     monkeypatch.setenv('ACCELERATE_DEEPSPEED_ZERO_STAGE', '0')
-    assert not trainer_module.sharing_asked()
-    monkeypatch.setenv(trainer_module.UNSHAREABLE[name], value)
-    with pytest.raises(ValueError, match=f'{name} is not supported'): trainer_module.sharing_asked()
+    assert not processes_module.sharing_asked()
+    monkeypatch.setenv(processes_module.UNSHAREABLE[name], value)
+    with pytest.raises(ValueError, match=f'{name} is not supported'): processes_module.sharing_asked()
 
 
 def test_a_reward_that_fails_elsewhere_fails_here(tmp_path, monkeypatch):
     "All processes raise, so all can write the checkpoint."
     trainer = Trainer(TrainConfig(**SMALL, out=str(tmp_path/'run')))
-    monkeypatch.setattr(trainer, '_total', lambda count: float(count) + 1)
-    with pytest.raises(trainer_module.RewardError, match='the reward failed in another process'):
-        trainer._score(torch.zeros(1, 3, 64, 64), ['a red circle'])
+    monkeypatch.setattr(trainer.processes, 'total', lambda count: float(count) + 1)
+    with pytest.raises(RewardError, match='the reward failed in another process'):
+        trainer.score(torch.zeros(1, 3, 64, 64), ['a red circle'])

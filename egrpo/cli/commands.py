@@ -614,7 +614,7 @@ def schedule_text(
 )->str: # A line; empty where a shift is named, and for the miniature, whose schedule is the papers'
     "The source of a plan's noise levels."
     from egrpo.models.policy import model_sigmas
-    from egrpo.train.trainer import plan_settings
+    from egrpo.train.prepare import plan_settings
     if config.shift is not None or config.model == 'miniature': return ''
     if model_sigmas(config.model, config.num_steps, config.resolution) is None:
         missing = f"{config.model} has no configuration files here to ask"
@@ -628,7 +628,7 @@ def run_text(
     "Memory, evaluations and time of a run."
     from egrpo.methods.registry import fitting, published
     from egrpo.train.config import check_config
-    from egrpo.train.trainer import iteration_nfe
+    from egrpo.train.prepare import iteration_nfe
     chosen = plan_start(args) | given(args, PLAN_OPTIONS + COST_OPTIONS)
     method, base = chosen.get('method', TrainConfig.method), chosen.get('base')
     config = TrainConfig(**published(method, base) | chosen)
@@ -646,7 +646,7 @@ def asked_schedule(
     num_steps:int, # T, denoising steps
 )->tuple: # A shift or (T+1,) noise levels, and their source
     "A model's own schedule."
-    from egrpo.train.trainer import plan_settings
+    from egrpo.train.prepare import plan_settings
     config = TrainConfig(num_steps=num_steps, **given(args, ['model', 'resolution']))
     return plan_settings(config)['shift'], schedule_text(config)
 
@@ -785,7 +785,7 @@ def run_sample(
 ):
     "egrpo sample: draw images into a grid."
     from egrpo.show.plots import image_grid
-    from egrpo.train.trainer import sample_images
+    from egrpo.train.evaluate import sample_images
     config, out, prompts = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_picture(args.out, '--out'), sample_prompts_of(args)
     images = sample_images(load_sampler(config, args.lora), prompts, config.num_steps, config.shift, config.seed)
     titles = [f'{mark} {prompt}'.strip() for mark, prompt in zip(marks(images, prompts), prompts)]
@@ -824,8 +824,8 @@ def run_evaluate(
 ):
     "egrpo evaluate: score a model."
     from egrpo.rewards.reward import get_reward
+    from egrpo.train.evaluate import evaluate
     from egrpo.train.prompts import load_prompts
-    from egrpo.train.trainer import evaluate
     config, out, reward = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_file(args.out, '--out'), get_reward(args.rewards)
     if args.size < 1: raise ValueError(f"size must be >= 1 prompt, got {args.size}")
     prompts = load_prompts(args.prompts, 'held_out', args.size)[:args.size]
@@ -877,10 +877,11 @@ def last_checkpoint(
     out, # A run's folder
 )->str: # Words to end an error with
     "Say from which checkpoint a run that failed can resume."
-    from egrpo.train.checkpoint import find_checkpoint, read_state
-    folder = find_checkpoint(Path(out)/'checkpoint')
+    from egrpo.train.run import Run
+    run = Run(out)
+    folder = run.find_checkpoint()
     if not folder: return f'there is no checkpoint yet: delete {str(out)!r} to start again'
-    try: iteration = read_state(folder).get('iteration')
+    try: iteration = run.iteration()
     except ValueError as e: return str(e)
     return f"the last checkpoint is {str(folder)!r}, of iteration {iteration}: go on with --resume"
 
@@ -912,12 +913,12 @@ def check_out(
     resume:bool=False, # May it hold a run?
 ):
     "Refuse a folder that cannot be the run's; makes nothing."
-    from egrpo.base.files import check_free
-    from egrpo.train.checkpoint import check_new
+    from egrpo.train.run import Run
     if not out.strip(): raise ValueError("out is blank: name a folder")
-    check_file(Path(out)/'metrics.jsonl', 'out')
-    if os.environ.get('RANK', '0') == '0': check_free(out) # of several processes of one run the first holds it
-    if not resume: check_new(out, 'add --resume')
+    run = Run(out)
+    check_file(run.metrics, 'out')
+    if os.environ.get('RANK', '0') == '0': run.check_free() # of several processes of one run the first holds it
+    if not resume: run.check_new('add --resume')
 
 def check_model(
     model:str, # 'miniature', a folder, or a hub id
@@ -929,21 +930,21 @@ def check_model(
 def check_config_and_method(config):
     "Refuse settings that no run, and no plan, can have."
     from egrpo.train.config import check_config
-    from egrpo.train.trainer import check_method
+    from egrpo.train.prepare import check_method
     check_config(config)
     check_method(config.method, config)
 
 def check_run(
     config, # A `TrainConfig`
-):
-    "The same configuration, if all is well that can be known without a model and without writing."
-    from egrpo.train.trainer import prompts_and_rewards
-    check_config_and_method(config)
+    again:bool=False, # May the folder hold a run that is to be replaced?
+): # What `egrpo.train.prepare.prepare` makes of it
+    "Prepare a run, if all is well that can be known without a model and without writing."
+    from egrpo.train.prepare import prepare
+    prepared = prepare(config)
     check_model(config.model)
-    prompts_and_rewards(config)
     check_device(config.device)
-    check_out(config.out, config.resume)
-    return config
+    check_out(config.out, config.resume or again)
+    return prepared
 
 def check_fields(
     settings:dict, # What a file of settings holds
@@ -958,15 +959,14 @@ def begun_settings(
     out, # The folder of a run to go on with
 )->dict: # Fields of `TrainConfig`
     "Load the settings of a run from its config.json."
-    from egrpo.base.files import read_object
-    from egrpo.train.checkpoint import find_checkpoint, load_checkpoint
-    checkpoint, path = Path(out)/'checkpoint', Path(out)/'config.json'
-    if not find_checkpoint(checkpoint) and not (Path(out)/'metrics.jsonl').exists(): load_checkpoint(checkpoint) # says that there is none
-    if not path.exists(): return {} # all has to be given again
-    try: settings = check_fields(read_object(path))
+    from egrpo.train.run import Run
+    run = Run(out)
+    run.check_begun()
+    if not run.config.exists(): return {} # all has to be given again
+    try: settings = check_fields(run.read_config())
     except ValueError as e:
         remedy = "delete it and give all options again"
-        raise ValueError(f"resume: {quote(str(path))} cannot be read ({e}): {remedy}") from e
+        raise ValueError(f"resume: {quote(str(run.config))} cannot be read ({e}): {remedy}") from e
     return settings | dict(out=str(out))
 
 def train_config(
@@ -987,23 +987,22 @@ def train_config(
     return replace(chosen, plan=plan, **shared)
 
 def prompts_text(
-    config, # A `TrainConfig`
+    prepared, # From `egrpo.train.prepare.prepare`
 )->str: # A line like those of `describe_run`
     "Line with the number of prompts, and a warning where a run is evaluated on its training prompts."
-    from egrpo.train.trainer import prompts_and_rewards
-    prompts, held_out = prompts_and_rewards(config)[:2]
+    prompts, held_out = prepared.prompts, prepared.eval_prompts
     distinct = f', {len(set(prompts))} distinct' if len(set(prompts)) < len(prompts) else ''
     return f"  prompts  {len(prompts)} to train on{distinct} · {len(held_out)} to evaluate on{overlap_text(held_out, prompts)}"
 
 def try_own_rewards(
-    config, # A `TrainConfig`
+    prepared, # From `egrpo.train.prepare.prepare`
 ):
     "Score noise by those of a run's rewards that are functions of the user's own."
     from egrpo.rewards.reward import RewardSet
-    from egrpo.train.trainer import prompts_and_rewards
-    prompts, held_out, *rewards = prompts_and_rewards(config)
+    config = prepared.config
     side = config.resolution or (64 if config.model == 'miniature' else 512)
-    for reward, some in zip(rewards, (prompts, held_out)):
+    scored = (prepared.reward, prepared.prompts), (prepared.eval_reward, prepared.eval_prompts)
+    for reward, some in scored:
         own = {k: f for k, f in reward.rewards.items() if ':' in k.partition('(')[0]}
         if own: try_reward(RewardSet(own), some, side)
 
@@ -1011,21 +1010,23 @@ def run_train(
     args, # Parsed arguments
 )->int: # Exit code: 130 where a signal ended the training before its time
     "egrpo train: train a model."
-    from egrpo.train.trainer import Trainer, describe_run
+    from egrpo.train.prepare import describe_run
+    from egrpo.train.run import Run
     config = train_config(args)
     if args.print_config:
         from egrpo.train.recipes import to_yaml
         check_config_and_method(config)
         return say(to_yaml(config).rstrip())
-    config = check_run(config)
-    if args.dry_run: try_own_rewards(config)
-    say(f'{describe_run(config)}\n{prompts_text(config)}')
+    prepared = check_run(config)
+    if args.dry_run: try_own_rewards(prepared)
+    say(f'{describe_run(prepared)}\n{prompts_text(prepared)}')
     if schedule := schedule_text(config): say(f' schedule  {schedule}')
-    begun = Path(config.out)/'config.json'
+    begun = Run(config.out).config
     if config.resume and begun.exists(): say(f'  resumed  what is not given here is as in {begun}')
     if args.dry_run: return 0
+    from egrpo.train.trainer import Trainer
     with run_folder(config.out, config.embeddings):
-        trainer = ready(Trainer(config))
+        trainer = ready(Trainer(prepared))
         history = trainer.fit()
     say(f'\n{change_tables(history, trainer.prompts)}\n')
     say(run_report(trainer))
@@ -1061,7 +1062,7 @@ def is_own_schedule(
 )->bool: # Also where no shift is named
     "Return whether a run's schedule is the one that its model has without a shift."
     from egrpo.models.policy import model_sigmas
-    from egrpo.train.trainer import same_schedule
+    from egrpo.train.prepare import same_schedule
     if config.shift is None: return True
     own = model_sigmas(config.model, config.num_steps, config.resolution)
     if own is None: return False
@@ -1120,13 +1121,15 @@ def run_signal(
     "egrpo signal: measure signal and noise of the gradient and print the tables."
     from egrpo.base.files import write_text
     from egrpo.train import signal as gs
-    from egrpo.train.trainer import Trainer, describe_run
+    from egrpo.train.prepare import describe_run
+    from egrpo.train.trainer import Trainer
     out = check_file(vars(args).pop('out'), '--out') # no folder of a run
     gs.check_batches(args.batches)
     with tempfile.TemporaryDirectory() as folder:
         config = replace(train_config(args), iterations=args.batches, eval_size=2, out=f'{folder}/run')
-        say(describe_run(check_run(config)))
-        trainer = ready(Trainer(config))
+        prepared = check_run(config)
+        say(describe_run(prepared))
+        trainer = ready(Trainer(prepared))
         report = gs.signal_of(trainer, args.batches, progress=True)
     say(f'\n{table(gs.signal_rows(report))}\n\n{table(gs.weighting_rows(report))}\n')
     say(fold('\n'.join(gs.signal_answer(report))))
@@ -1182,11 +1185,12 @@ def clear_demo(
     out, # The demonstration's folder
 )->Path: # The same, made if need be, marked as a demo's
     "Remove what an earlier demo has written."
-    from egrpo.base.files import check_free, write_text
-    from egrpo.train.trainer import check_writable
+    from egrpo.base.files import write_text
+    from egrpo.train.run import Run
     out = check_demo(out)
-    check_writable(out)
-    check_free(out)
+    run = Run(out)
+    run.check_writable()
+    run.check_free()
     for path in map(out.joinpath, DEMO_FILES):
         if path.is_dir(): shutil.rmtree(path)
         else: path.unlink(missing_ok=True)
@@ -1274,13 +1278,14 @@ def run_demo(
     "egrpo demo: train on the miniature and show before and after."
     began = time.monotonic()
     from egrpo.paper.cells import images_at
-    from egrpo.train.trainer import Trainer, describe_run
+    from egrpo.train.prepare import describe_run
+    from egrpo.train.trainer import Trainer
     config, out = demo_config(args), check_demo(args.out)
-    check_run(replace(config, resume=True)) # an earlier demo in the folder is no obstacle
-    say(f'E-GRPO on the miniature, for at most {args.minutes:g} minutes\n{describe_run(config)}')
+    prepared = check_run(config, again=True) # an earlier demo in the folder is no obstacle
+    say(f'E-GRPO on the miniature, for at most {args.minutes:g} minutes\n{describe_run(prepared)}')
     with run_folder(out):
         stop = time_is_up(args.minutes, began)
-        trainer = Trainer(config)
+        trainer = Trainer(prepared)
         clear_demo(out)
         places = shown_places(trainer.eval_prompts)
         first = images_at(trainer, places)

@@ -24,7 +24,15 @@ from .conditions import Conditions, Embeddings
 from .device import best_device, check_torch
 from .lora import _add_lora, _lora_parameters, load_lora
 from .lora_files import LORA_FILES, lora_file, write_lora
-from .pipeline import _network_name, _text_parts, _without_bars, load_pipeline, network_fingerprint, text_fingerprint
+from egrpo.models.pipeline import (
+    _network_name,
+    _text_parts,
+    _tokenizer,
+    _without_bars,
+    load_pipeline,
+    network_fingerprint,
+    text_fingerprint,
+)
 from .precision import _check_dtype, _exact_convolutions, _finite_attention, _scaled_down, _ScaledUp, compile_blocks
 from .reference import swapped
 from .schedule import pipeline_sigmas
@@ -174,12 +182,14 @@ class Policy:
         vae_tiling:bool|None, # Decode in tiles?
     ):
         "Move the parts that are used to the device; text encoders that do not stay there are moved only while they embed."
-        text, vae = _text_parts(self.pipeline), self.pipeline.vae.to(memory_format=torch.channels_last) # a quarter faster on a CPU
+        text, vae = _text_parts(self.pipeline), self.pipeline.vae
+        flat = all(p.dim() < 5 for p in vae.parameters()) # not a video's
+        if flat: vae.to(memory_format=torch.channels_last) # a quarter faster on a CPU
         for name in ('vae', *text): getattr(self.pipeline, name).requires_grad_(False).eval()
         for name in ('vae', *(text if self.text_encoders == 'keep' else [])): getattr(self.pipeline, name).to(self.device)
         self._place_network()
         for p in self.parameters().values() if self.dtype == torch.float16 else (): p.register_hook(_scaled_down(self._scale))
-        if vae.dtype == torch.float16 and vae.config.force_upcast: vae.float() # in fp16 it overflows
+        if vae.dtype == torch.float16 and vae.config.get('force_upcast'): vae.float() # in fp16 it overflows
         if vae_tiling: vae.enable_tiling()
 
     def _place_network(self):
@@ -200,6 +210,13 @@ class Policy:
         if not len(prompts): raise ValueError("prompts is empty: give at least one to encode")
         known = {p: self.embeddings.get(p) for p in dict.fromkeys(prompts)}
         known.update(self._embed_new([p for p, cond in known.items() if cond is None]))
+        return self._gather(known, prompts)
+
+    def _gather(self,
+        known:dict, # Prompt -> its row, on the CPU
+        prompts:list, # Prompts
+    )->Conditions: # A row for each, on the device
+        "Put rows together."
         rows = zip(*(known[p].parts for p in prompts))
         return Conditions(*(None if part[0] is None else torch.cat(part).to(self.device) for part in rows))
 
@@ -212,15 +229,23 @@ class Policy:
         if prompts and not names:
             remedy = "give it to drop_text_encoders, or use text_encoders offload"
             raise ValueError(f"prompt {prompts[0]!r} was not embedded before the text encoders were dropped: {remedy}")
-        try:
-            for name in names if prompts else (): getattr(self.pipeline, name).to(self.device)
+        if not prompts: return
+        with self._encoders_on_device():
             for p in prompts:
                 with torch.no_grad(): cond = self._embed(p)
                 yield p, self.embeddings.put(p, cond)
+
+    @contextmanager
+    def _encoders_on_device(self):
+        "Inside: the text encoders are on the device; they stay there if they are kept."
+        encoders = [getattr(self.pipeline, name) for name in _text_parts(self.pipeline)]
+        try:
+            for encoder in encoders: encoder.to(self.device)
+            yield
         finally:
-            for name in names if self.text_encoders != 'keep' else (): getattr(self.pipeline, name).to('cpu')
-            if self.text_encoders != 'keep' and self.device.type != 'cpu':
-                torch.get_device_module(self.device).empty_cache()
+            if self.text_encoders != 'keep':
+                for encoder in encoders: encoder.to('cpu')
+                if self.device.type != 'cpu': torch.get_device_module(self.device).empty_cache()
 
     def embed(self,
         prompts:list, # Prompts
@@ -235,7 +260,9 @@ class Policy:
         "Warn, once, of prompts that are longer than the network's longest embedding of them."
         names = sorted(_text_parts(self.pipeline, 'tokenizer'))
         if self._told or not (names and prompts): return
-        tokenizer, new = getattr(self.pipeline, names[-1]), list(dict.fromkeys(prompts)) # T5's, where there is one
+        tokenizers = [_tokenizer(getattr(self.pipeline, name)) for name in reversed(names)]
+        tokenizer = max(tokenizers, key=lambda o: o.model_max_length) # not CLIP's, where there is another
+        new = list(dict.fromkeys(prompts))
         limit = min(self.text_length or math.inf, tokenizer.model_max_length)
         cut = [p for p, ids in zip(new, tokenizer(new, verbose=False).input_ids) if len(ids) > limit]
         if not cut: return

@@ -108,6 +108,8 @@ def _check_form(
         call = f"DiffusionPipeline.from_pretrained({str(model)!r}, use_safetensors=False)"
         raise _Refused(f"{what} has pickles ({pickled[0]}), which may run code when opened: "
                        f"where you trust them `{call}.save_pretrained('new')`, then name 'new'")
+    if (path/'modular_model_index.json').exists() and not (path/'model_index.json').exists():
+        raise _Refused(f"{what} is a modular pipeline, which has no call of its own to enter: name one in diffusers' usual layout")
     if not path.is_file() or path.suffix == '.safetensors': return
     if path.suffix in PICKLES:
         call = f"StableDiffusionPipeline.from_single_file({str(model)!r})"
@@ -225,7 +227,7 @@ def load_pipeline(
     else: limit_hub_waiting()
     _check_form(model)
     load = _load_single if Path(model).is_file() else _load_folder
-    dtypes = dict(default=dtype, transformer=network or dtype, unet=network or dtype)
+    dtypes = dict(default=dtype) | dict.fromkeys(('transformer', 'transformer_2', 'unet'), network or dtype)
     try:
         with _without_bars(small): pipeline = load(model, dtypes, parts)
     except Exception as e: # diffusers raises OSError, ValueError, HTTP errors and more for one cause
@@ -253,6 +255,8 @@ def _text_parts(
     "The names of a pipeline's text encoders or tokenizers."
     return [name for name, part in pipeline.components.items() if name.startswith(kind) and part is not None]
 
+def _tokenizer(part): return getattr(part, 'tokenizer', part) # a processor of text and images has one
+
 # %% ../../nbs/models/02_pipeline.ipynb #a070a684
 def _add_weights(
     h, # A hash; changed
@@ -279,7 +283,7 @@ def text_fingerprint(
     "Fingerprint of the tokenizers and text encoders."
     h = hashlib.blake2b(f"{type(pipeline).__name__}|{length}".encode(), digest_size=8)
     for name in _text_parts(pipeline, 'tokenizer'):
-        tokenizer = getattr(pipeline, name)
+        tokenizer = _tokenizer(getattr(pipeline, name))
         h.update(f"{name}|{len(tokenizer)}|{tokenizer.model_max_length}".encode())
     for name in _text_parts(pipeline): _add_weights(h, name, getattr(pipeline, name))
     return h.hexdigest()
@@ -296,7 +300,8 @@ def _from_files(
     for name in {'scheduler', 'vae', 'transformer', 'unet'} & index.keys():
         kind = getattr(diffusers, index[name][1])
         config = kind.load_config(source, subfolder=name, local_files_only=local)
-        with torch.device('meta'): parts[name] = kind.from_config(config)
+        place = 'cpu' if name == 'scheduler' else 'meta' # some compute their levels when they are made
+        with torch.device(place): parts[name] = kind.from_config(config)
     return getattr(diffusers, index['_class_name'])(**parts)
 
 def _hub_answers(

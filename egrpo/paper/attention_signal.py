@@ -25,8 +25,15 @@ from ..models.recorder import record_attention_entropy
 from .intervals import column_intervals, correlation_draws, draws_interval
 from .measurement import measurement_size, repeat_each, rounded, untrained, weighted_sum
 from ..rewards.reward import get_reward
+from ..train.evaluate import ode_plan, sample_images
+from ..train.objective import loss_weights, rows_loss
 from ..train.prompts import load_prompts
-from ..train.trainer import TrainConfig, Trainer, loss_weights, ode_plan, rows_loss, sample_images
+from ..train.trainer import TrainConfig, Trainer
+
+# %% ../../nbs/paper/07_attention_signal.ipynb #71f1d717
+#| export
+
+
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #d0ba437e
 @torch.no_grad()

@@ -26,14 +26,16 @@ from ..core.rollout import rollout
 from ..methods.registry import fitting
 from ..miniature.world import CATEGORIES, parse_prompt, verify_batch
 from ..models.device import best_device
+from ..models.reference import swapped
 from .measurement import weighted_sum
 from .records import code_commit, device_name, figures_dir
 from ..rewards.reward import get_reward
 from ..train.checkpoint import find_checkpoint
 from ..train.config import EVAL_REWARDS, TrainConfig, evaluation_is_due
-from ..train.run import _sources, _what, cell_key
+from ..train.evaluate import ode_plan
+from ..train.run import cell_key, result_settings, result_sources
 from ..train.timing import one_thread
-from ..train.trainer import Trainer, ode_plan, swapped
+from ..train.trainer import Trainer
 
 # %% ../../nbs/paper/13_cells.ipynb #441ec970
 def _whole_numbers(
@@ -173,7 +175,7 @@ def _made_by(
 )->dict: # commit, device, perhaps sources
     "Code and device that made a cell."
     made = dict(commit=code_commit(), device=device_name(device))
-    sources = _sources(config)
+    sources = result_sources(config)
     return made | dict(sources=sources) if sources else made
 
 def run_cell(
@@ -202,7 +204,7 @@ def run_cell(
         log = (folder/'metrics.jsonl').read_text(encoding='utf-8')
         metrics = [json.loads(line) for line in log.splitlines()]
     costs = _costs(metrics, wall, busy, trainer.reward.weights)
-    return dict(config=_what(config), **_made_by(config, device), scores=_pack(frame), **costs, **images)
+    return dict(config=result_settings(config), **_made_by(config, device), scores=_pack(frame), **costs, **images)
 
 # %% ../../nbs/paper/13_cells.ipynb #abd1c9da
 def store_dir()->Path: # The folder of finished cells

@@ -10,7 +10,8 @@ __all__ = ['TAUS', 'HELD_OUT', 'TAU', 'MERGE_LENGTH', 'ACTIVE_STEPS', 'WEIGHTS',
 from ..methods.registry import METHODS, PUBLISHED, method_settings
 from .records import load_record, record_path
 from .registered import LEARNING_RATES as REGISTERED_RATES
-from ..train.trainer import TrainConfig, iteration_nfe, training_nfe
+from ..train.prepare import iteration_nfe, training_nfe
+from ..train.trainer import TrainConfig
 
 # %% ../../nbs/paper/19_grids.ipynb #6a8f3cc4
 def iterations_for(

@@ -27,8 +27,9 @@ from .exploration import all_steps, exploration_plan
 from .intervals import column_intervals, correlation_draws, difference, draws_interval, log_variance, rank_correlation
 from .measurement import measurement_size, rounded
 from ..rewards.reward import get_reward
+from ..train.evaluate import ode_plan
 from ..train.prompts import load_prompts
-from ..train.trainer import TrainConfig, ode_plan
+from ..train.trainer import TrainConfig
 
 # %% ../../nbs/paper/08_peaks.ipynb #1f070ddd
 @dataclass

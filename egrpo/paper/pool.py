@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from ..models.device import best_device
 from .cells import cell_path, load_cell, run_cell, save_cell
-from ..train.checkpoint import find_checkpoint
+from ..train.run import Run
 from ..train.trainer import TrainConfig
 
 # %% ../../nbs/paper/14_pool.ipynb #9cf2b3ae
@@ -54,7 +54,7 @@ def _run_and_store(
     path, run = Path(path), Path(path).with_suffix('.run')
     with alone(path) if is_first_process() else nullcontext():
         if path.exists(): return
-        if is_first_process() and not find_checkpoint(run/'checkpoint'): shutil.rmtree(run, ignore_errors=True)
+        if is_first_process() and not Run(run).find_checkpoint(): shutil.rmtree(run, ignore_errors=True)
         _meet()
         result = run_cell(config, out=run)
         if is_first_process():

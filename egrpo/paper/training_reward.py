@@ -19,8 +19,8 @@ from .intervals import difference
 from .measurement import measurement_size, repeat_each, rounded, weighted_sum
 from .records import load_record, record_path
 from ..rewards.reward import get_reward
+from ..train.evaluate import evaluate
 from ..train.prompts import load_prompts, prompt_batch
-from ..train.trainer import evaluate
 
 # %% ../../nbs/paper/15_training_reward.ipynb #3d0c5a06
 def base_scores_data(

@@ -80,11 +80,12 @@ def _failure(
 # %% ../../nbs/rewards/03_reward.ipynb #cf6a7351
 def score(
     reward, # Callable (images, prompts) -> B scores
-    images:Tensor, # (B,3,H,W) floating, in [0,1]
+    images:Tensor, # (B,3,H,W) floating, in [0,1]; of videos (B,F,3,H,W)
     prompts:list, # B strings
     name:str=None, # What to call the reward in messages; its own name otherwise
 )->Tensor: # (B,) fp32 on the CPU, finite
     "Score `images` with `reward`, without gradient, and check the answer."
+    if isinstance(images, Tensor) and images.dim() == 5: return _score_frames(reward, images, prompts, name)
     _check_batch(images, prompts)
     name = name or getattr(reward, '__name__', type(reward).__name__)
     try:
@@ -92,6 +93,18 @@ def score(
     except RewardError: raise
     except Exception as e: raise RewardError(f"reward {name!r} {_failure(e, prompts)}") from e
     return _as_scores(raw, prompts, name)
+
+def _score_frames(
+    reward, # Callable (images, prompts) -> B scores
+    videos:Tensor, # (B,F,3,H,W) floating, in [0,1]
+    prompts:list, # B strings
+    name:str|None, # What to call the reward in messages
+)->Tensor: # (B,) fp32 on the CPU
+    "Score the first frame of videos, or as many as the reward's attribute `frames` says, from first to last, and take the mean."
+    count = min(getattr(reward, 'frames', 1), videos.shape[1])
+    places = torch.linspace(0, videos.shape[1] - 1, count).round().long()
+    scores = [score(reward, videos[:, place], prompts, name) for place in places.tolist()]
+    return torch.stack(scores).mean(0)
 
 # %% ../../nbs/rewards/03_reward.ipynb #31886be2
 def _verifier(images, prompts):

@@ -1,0 +1,191 @@
+"""Does the general policy do what each pipeline of diffusers does? `make parity` asks all families and writes figures/parity.json.
+
+For a family: its pipeline's own images against Euler's steps with the policy's velocity, the velocities at the levels that its solver
+visits, the ratio of the first update, and a LoRA trained here in a plain pipeline. For FLUX.1 and Stable Diffusion 3, the classes of
+their own against the general policy. Names as arguments ask some families only, and write nothing."""
+import contextlib
+import io
+import math
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from functools import wraps
+from pathlib import Path
+from unittest.mock import patch
+
+import diffusers
+import pandas as pd
+import torch
+import transformers
+
+from egrpo.core.loss import loss_metrics
+from egrpo.core.rollout import rollout, transition_log_prob
+from egrpo.core.sde import ode_step
+from egrpo.methods.registry import make_plan
+from egrpo.models.families import FluxPolicy
+from egrpo.models.general import GeneralPolicy
+from egrpo.models.policy import load_policy
+from egrpo.paper.records import save_record
+from egrpo.testing.pipelines import NEWER, small_pipeline
+from egrpo.train.trainer import TrainConfig, Trainer
+
+PROMPTS = ['a red cube', 'two blue spheres and a dog']
+STEPS, GUIDANCE = 5, 3.
+SIDES = {'lumina2': 64, 'ltx-video': 64} # pixels; the others have 32
+SHORT = dict(num_frames=5) # of videos
+CALLS = {'wan2.1': SHORT, 'wan2.2': SHORT, 'wan2.2-5b': SHORT, 'ltx-video': dict(num_frames=9),
+         'hunyuan-video': SHORT | dict(max_sequence_length=300), 'lumina2': dict(max_sequence_length=400)} # as long as small encoders read
+FAST = ('flux-dev', 'sd3', 'sd3.5') # with a class of their own, faster than the general one
+
+
+@dataclass
+class Parity:
+    "What was found for a family."
+    family:str
+    pipeline:str # Its class
+    latents:str # Shape of one image's latents, as the policy sees them
+    evaluations:int # Network evaluations for a velocity
+    solver:str # The pipeline's scheduler
+    velocity:float # Largest difference of velocities at the solver's own levels
+    images:float|None # Largest difference of images; None where the solver is not Euler's
+    ratio_error:float # Of the first update
+    lora_moved:float # Largest change of the velocity by a LoRA of three iterations
+    lora:float # Largest difference in a plain pipeline with that LoRA: of images, or velocities
+
+
+def general_policy(name, **how):
+    "The general policy of a small pipeline."
+    how = dict(lora_rank=None, resolution=SIDES.get(name, 32), guidance=GUIDANCE, device='cpu', call=CALLS.get(name)) | how
+    return GeneralPolicy(small_pipeline(name), **how)
+
+
+def visited(pipeline, policy, prompt):
+    "Images of a pipeline's own call, and what its scheduler is given on the way: (velocity, time, latents)."
+    seen, own = [], pipeline.scheduler.step
+    @wraps(own)
+    def step(velocity, t, latents, *args, **kwargs):
+        seen.append((velocity.clone(), float(t), latents.clone()))
+        return own(velocity, t, latents, *args, **kwargs)
+    asked = policy.entrance.asked | policy.entrance._guide(GUIDANCE, 1)
+    with patch.object(pipeline.scheduler, 'step', step):
+        out = pipeline(prompt=[prompt], num_inference_steps=STEPS, generator=torch.Generator().manual_seed(3), output_type='pt', **asked)
+    return out.frames if hasattr(out, 'frames') else out.images, seen
+
+
+def is_euler(pipeline): return type(pipeline.scheduler).__name__ == 'FlowMatchEulerDiscreteScheduler'
+
+
+@torch.no_grad()
+def differences(policy, pipeline, prompt=PROMPTS[1]):
+    "Largest difference of velocities, and of images where the solver is Euler's."
+    theirs, seen = visited(pipeline, policy, prompt)
+    cond, sigmas = policy.encode([prompt]), policy.sigmas(STEPS)
+    apart = 0.
+    for k, (velocity, t, latents) in enumerate(seen):
+        level = sigmas[k] if is_euler(pipeline) else torch.tensor(t / 1000)
+        ours = policy.velocity(latents.float(), level[None], cond)
+        apart = max(apart, (ours - velocity).abs().max().item())
+    if not is_euler(pipeline): return apart, None
+    x = seen[0][2].float()
+    for s, s_next in zip(sigmas, sigmas[1:]): x = ode_step(policy.velocity(x, s[None], cond), x, s.item(), s_next.item())
+    return apart, (policy.decode(x) - theirs.float()).abs().max().item()
+
+
+def ratio_error(policy):
+    "Error of the ratio at the first update: the update's own forward against the rollout's log-probs."
+    plan = make_plan('egrpo', num_steps=STEPS, num_generations=3, active_steps=2, shift=policy.sigmas(STEPS))
+    cond = policy.encode(PROMPTS)
+    out = rollout(policy, cond, plan, 0, 0)
+    with torch.no_grad(): velocity = policy.velocity(out.parents, plan.sigmas[out.start], cond[out.prompt])
+    log_prob, *_ = transition_log_prob(velocity, out.parents, out.children, out.row, out.start, out.end, plan)
+    return float(loss_metrics(log_prob, out.log_prob)['ratio_error'])
+
+
+def brightness(images, prompts): return images.flatten(1).mean(1)
+
+
+def train(policy, folder, iterations=3, **changes):
+    "Some iterations of E-GRPO; the folder of the LoRA."
+    prompts = Path(folder)/'prompts.txt'
+    prompts.write_text('\n'.join(PROMPTS) + '\n')
+    settings = dict(model='small', num_steps=STEPS, active_steps=2, num_generations=3, prompts_per_iteration=2, iterations=iterations,
+                    prompts=str(prompts), eval_size=2, eval_every=0, lr=1e-2, ema_decay=0., lora_rank=policy.lora_rank, device='cpu',
+                    out=f'{folder}/run')
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        trainer = Trainer(TrainConfig(**settings | changes), policy, brightness)
+        trainer.fit()
+    return trainer
+
+
+def load_loras(pipeline, folder):
+    "Load what a policy saved as a user of plain diffusers would."
+    pipeline.load_lora_weights(str(folder))
+    second = Path(folder)/'transformer_2'
+    if second.exists(): pipeline.load_lora_weights(str(second), load_into_transformer_2=True)
+
+
+def ask(name):
+    "Ask a family everything."
+    policy = general_policy(name, lora_rank=2)
+    velocity, images = differences(policy, policy.pipeline) # a new LoRA changes nothing
+    plain = general_policy(name)
+    with tempfile.TemporaryDirectory() as folder:
+        error = ratio_error(policy)
+        train(policy, folder)
+        moved, _ = differences(policy, plain.pipeline)
+        load_loras(plain.pipeline, f'{folder}/run/model')
+    trained = differences(policy, plain.pipeline)
+    solver = type(policy.pipeline.scheduler).__name__.removesuffix('Scheduler')
+    return Parity(name, type(policy.pipeline).__name__, str(policy.latent_shape), policy.nfe_per_velocity, solver, velocity, images, error,
+                  moved, trained[0] if images is None else trained[1])
+
+
+def fast_path(name, repeats=5):
+    "The class of its own against the general one: largest difference of velocities, and how much faster it is."
+    fast = load_policy(small_pipeline(name), 'cpu', lora_rank=None, guidance=GUIDANCE, resolution=32)
+    general = general_policy(name, call=dict(max_sequence_length=fast.text_length))
+    noise = torch.randn(4, *fast.latent_shape, generator=torch.Generator().manual_seed(0))
+    levels = torch.tensor([.9, .9, .4, .4])
+    packs = isinstance(fast, FluxPolicy)
+    def pack(x): return fast.pipeline._pack_latents(x, *x.shape) if packs else x
+    def run(policy, x):
+        "A velocity of four rows, and its time."
+        cond = policy.encode(PROMPTS * 2)
+        with torch.no_grad():
+            policy.velocity(x, levels, cond)
+            began = time.perf_counter()
+            for _ in range(repeats): v = policy.velocity(x, levels, cond)
+        return v, time.perf_counter() - began
+    (ours, short), (theirs, long) = run(fast, noise), run(general, pack(noise))
+    return (pack(ours) - theirs).abs().max().item(), long / short
+
+
+def bound(x):
+    "The power of ten above a rounding error, so that another machine finds the same."
+    return x if not x else float(f'1e{math.ceil(math.log10(x))}')
+
+
+def main(names):
+    "Print the table; of all families, write the record."
+    transformers.logging.set_verbosity_error()
+    diffusers.logging.set_verbosity_error()
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(1)
+    began, rows = time.time(), []
+    for name in names or NEWER:
+        rows.append(ask(name))
+        print(pd.DataFrame([asdict(rows[-1])]).to_string(index=False, header=len(rows) == 1), flush=True)
+    fast = {name: fast_path(name) for name in FAST if not names or name in names}
+    for name, (apart, faster) in fast.items(): print(f'{name}: own class against the general one {apart:.1e}, {faster:.1f} times as fast')
+    wrong = [r.family for r in rows if r.velocity or r.images or r.ratio_error > 1e-6 or r.lora > 1e-5]
+    if wrong: sys.exit(f"not equal: {', '.join(wrong)}")
+    if names: return
+    kept = [asdict(r) | dict(ratio_error=bound(r.ratio_error), lora=bound(r.lora), lora_moved=bound(r.lora_moved)) for r in rows]
+    minutes = 60. * math.ceil((time.time() - began) / 60)
+    save_record('parity', dict(families=kept, fast={name: bound(apart) for name, (apart, _) in fast.items()}), scale='smoke', seeds=[0],
+                wall_time=minutes, nfe=0, command='make parity', device='cpu', claim="the general policy gives what each pipeline gives")
+
+
+if __name__ == '__main__': main(sys.argv[1:])
