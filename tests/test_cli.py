@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from egrpo.cli import commands as cli
+from egrpo.cli import demo, entry, options, paper, planning, sampling, shared, tables, training
 from egrpo.cli.commands import COMMANDS, main
 from egrpo.core.entropy import merge_lengths
 from egrpo.core.sigmas import flow_sigmas
@@ -92,12 +92,12 @@ def test_help_suffices(name, capsys):
 
 @pytest.mark.parametrize('name', COMMANDS)
 def test_example_parses(name):
-    assert cli.make_parser().parse_args(shlex.split(COMMANDS[name].example)[1:]).command == name
+    assert entry.make_parser().parse_args(shlex.split(COMMANDS[name].example)[1:]).command == name
 
 
 def actions(name):
     "The options of a command."
-    parser = cli.make_parser()
+    parser = entry.make_parser()
     return next(a for a in parser._actions if a.dest == 'command').choices[name]._actions[1:]
 
 
@@ -145,22 +145,22 @@ def other(field):
 def test_every_field_is_an_option(field):
     value, words = other(field)
     assert field.default is not MISSING and value != field.default
-    args = cli.make_parser().parse_args(['train', '--' + field.name.replace('_', '-'), *words])
-    assert cli.given(args, cli.config_options()) == {field.name: value}
-    assert TrainConfig(**cli.given(args, cli.config_options())).flat() == {**TrainConfig().flat(), field.name: value}
+    args = entry.make_parser().parse_args(['train', '--' + field.name.replace('_', '-'), *words])
+    assert shared.given(args, options.config_options()) == {field.name: value}
+    assert TrainConfig(**shared.given(args, options.config_options())).flat() == {**TrainConfig().flat(), field.name: value}
 
 
 def test_none_is_a_value():
-    for name, option in cli.config_options().items():
+    for name, option in options.config_options().items():
         if not option.kind.endswith('|None'): continue
-        args = cli.make_parser().parse_args(['train', '--' + name.replace('_', '-'), 'none'])
-        assert cli.given(args, [name]) == {name: None}
+        args = entry.make_parser().parse_args(['train', '--' + name.replace('_', '-'), 'none'])
+        assert shared.given(args, [name]) == {name: None}
 
 
 def dry(words, monkeypatch):
     "The configuration that `egrpo train` arrives at."
     seen = []
-    monkeypatch.setattr(cli, 'check_run', lambda config: seen.append(config) or prepare(config))
+    monkeypatch.setattr(training, 'check_run', lambda config: seen.append(config) or prepare(config))
     assert main(['train', *shlex.split(words), '--dry-run']) == 0
     return seen[0]
 
@@ -206,15 +206,15 @@ def test_evaluation_on_training_prompts_says_so(here, capsys):
     assert main(shlex.split('train --dry-run')) == 0
     assert 'training prompts' not in capsys.readouterr().out
     history = pd.DataFrame([dict(iteration=i, prompt=p, score=0.) for i in (0, 1) for p in ('a red circle', 'a cat')])
-    heads = [cli.change_tables(history, trained).splitlines()[0] for trained in ((), ['a cat'], ['a cat', 'a red circle'])]
+    heads = [tables.change_tables(history, trained).splitlines()[0] for trained in ((), ['a cat'], ['a cat', 'a red circle'])]
     assert [h.partition('noise')[2].partition(';')[0] for h in heads] == ['', ' (1 of them training prompts)', ' (training prompts)']
 
 
 def test_change_table_says_what_the_scores_say(folder):
     frame = pd.read_csv(folder/'full/evaluations.csv')
-    before, after = cli.ends(frame)
+    before, after = tables.ends(frame)
     assert (before.iteration.max(), after.iteration.min()) == (0, 2)
-    rows = [line.split() for line in cli.change_table(before, after, 'verifier').splitlines()[2:]]
+    rows = [line.split() for line in tables.change_table(before, after, 'verifier').splitlines()[2:]]
     assert [r[0] for r in rows][-1] == 'all' and sum(int(r[1]) for r in rows[:-1]) == int(rows[-1][1]) == len(before)
     wanted = [before.verifier.mean(), after.verifier.mean(), (after.verifier - before.verifier).mean()]
     np.testing.assert_allclose([float(x) for x in rows[-1][2:5]], wanted, atol=6e-4)
@@ -226,12 +226,12 @@ def test_change_is_paired():
     "Prompts far apart whose scores all rise alike: the interval of the change is a point, that of the scores is wide."
     before = pd.DataFrame(dict(prompt=[f'a {c} circle' for c in ('red', 'blue', 'green', 'black')], score=[0., .3, .6, .9]))
     after = before.assign(score=before.score + .1)
-    assert '+0.100 [+0.100, +0.100]' in cli.change_table(before, after, 'score').splitlines()[-1]
-    assert '[0.450, 0.450]' not in cli.category_table(before)
+    assert '+0.100 [+0.100, +0.100]' in tables.change_table(before, after, 'score').splitlines()[-1]
+    assert '[0.450, 0.450]' not in tables.category_table(before)
 
 
 def test_prompts_of_another_world_have_no_categories():
-    assert list(cli.category_rows(['a corgi', 'a red circle'])) == ['all']
+    assert list(tables.category_rows(['a corgi', 'a red circle'])) == ['all']
 
 
 # ---- the commands
@@ -260,12 +260,12 @@ def test_plan_asks_the_model(tmp_path, capsys, monkeypatch):
         assert [int(row[4]) for row in rows[:4]] == merge_lengths(sigmas, 2.2)[:4].tolist()
         assert ("schedule: the model's own" in out) == (shift == '')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    assert 'planned with shift 3: no/such has no configuration files here' in cli.schedule_text(TrainConfig(model='no/such'))
+    assert 'planned with shift 3: no/such has no configuration files here' in planning.schedule_text(TrainConfig(model='no/such'))
 
 
 def test_a_run_says_how_to_sample_on_its_schedule(tmp_path):
     small_pipeline('sd3').save_pretrained(tmp_path)
-    def words(**fields): return cli.sample_command(TrainConfig(**fields))
+    def words(**fields): return training.sample_command(TrainConfig(**fields))
     assert all('--shift' not in words(shift=s) for s in (None, 3.)) and '--shift 2.0' in words(shift=2.)
     assert '--shift 3.0' in words(shift=3., model=str(tmp_path)) and '--shift' not in words(model=str(tmp_path))
     assert '--shift 3.0' in words(shift=3., model='no/such')
@@ -281,12 +281,12 @@ def test_plan_marks_what_cannot_reach_tau(capsys):
 def test_evaluate_gives_the_scores_of_the_training_run(folder):
     scores = folder/'again.csv'
     assert main(shlex.split(f'evaluate --model {folder}/full/model --size 8 --num-steps 6 --device cpu --out {scores}')) == 0
-    trained = cli.ends(pd.read_csv(folder/'full/evaluations.csv'))[1]
+    trained = tables.ends(pd.read_csv(folder/'full/evaluations.csv'))[1]
     np.testing.assert_allclose(values(scores), trained[['verifier', 'verifier_strict']], atol=1e-4)
 
 
 def test_evaluate_checks_prompts_before_it_loads(here, monkeypatch, capsys):
-    monkeypatch.setattr(cli, 'load_sampler', lambda *args: pytest.fail('a model is loaded'))
+    monkeypatch.setattr(sampling, 'load_sampler', lambda *args: pytest.fail('a model is loaded'))
     (here/'p.txt').write_text('a cat\n')
     assert main(shlex.split('evaluate --prompts p.txt')) == 2
     assert "reward 'verifier' is the miniature's" in capsys.readouterr().err
@@ -297,16 +297,16 @@ def test_the_command_that_samples_again():
     config = TrainConfig(model='flux', lora_rank=4, num_steps=4, micro_batch=1, vae_tiling=False, guidance=1., prompts='my p.txt', seed=3,
                          tau=0, out='runs/k')
     words = "--model flux --lora runs/k/model --guidance 1.0 --num-steps 4 --micro-batch 1 --vae-tiling no --prompts 'my p.txt'"
-    assert cli.sample_command(config) == f'egrpo sample {words}'
-    args = cli.make_parser().parse_args(shlex.split(words := cli.sample_command(config))[1:])
-    assert all(getattr(args, k, getattr(TrainConfig, k)) == getattr(config, k) for k in cli.SAMPLE_OPTIONS if k != 'seed'), words
-    assert cli.sample_command(TrainConfig(out='runs/k')) == 'egrpo sample --model runs/k/model'
+    assert training.sample_command(config) == f'egrpo sample {words}'
+    args = entry.make_parser().parse_args(shlex.split(words := training.sample_command(config))[1:])
+    assert all(getattr(args, k, getattr(TrainConfig, k)) == getattr(config, k) for k in sampling.SAMPLE_OPTIONS if k != 'seed'), words
+    assert training.sample_command(TrainConfig(out='runs/k')) == 'egrpo sample --model runs/k/model'
 
 
 def test_evaluate_puts_the_lora_in(folder):
     scores = folder/'lora.csv'
     assert main(shlex.split(f'evaluate --lora {folder}/lora/model --size 8 --num-steps 6 --device cpu --out {scores}')) == 0
-    before, after = cli.ends(pd.read_csv(folder/'lora/evaluations.csv'))
+    before, after = tables.ends(pd.read_csv(folder/'lora/evaluations.csv'))
     assert (before.verifier - after.verifier).abs().max() > 1e-3
     np.testing.assert_allclose(values(scores), after[['verifier', 'verifier_strict']], atol=1e-3)
 
@@ -318,7 +318,7 @@ def test_dropout_of_a_lora_sleeps(tmp_path):
     for n, p in pipeline.transformer.named_parameters(): p.data += .1 * ('lora_B' in n)
     state, config = get_peft_model_state_dict(pipeline.transformer), pipeline.transformer.peft_config['default']
     pipeline.save_lora_weights(tmp_path, transformer_lora_layers=state, transformer_lora_adapter_metadata=config.to_dict())
-    policy = cli.load_sampler(TrainConfig(device='cpu'), tmp_path)
+    policy = sampling.load_sampler(TrainConfig(device='cpu'), tmp_path)
     assert any(isinstance(m, torch.nn.Dropout) and m.p == .5 for m in policy.transformer.modules())
     first, again = (sample_images(policy, ['a red circle'], 2) for _ in range(2))
     assert torch.equal(first, again)
@@ -348,7 +348,7 @@ def test_demo(here, capsys):
     words = shlex.split('demo --scale smoke --device cpu')
     assert main(words) == 0
     first, out = json.loads((here/'runs/demo/demo.json').read_text()), capsys.readouterr().out
-    before, after = cli.ends(pd.read_csv(here/'runs/demo/evaluations.csv'))
+    before, after = tables.ends(pd.read_csv(here/'runs/demo/evaluations.csv'))
     change = (after.verifier - before.verifier).mean()
     assert first['iterations'] == 2 and first['scores']['verifier']['change']['all'][0] == pytest.approx(change, abs=1e-6)
     assert out.count('\nall ') == 2 and 'verifier_strict' in out and 'runs/demo/demo.png' in out
@@ -360,10 +360,10 @@ def test_demo(here, capsys):
 
 
 def test_demo_replaces_only_what_a_demo_wrote(here):
-    cli.clear_demo('ours')
+    demo.clear_demo('ours')
     (here/'ours/model').mkdir()
     (here/'ours/notes.txt').write_text('mine')
-    assert sorted(p.name for p in cli.clear_demo('ours').iterdir()) == ['demo.json', 'notes.txt']
+    assert sorted(p.name for p in demo.clear_demo('ours').iterdir()) == ['demo.json', 'notes.txt']
     (here/'yours').mkdir()
     (here/'yours/model').write_text('precious')
     assert main(shlex.split('demo --scale smoke --out yours')) == 2
@@ -374,7 +374,7 @@ def test_demo_shows_the_images_that_were_scored(here):
     trainer = Trainer(TrainConfig(num_steps=6, active_steps=2, eval_size=12, device='cpu', ema_decay=.9))
     with torch.no_grad(): # an average that differs from the weights is what is evaluated, and so what is shown
         for e in trainer.ema.values(): e.mul_(.98)
-    places, frame = cli.shown_places(trainer.eval_prompts, 1), trainer.evaluate()
+    places, frame = demo.shown_places(trainer.eval_prompts, 1), trainer.evaluate()
     from egrpo.miniature.world import verify_batch
     from egrpo.paper.cells import images_at
     seen = [v.graded for v in verify_batch(images_at(trainer, places), [trainer.eval_prompts[i] for i in places])]
@@ -384,8 +384,8 @@ def test_demo_shows_the_images_that_were_scored(here):
 
 def test_time_limit(monkeypatch):
     clock = [100.]
-    monkeypatch.setattr(cli.time, 'monotonic', lambda: clock[0])
-    stop = cli.time_is_up(1, began=90)
+    monkeypatch.setattr(demo.time, 'monotonic', lambda: clock[0])
+    stop = demo.time_is_up(1, began=90)
     asked = []
     for clock[0] in (110, 130, 134, 140): asked.append(stop(None)) # noqa: B020 first question after 10 s: 15 s are kept back
     assert asked == [False, False, False, True]
@@ -407,9 +407,9 @@ def test_records_say_what_they_found():
     claimed = {c.record for c in CLAIMS}
     for path in sorted((Path(__file__).parent.parent/'figures').glob('*.json')):
         if path.stem not in EXPERIMENTS: continue
-        lines = cli.findings(path.stem, json.loads(path.read_text())['data'])
+        lines = paper.findings(path.stem, json.loads(path.read_text())['data'])
         assert bool(lines) == (path.stem in claimed or path.stem in ('speed', 'attention_benchmark')), path.stem
-    times = dict(line.split(' takes ') for line in cli.findings('speed', load_record('speed')['data']))
+    times = dict(line.split(' takes ') for line in paper.findings('speed', load_record('speed')['data']))
     assert float(times['one by one'].split()[0]) > 3 # what is asked of it
 
 
@@ -497,9 +497,9 @@ def test_lines_are_as_wide_as_the_terminal(monkeypatch, capsys):
     "Of what goes to a file none is broken."
     monkeypatch.setenv('COLUMNS', '80')
     text = 'short\n\n' + 'a word and  another ' * 12
-    assert cli.fold(text) == text
+    assert shared.fold(text) == text
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
-    lines = cli.fold(text).split('\n')
+    lines = shared.fold(text).split('\n')
     assert lines[:2] == ['short', ''] and max(map(len, lines)) <= 80 and all(line.startswith('    ') for line in lines[3:])
     assert ' '.join(lines).split() == text.split()
     for words in ('reproduce', 'plan --tau 1.8'):
@@ -546,10 +546,10 @@ def test_the_guides_commands_are_understood(tmp_path, monkeypatch, capsys):
     found = list(commands_of_the_guides())
     assert len(found) >= 10
     for notebook, words in found:
-        try: args = cli.make_parser().parse_args(words)
+        try: args = entry.make_parser().parse_args(words)
         except (ValueError, SystemExit) as e: pytest.fail(f"{notebook}: egrpo {' '.join(words)}: {e}")
         if args.command == 'plan': assert main(words) == 0, (notebook, capsys.readouterr().err)
         if args.command == 'train':
-            config = TrainConfig(**cli.preset(args.scale) | cli.given(args, cli.config_options()))
+            config = TrainConfig(**planning.preset(args.scale) | shared.given(args, options.config_options()))
             check_config(config)
             check_method(config.method, config)

@@ -139,7 +139,7 @@ def test_memory_of_a_lora_that_goes_on(tmp_path):
     load_policy(device='cpu', lora_rank=4).save(tmp_path/'lora')
     policy, config = (f(lora_from=str(tmp_path/'lora'), device='cpu') for f in (load_policy, TrainConfig))
     parts = cost.run_memory(config)
-    assert parts['reference'] == sum(t.nbytes for t in policy._start.values()) == parts['trained weights']
+    assert parts['reference'] == sum(t.nbytes for t in policy._reference.start.values()) == parts['trained weights']
 
 
 def rise(trainer, run):

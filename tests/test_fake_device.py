@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from egrpo.cli.commands import explain
+from egrpo.cli.entry import explain
 from egrpo.models.policy import load_policy
 from egrpo.models.precision import DTYPES, default_dtype
 from egrpo.paper.pool import own_gpu

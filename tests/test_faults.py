@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from egrpo.cli import commands as cli
+from egrpo.cli import planning
 from egrpo.cli.commands import main
 from egrpo.models.pipeline import limit_hub_waiting
 from egrpo.models.policy import load_policy
@@ -272,7 +272,7 @@ def test_debug_shows_the_traceback(here, monkeypatch):
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     def bug(*args): raise TypeError('ours')
-    monkeypatch.setattr(cli, 'plan_table', bug)
+    monkeypatch.setattr(planning, 'plan_table', bug)
     with pytest.raises(TypeError): main(['plan'])
 
 

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from egrpo.core.plan import gradient_nfe, rollout_nfe
 from egrpo.core.rollout import rollout
 from egrpo.methods.registry import make_plan
-from egrpo.models.general import GeneralPolicy, NetworkPair
+from egrpo.models.general import GeneralPolicy
 from egrpo.models.lora import lora_layers
+from egrpo.models.pipeline import NetworkPair
 from egrpo.models.policy import load_policy, model_sigmas
 from egrpo.rewards.reward import score
 from egrpo.testing.pipelines import NEWER, small_pipeline

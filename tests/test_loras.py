@@ -294,7 +294,7 @@ def test_text_encoder_is_sampled_with(tmp_path, model):
     theirs_too = POLICIES[type(plain)](plain, None, device='cpu')
     for mine, other in zip(policy.encode(['a red circle']).parts, theirs_too.encode(['a red circle']).parts):
         if mine is not None: assert_close(mine, other, atol=1e-5, rtol=0)
-    assert policy.embeddings.model != alone.embeddings.model
+    assert policy.prompts.embeddings.model != alone.prompts.embeddings.model
     with pytest.raises(ValueError, match='also has weights for text_encoder: train one of the .* alone'):
         policy_of(model, lora_from=tmp_path/'lora.safetensors')
 

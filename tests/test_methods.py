@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from egrpo.cli import commands as cli
+from egrpo.cli import training
+from egrpo.cli.commands import main
 from egrpo.core import advantage, loss, plan
 from egrpo.core import rollout as rollout_module
 from egrpo.core.advantage import group_advantages, keep_extremes, transition_values
@@ -345,7 +346,7 @@ def test_no_part_of_the_loop_asks_for_a_method():
 
 
 def test_methods_command(capsys):
-    assert cli.main(['methods']) == 0
+    assert main(['methods']) == 0
     printed = capsys.readouterr().out
     assert all(name in printed and PAPERS[name] in printed for name in METHODS)
 
@@ -356,8 +357,8 @@ def configured(words, monkeypatch):
     def check(config):
         seen.append(config)
         raise ValueError('seen')
-    monkeypatch.setattr(cli, 'check_run', check)
-    assert cli.main(words.split()) == 2
+    monkeypatch.setattr(training, 'check_run', check)
+    assert main(words.split()) == 2
     return seen[0]
 
 
@@ -381,5 +382,5 @@ def test_group_size_is_the_methods_own():
 
 @every_method
 def test_plan_command(name, capsys):
-    assert cli.main(['plan', '--method', name, '--iteration', '40']) == 0
+    assert main(['plan', '--method', name, '--iteration', '40']) == 0
     assert 'with gradient' in capsys.readouterr().out

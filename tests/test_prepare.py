@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from egrpo.cli import commands as cli
+from egrpo.cli.commands import main
 from egrpo.train import prepare as prepare_module
 from egrpo.train import prompts as prompts_module
 from egrpo.train.config import TrainConfig
@@ -46,7 +46,7 @@ def calls(tmp_path, monkeypatch):
 @pytest.mark.parametrize('more', ['', '--dry-run'])
 def test_everything_is_made_once(calls, more):
     words = f'train {SMALL} --method own.py:plan --reward own.py:brightness --prompts prompts.txt --out run {more}'
-    assert cli.main(words.split()) == 0
+    assert main(words.split()) == 0
     assert calls == dict(read_prompts=1, check_config=1, check_method=1, run_rewards=1)
     assert Path('log').read_text() == 'x' # the file of one's own ran once
     assert Run('run').begun() == (not more)

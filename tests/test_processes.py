@@ -319,11 +319,11 @@ def test_one_pass_with_gradient_at_a_time(mesh):
 
 def test_different_passes_at_once_are_an_error(mesh, monkeypatch):
     "Two processes that would wait for each other see it, and stop."
-    policy, other = load_policy(device='cpu', mesh=mesh), PASSES.index('backward')
-    policy._joined = True
+    passes, other = load_policy(device='cpu', mesh=mesh)._passes, PASSES.index('backward')
+    passes.joined = True
     monkeypatch.setattr(dist, 'all_reduce', lambda wanted, group: wanted.__setitem__(other, 1.))
-    assert policy._announce() == policy._announce('backward') == 'backward'
-    with pytest.raises(RuntimeError, match='processes make different passes at once \\(forward, backward\\)'): policy._announce('forward')
+    assert passes.announce() == passes.announce('backward') == 'backward'
+    with pytest.raises(RuntimeError, match='processes make different passes at once \\(forward, backward\\)'): passes.announce('forward')
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from egrpo.cli import commands as cli
+from egrpo.cli import training
 from egrpo.cli.commands import main
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.config import TrainConfig
@@ -48,7 +48,7 @@ def configured(words, monkeypatch):
     def check(config):
         seen.append(config)
         raise ValueError('seen')
-    monkeypatch.setattr(cli, 'check_run', check)
+    monkeypatch.setattr(training, 'check_run', check)
     assert main(['train', *shlex.split(words)]) == 2
     return seen[0]
 

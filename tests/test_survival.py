@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from egrpo.base.files import check_free, hold
-from egrpo.cli.commands import check_out, main
+from egrpo.cli.commands import main
+from egrpo.cli.training import check_out
 from egrpo.methods.aegpo import ProfileCache
 from egrpo.models.base_policy import Policy
 from egrpo.models.conditions import Conditions, Embeddings

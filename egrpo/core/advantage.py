@@ -40,10 +40,11 @@ def transition_values(
     device = rewards.device
     start = torch.as_tensor(leaf_start, device=device)
     count = torch.as_tensor(leaf_count, device=device)
-    row = torch.arange(len(count), device=device).repeat_interleave(count) # the transition of each leaf below it
+    num = len(count)
+    row = torch.arange(num, device=device).repeat_interleave(count) # the transition of each leaf below it
     first = (count.cumsum(0) - count)[row]
     leaf = torch.arange(len(row), device=device) - first + start[row]
-    total = torch.zeros(len(count), dtype=torch.float64, device=device)
+    total = torch.zeros(num, dtype=torch.float64, device=device)
     total.index_add_(0, row, rewards.double()[leaf])
     return (total / count).to(rewards.dtype)
 
@@ -51,7 +52,7 @@ def transition_values(
 EQUAL = 1e-6 # a group whose spread is at most this fraction of its largest |value| has equal rewards (fp32 rounds at 6e-8)
 
 # %% ../../nbs/core/05_advantage.ipynb #c9ccd211
-def _number(groups, device):
+def _index_groups(groups, device):
     "Number groups 0..J-1: the number of each entry's group, and J."
     ids, index = torch.unique(torch.as_tensor(groups, device=device), return_inverse=True)
     return index, len(ids)
@@ -64,8 +65,10 @@ def _sum_by(values, index, num):
 # %% ../../nbs/core/05_advantage.ipynb #2c7946b3
 def _equal_groups(values, index, num):
     "Mark the groups whose values are equal, up to rounding."
-    low = values.new_full((num,), math.inf).scatter_reduce_(0, index, values, 'amin')
-    high = values.new_full((num,), -math.inf).scatter_reduce_(0, index, values, 'amax')
+    low = values.new_full((num,), math.inf)
+    low.scatter_reduce_(0, index, values, 'amin')
+    high = values.new_full((num,), -math.inf)
+    high.scatter_reduce_(0, index, values, 'amax')
     return high - low <= EQUAL * torch.maximum(low.abs(), high.abs())
 
 # %% ../../nbs/core/05_advantage.ipynb #9c03ae42
@@ -80,7 +83,7 @@ def group_advantages(
     one_of('std', std, ('group', 'batch', 'none'))
     rewards = _floating(rewards)
     values = rewards.double()
-    index, num = _number(groups, values.device)
+    index, num = _index_groups(groups, values.device)
     count = _sum_by(torch.ones_like(values), index, num)
     mean = _sum_by(values, index, num) / count
     centred = values - mean[index]
@@ -93,8 +96,10 @@ def group_advantages(
 def _scale(values, centred, index, count, std, correction):
     "The std that each of the centred values is divided by."
     if std == 'none': return torch.ones_like(values)
-    if std == 'batch' and len(values) > 1: return values.std(correction=correction).expand_as(values)
-    variance = _sum_by(centred**2, index, len(count)) / (count - correction).clamp(min=1)
+    if std == 'batch' and len(values) > 1:
+        return values.std(correction=correction).expand_as(values)
+    squares = _sum_by(centred**2, index, len(count))
+    variance = squares / (count - correction).clamp(min=1)
     return variance.sqrt()[index]
 
 # %% ../../nbs/core/05_advantage.ipynb #13144cfc
@@ -107,7 +112,7 @@ def zero_variance_groups(
 )->int: # Number of groups (groups of one included) whose values are equal up to rounding
     "Count the groups from which nothing can be learnt."
     rewards = _floating(rewards).double()
-    index, num = _number(groups, rewards.device)
+    index, num = _index_groups(groups, rewards.device)
     return int(_equal_groups(rewards, index, num).sum())
 
 # %% ../../nbs/core/05_advantage.ipynb #03b139b4
@@ -152,7 +157,7 @@ def keep_extremes(
 )->Tensor: # (M,) bool
     "Mark the transitions to train: those with the highest and the lowest advantages of their group."
     if (keep == 1).all(): return torch.ones_like(advantages, dtype=torch.bool)
-    index, num = _number(groups, advantages.device)
+    index, num = _index_groups(groups, advantages.device)
     sizes = _sum_by(torch.ones_like(keep), index, num)
     rank = _rank(advantages, index, sizes)
     size = sizes[index]
@@ -170,5 +175,5 @@ def sample_weights(
     groups = torch.as_tensor(groups)
     weights = torch.ones(groups.shape, device=groups.device)
     if per == 'sample': return weights
-    index, num = _number(groups, groups.device)
+    index, num = _index_groups(groups, groups.device)
     return 1 / _sum_by(weights, index, num)[index]

@@ -19,14 +19,16 @@ from torch import Tensor
 # %% ../../nbs/core/04_attention.ipynb #c6ba4c84
 def _check(q, k):
     "Refuse tensors that are no queries (B,H,N,D) and keys (B,H,M,D) of one attention."
-    batched = q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    batched = q.ndim == 4 and k.ndim == 4 and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])
     if not batched or 0 in k.shape:
-        got = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        wanted = "(B,H,N,D) and (B,H,M,D) with at least one key"
         remedy = "split the heads first, and repeat keys that several heads share"
-        raise ValueError(f"q and k must be (B,H,N,D) and (B,H,M,D) with at least one key, got {got}: {remedy}")
-    if q.dtype != k.dtype or q.device != k.device or not q.is_floating_point():
+        raise ValueError(f"q and k must be {wanted}, got {tuple(q.shape)} and {tuple(k.shape)}: {remedy}")
+    alike = q.dtype == k.dtype and q.device == k.device
+    if not alike or not q.is_floating_point():
         got = f'{q.dtype} on {q.device} and {k.dtype} on {k.device}'
-        raise ValueError(f"q and k must be floating point, of one dtype and device, got {got}: convert one of them")
+        wanted = "floating point, of one dtype and device"
+        raise ValueError(f"q and k must be {wanted}, got {got}: convert one of them")
 
 # %% ../../nbs/core/04_attention.ipynb #01275bb2
 def _from_fused(
@@ -36,10 +38,11 @@ def _from_fused(
     scale:float # s
 )->Tensor: # (B,H,N) nats, fp32 or float64
     "Entropy from a fused call whose values are the keys."
-    mean_key, logsumexp = attend(q, k, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    logsumexp = logsumexp.flatten(2)[..., :q.shape[2]].to(dtype)
-    return logsumexp - scale * (q.to(dtype) * mean_key).sum(-1)
+    mean_key, logsumexp = attend(q, k, scale)
+    logsumexp = logsumexp.flatten(2)[..., :q.shape[2]]
+    mean_score = (q.to(dtype) * mean_key).sum(-1)
+    return logsumexp.to(dtype) - scale * mean_score
 
 # %% ../../nbs/core/04_attention.ipynb #f5ad6051
 @dataclass(frozen=True)
@@ -112,10 +115,11 @@ ATTENTION_PATHS = dict(
 # %% ../../nbs/core/04_attention.ipynb #f8cb1f16
 def _refusal(path, q, k):
     "Reason why a path cannot serve these tensors, '' if it can."
-    if path.device and q.device.type != path.device: return f"{path.name} needs {path.device}, not {q.device.type}"
+    device = q.device.type
+    if path.device and path.device != device: return f"{path.name} needs {path.device}, not {device}"
     if path.dtypes and q.dtype not in path.dtypes: return f"{path.name} does not take {q.dtype}"
-    if not path.usable(q, k): return f"{path.name} refuses shapes {tuple(q.shape)} and {tuple(k.shape)}"
-    return ''
+    if path.usable(q, k): return ''
+    return f"{path.name} refuses shapes {tuple(q.shape)} and {tuple(k.shape)}"
 
 def _first_path(q, k):
     "Name of the first path that can serve, and why it is not an earlier one."
@@ -147,13 +151,13 @@ def _no_autocast(device):
 
 @torch.no_grad()
 def attention_entropy(
-    q:Tensor, # (B,H,N,D) queries as attention sees them (after norms and rotary embedding), fp16, bf16, fp32 or float64
+    q:Tensor, # (B,H,N,D) queries as attention sees them, after norms and rotary embedding
     k:Tensor, # (B,H,M,D) keys, likewise
     scale:float|None=None, # s, what attention multiplies its scores by; None = 1/sqrt(D), as torch
     keys=None, # A slice or indices into M: entropy among these keys only; None = all
     queries=None, # A slice or indices into N: for these queries only; None = all
     path:str|None=None # A name in `ATTENTION_PATHS`; None = the first that can serve, see `attention_path`
-)->Tensor: # (B,H,N) entropy of each query's weights over the keys, nats from 0 to log(M), fp32 whatever the input
+)->Tensor: # (B,H,N) entropy of each query's weights over the keys, nats from 0 to log(M), fp32
     "Exact entropy of `softmax(scale·q·k)` for every query, without the matrix."
     if queries is not None: q = q[:, :, queries]
     if keys is not None: k = k[:, :, keys]
@@ -162,7 +166,9 @@ def attention_entropy(
     kept = q.dtype == torch.float64 or q.dtype in chosen.dtypes
     dtype = q.dtype if kept else torch.float32
     if scale is None: scale = q.shape[-1]**-.5
-    with _no_autocast(q.device.type): return chosen.entropy(q.to(dtype), k.to(dtype), float(scale)).float()
+    with _no_autocast(q.device.type):
+        entropy = chosen.entropy(q.to(dtype), k.to(dtype), float(scale))
+    return entropy.float()
 
 # %% ../../nbs/core/04_attention.ipynb #22de98ae
 GOLDEN = (math.sqrt(5) - 1) / 2 # its multiples, modulo 1, are spread most evenly

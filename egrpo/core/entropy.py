@@ -102,7 +102,7 @@ def highest_tau(
     return highest
 
 # %% ../../nbs/core/02_entropy.ipynb #751feac1
-def _steps_text(steps, length, highest, tau):
+def _merging_text(steps, length, highest, tau):
     "Words for steps in a row that are merged by the same length, such as `steps 2-4 merged by 2`."
     name = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]}-{steps[-1]}"
     if length == 1: return f"{name} single"
@@ -121,7 +121,7 @@ def describe_merging(
     highest = highest_tau(sigmas, noise_level, kernel)
     parts = []
     for length, group in groupby(range(len(lengths)), key=lengths.__getitem__):
-        parts.append(_steps_text(list(group), length, highest, tau))
+        parts.append(_merging_text(list(group), length, highest, tau))
     return f"tau {tau:g}: " + ', '.join(parts)
 
 # %% ../../nbs/core/02_entropy.ipynb #939c36be

@@ -28,12 +28,14 @@ def _hash(address):
     return hashlib.blake2b(repr(address).encode(), digest_size=8).digest()
 
 # %% ../../nbs/core/08_noise.ipynb #0a5e0007
+def _plain(part): return part if isinstance(part, str) else check_seed(part, 'address')
+
 def addressed_noise(
     shape:tuple, # Shape of one sample, (C,H,W)
     *address, # What the noise belongs to: integers of any kind, from 0 to 2**64 - 1, and strings
 )->Tensor: # Standard normal, fp32, on the CPU
     "The one noise that belongs to `address`."
-    address = tuple(o if isinstance(o, str) else check_seed(o, 'address') for o in address)
+    address = tuple(map(_plain, address))
     key = int.from_bytes(_hash(address), 'little', signed=True)
     generator = torch.Generator().manual_seed(key)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
@@ -44,11 +46,13 @@ def random_order(
     *address, # What the order belongs to: integers and strings, e.g. seed and iteration
 )->list: # The numbers 0…n-1, shuffled
     "A random order that depends on its address only."
-    return addressed_noise((n,), 'order', *address).argsort().tolist()
+    noise = addressed_noise((n,), 'order', *address)
+    return noise.argsort().tolist()
 
 # %% ../../nbs/core/08_noise.ipynb #6552be2d
 def addressed_generator(
     *address, # What it is for: numbers and strings
 )->torch.Generator: # The same address gives the same stream, whatever was drawn before
     "A random generator with an address; its `initial_seed()` is a seed for numpy too."
-    return torch.Generator().manual_seed(int.from_bytes(_hash(address), 'big') >> 1)
+    key = int.from_bytes(_hash(address), 'big') >> 1
+    return torch.Generator().manual_seed(key)

@@ -168,17 +168,20 @@ def rollout_nfe(
     plan:Plan, # The plan of one prompt
 )->int: # Network evaluations, latents counted one by one
     "Network evaluations of a rollout of one prompt."
-    shared = sum(_shared_nfe(plan, noises) for noises in {b.noises for b in plan.branches})
+    sizes = {b.noises for b in plan.branches}
+    shared = sum(_shared_nfe(plan, noises) for noises in sizes)
     return shared + sum(_own_nfe(plan, b) for b in plan.branches)
 
 def _trained_steps(plan):
     "Pairs of a trained step and the number of its parents."
-    return [(s, parents) for b in plan.branches for s, parents in zip(b.steps, b.widths) if s.weight]
+    trained = []
+    for b in plan.branches: trained += [(s, parents) for s, parents in zip(b.steps, b.widths) if s.weight]
+    return trained
 
 def gradient_nfe(
     plan:Plan, # The plan of one prompt
 )->int: # Forward passes with gradient
-    "Network evaluations with gradient of one update on one prompt, one per parent of a trained transition; at most, where `keep` < 1."
+    "Network evaluations with gradient of one update, one per parent of a trained transition; at most, where `keep` < 1."
     total = 0
     for step, parents in _trained_steps(plan):
         total += min(parents, kept_count(parents * step.children, step.keep))
@@ -246,11 +249,12 @@ def _heights(n, row, height):
 
 def _draw_step(ax, step, parents, children, color):
     "Draw a stochastic step: a line from each child back to its parent."
+    style = dict(color=color, solid_capstyle='round')
+    style['lw'] = 1.4 if step.weight else .6
+    style['ls'] = '-' if step.keep == 1 else ':'
     starts = [parents[i // step.children] for i in range(len(children))]
     ends = [[step.start] * len(children), [step.end] * len(children)]
-    width = 1.4 if step.weight else .6
-    style = '-' if step.keep == 1 else ':'
-    ax.plot(ends, [starts, children], color=color, lw=width, ls=style, solid_capstyle='round')
+    ax.plot(ends, [starts, children], **style)
 
 def _draw_branch(ax, branch, plan, row, color):
     "Draw a branch as a tree of height 0.8 in its row; `color` maps a step's standard deviation to a colour."
@@ -278,12 +282,14 @@ def plot_plan(
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
     rows = len(plan.branches)
+    steps = plan.num_steps
     if ax is None: _, ax = plt.subplots(figsize=(7, .5 + .42 * max(3, rows)))
     colors = plt.get_cmap('plasma_r')(torch.linspace(.2, 1, 256).numpy())
     scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), ListedColormap(colors))
-    for row, branch in enumerate(plan.branches): _draw_branch(ax, branch, plan, row, scale.to_rgba)
-    ax.set(xlim=(-.3, plan.num_steps + .3), xlabel='denoising step (noise → image)')
-    ax.set(ylim=(rows - .4, -.6), ylabel='branch', yticks=range(rows))
-    ax.set(xticks=range(0, plan.num_steps + 1, max(1, plan.num_steps // 10)))
+    for row, branch in enumerate(plan.branches):
+        _draw_branch(ax, branch, plan, row, scale.to_rgba)
+    ax.set(xlim=(-.3, steps + .3), ylim=(rows - .4, -.6))
+    ax.set(xlabel='denoising step (noise → image)', ylabel='branch')
+    ax.set(xticks=range(0, steps + 1, max(1, steps // 10)), yticks=range(rows))
     plt.colorbar(scale, ax=ax, label='std of the noise', pad=.01)
     return ax

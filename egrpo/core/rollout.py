@@ -103,7 +103,7 @@ class _Trace:
     "Rows, transitions and leaves that a rollout collects."
     first_leaf:dict # (prompt, branch) -> index of its first leaf
     rows:list = field(default_factory=list) # (parents, mean, prompt, start, end) per stochastic step
-    transitions:list = field(default_factory=list) # (children, row, log-prob, group, weight, keep, leaf start, leaf count) per step
+    transitions:list = field(default_factory=list) # The columns of M transitions, per step
     leaves:dict = field(default_factory=dict) # (stride, prompt, branch) -> clean latents
     num_rows:int = 0 # Rows so far
 
@@ -116,16 +116,37 @@ class _Trace:
     ):
         "Add a stochastic step: its rows, and its samples as a group of their own."
         children, row, logp = samples
-        def each(value): return torch.full((len(children),), value, device=children.device)
-        leaf_start = first + below * torch.arange(len(children), device=children.device)
-        group = each(len(self.transitions))
-        weight = each(float(step.weight)).float()
-        keep = each(float(step.keep)).float()
-        self.transitions.append((children, row + self.num_rows, logp, group, weight, keep, leaf_start, each(below)))
+        place = torch.arange(len(children), device=children.device)
+        group = torch.full_like(place, len(self.transitions))
+        weight = torch.full_like(logp, step.weight)
+        keep = torch.full_like(logp, step.keep)
+        leaves = first + below * place, torch.full_like(place, below)
+        self.transitions.append((children, row + self.num_rows, logp, group, weight, keep, *leaves))
         self.rows.append(rows)
         self.num_rows += len(rows[0])
 
 # %% ../../nbs/core/09_rollout.ipynb #212d2365
+def _sample(
+    walker:_Walker, # Stands where a branch has a stochastic step
+    velocity:Tensor, # (N,C,H,W) its velocity
+    plan:Plan, # The prompt's plan
+    b:int, # Index of the branch
+    step:SDEStep, # The branch's step
+    noise, # noise(prompt, *address) -> (C,H,W)
+)->tuple: # Rows and samples, as `_Trace.add` takes them
+    "Sample `children` of every node, and their log-prob."
+    parents = walker.latents
+    n, device = len(parents), parents.device
+    start = torch.full((n,), step.start, device=device)
+    end = torch.full((n,), step.end, device=device)
+    prompt = torch.full((n,), walker.prompt, device=device)
+    row = torch.arange(n, device=device).repeat_interleave(step.children)
+    mean, std = transition_mean(velocity, parents, start, end, plan)
+    eps = [noise(walker.prompt, b, step.start, c) for c in range(len(row))]
+    children = sde_sample(mean[row], std[row], torch.stack(eps))
+    logp, *_ = transition_log_prob(velocity, parents, children, row, start, end, plan)
+    return (parents, mean, prompt, start, end), (children, row, logp)
+
 def _split(
     walker:_Walker, # Stands where a branch has a stochastic step
     velocity:Tensor, # (N,C,H,W) its velocity
@@ -134,19 +155,12 @@ def _split(
     noise, # noise(prompt, *address) -> (C,H,W)
     trace:_Trace, # Is added to
 )->list: # A walker with the children, at the end of the step; one for each stride if it was the last step
-    "Take a branch's stochastic step: `children` samples of every node, recorded as one group of transitions."
+    "Take a branch's stochastic step, recorded as one group of transitions."
     branch = plan.branches[b]
     step = branch.steps[walker.stage]
-    parents = walker.latents
-    def each(value): return torch.full((len(parents),), value, device=parents.device)
-    start, end = each(step.start), each(step.end)
-    row = torch.arange(len(parents), device=parents.device).repeat_interleave(step.children)
-    mean, std = transition_mean(velocity, parents, start, end, plan)
-    eps = torch.stack([noise(walker.prompt, b, step.start, c) for c in range(len(row))])
-    children = sde_sample(mean[row], std[row], eps)
-    logp, *_ = transition_log_prob(velocity, parents, children, row, start, end, plan)
-    rows = parents, mean, each(walker.prompt), start, end
-    trace.add(rows, (children, row, logp), step, trace.first_leaf[walker.prompt, b], branch.leaves // len(row))
+    rows, samples = _sample(walker, velocity, plan, b, step, noise)
+    children = samples[0]
+    trace.add(rows, samples, step, trace.first_leaf[walker.prompt, b], branch.leaves // len(children))
     stage = walker.stage + 1
     strides = plan.strides if stage == len(branch.steps) else (1,)
     return [_Walker(walker.prompt, [b], children, step.end, stage, stride) for stride in strides]
@@ -170,6 +184,11 @@ def _leaving(walker, plan):
         if ahead and ahead[0].start == walker.k: leaving.append(b)
     return leaving
 
+def _solves_twice(walker, plan):
+    "Return whether the solver looks back: behind the last stochastic step, where it is of second order."
+    steps = plan.branches[walker.branches[0]].steps
+    return plan.solver == 'ab2' and 0 < walker.stage == len(steps)
+
 def _ode(
     walker:_Walker, # One walker
     velocity:Tensor, # (N,C,H,W) its velocity
@@ -177,12 +196,13 @@ def _ode(
 )->_Walker: # The walker after the step
     "Take an ODE step, by the plan's solver once no stochastic step is left."
     k = min(walker.k + walker.stride, plan.num_steps)
-    start, end = plan.sigmas[walker.k].item(), plan.sigmas[k].item()
-    mean = ab2_velocity(velocity, start - end, *walker.past) if walker.past else velocity
-    steps = plan.branches[walker.branches[0]].steps
-    suffix = 0 < walker.stage == len(steps)
-    past = (velocity, start - end) if suffix and plan.solver == 'ab2' else ()
-    return replace(walker, latents=ode_step(mean, walker.latents, start, end), k=k, past=past)
+    start = plan.sigmas[walker.k].item()
+    end = plan.sigmas[k].item()
+    mean = velocity
+    if walker.past: mean = ab2_velocity(velocity, start - end, *walker.past)
+    latents = ode_step(mean, walker.latents, start, end)
+    past = (velocity, start - end) if _solves_twice(walker, plan) else ()
+    return replace(walker, latents=latents, k=k, past=past)
 
 def _advance(
     walker:_Walker, # One walker
@@ -225,11 +245,11 @@ def _velocities(
 )->tuple: # (N,C,H,W) velocities of each walker
     "One batch for all walkers, whatever their prompt and noise level."
     sizes = [len(w.latents) for w in walkers]
-    nodes = torch.tensor(sizes, device=policy.device)
-    k = torch.tensor([w.k for w in walkers], device=policy.device).repeat_interleave(nodes)
-    prompt = torch.tensor([w.prompt for w in walkers], device=policy.device).repeat_interleave(nodes)
+    which = torch.arange(len(walkers)).repeat_interleave(torch.tensor(sizes)).to(policy.device)
+    k = torch.tensor([w.k for w in walkers], device=policy.device)
+    prompt = torch.tensor([w.prompt for w in walkers], device=policy.device)
     latents = torch.cat([w.latents for w in walkers])
-    return policy.velocity(latents, sigmas[k], cond[prompt]).split(sizes)
+    return policy.velocity(latents, sigmas[k[which]], cond[prompt[which]]).split(sizes)
 
 # %% ../../nbs/core/09_rollout.ipynb #dc3e6737
 def _columns(pieces, *empty):

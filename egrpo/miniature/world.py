@@ -210,7 +210,7 @@ def _gap(relation, a, b):
     return relation_gap(relation, (a.cx, a.cy), (b.cx, b.cy))
 
 def _fits(thing, wanted):
-    "Is a thing of the shape and colour that are wanted?"
+    "Return whether a thing is of the shape and colour that are wanted"
     shape, color = wanted
     return thing.shape == shape and color in (None, thing.color)
 
@@ -259,9 +259,11 @@ def draw(
         columns = _extent(o.cx, o.r, size)
         x = grid[None, columns] - np.float32(o.cx)
         y = grid[rows, None] - np.float32(o.cy)
-        cover = np.clip(.5 - _distance(o.shape, x, y, np.float32(o.r)) * scale, 0, 1)
+        distance = _distance(o.shape, x, y, np.float32(o.r))
+        cover = np.clip(.5 - distance * scale, 0, 1)
+        color = np.float32(COLORS[o.color])[:, None, None]
         part = image[:, rows, columns]
-        part += cover * (np.float32(COLORS[o.color])[:, None, None] - part)
+        part += cover * (color - part)
     return torch.from_numpy(image)
 
 def draw_batch(
@@ -303,9 +305,11 @@ def _segment(images):
     ground = images.new_tensor(BACKGROUND)[:, None, None]
     contrast = (images - ground).square().sum(1).sqrt().numpy()
     labels, n = _label(contrast, MIN_AREA * (images.shape[-1] / 64) ** 2)
-    area = np.bincount(labels.ravel(), minlength=n + 1)
-    full = np.bincount(labels.ravel(), contrast.ravel(), n + 1) / np.maximum(area, 1)
-    opacity = np.minimum(contrast / np.maximum(full[labels], 1e-6), 1)
+    flat = labels.ravel()
+    area = np.bincount(flat, minlength=n + 1)
+    total = np.bincount(flat, contrast.ravel(), n + 1)
+    full = (total / np.maximum(area, 1))[labels]
+    opacity = np.minimum(contrast / np.maximum(full, 1e-6), 1)
     return labels, np.where(labels > 0, opacity, 0).astype(np.float32), n
 
 # %% ../../nbs/miniature/00_world.ipynb #39702025
@@ -313,14 +317,15 @@ WINDOW = 20 # side of the normalised crop that is compared with the templates
 
 def _crops(masks, areas, cx, cy):
     "(N,WINDOW,WINDOW): each region's opacity, centred and scaled so that every shape has the same area"
-    n, size = len(masks), masks.shape[-1]
+    size = masks.shape[-1]
+    shape = len(masks), WINDOW, WINDOW
     line = 1.1 * areas.sqrt()[:, None] * torch.linspace(-1, 1, WINDOW)
-    x = (cx[:, None] + line) * 2 / size - 1
-    y = (cy[:, None] + line) * 2 / size - 1
-    x = x[:, None, :].expand(n, WINDOW, WINDOW)
-    y = y[:, :, None].expand(n, WINDOW, WINDOW)
+    def place(centre): return (centre[:, None] + line) * 2 / size - 1
+    x = place(cx)[:, None, :].expand(shape)
+    y = place(cy)[:, :, None].expand(shape)
     grid = torch.stack([x, y], -1)
-    return F.grid_sample(masks[:, None], grid, mode='bilinear', align_corners=False)[:, 0]
+    crops = F.grid_sample(masks[:, None], grid, mode='bilinear', align_corners=False)
+    return crops[:, 0]
 
 # %% ../../nbs/miniature/00_world.ipynb #b5974a41
 @dataclass
@@ -336,10 +341,14 @@ class _Regions:
 def _color_shares(pixels, region, n):
     "Share of each region's pixels (P,3) that are nearest to each colour (n,colors); 1 from nine tenths on"
     palette = np.array(list(COLORS.values()))
-    nearest = np.square(pixels[:, None] - palette).sum(-1).argmin(1)
-    votes = np.bincount(region * len(palette) + nearest, minlength=n * len(palette)).reshape(n, len(palette))
-    shares = votes / np.maximum(votes.sum(1, keepdims=True), 1)
+    distance = np.square(pixels[:, None] - palette).sum(-1)
+    pair = region * len(palette) + distance.argmin(1)
+    votes = np.bincount(pair, minlength=n * len(palette)).reshape(n, len(palette))
+    counted = votes.sum(1, keepdims=True)
+    shares = votes / np.maximum(counted, 1)
     return np.minimum(shares / .9, 1)
+
+def _tensor(array): return torch.from_numpy(np.asarray(array, np.float32))
 
 def _regions(images):
     "Regions of a batch, with their centres weighted by opacity"
@@ -348,18 +357,20 @@ def _regions(images):
     b, y, x = np.nonzero(labels)
     region = labels[b, y, x] - 1
     alpha = opacity[b, y, x]
-    area = np.bincount(region, alpha, n)
-    cx = np.bincount(region, alpha * (x + .5), n) / area
-    cy = np.bincount(region, alpha * (y + .5), n) / area
+    def total(values): return np.bincount(region, values, n)
+    def standard(length): return length * 64 / size
+    area = total(alpha)
+    cx = total(alpha * (x + .5)) / area
+    cy = total(alpha * (y + .5)) / area
     image = np.zeros(n, int)
     image[region] = b
     masks = np.zeros((n, size, size), np.float32)
     masks[region, y, x] = alpha
-    crops = _crops(*[torch.from_numpy(np.asarray(o, np.float32)) for o in (masks, area, cx, cy)])
+    crops = _crops(*map(_tensor, (masks, area, cx, cy)))
     core = alpha > .85
     pixels = images.numpy()[b[core], :, y[core], x[core]]
     colors = _color_shares(pixels, region[core], n)
-    return _Regions(image, cx * 64 / size, cy * 64 / size, np.sqrt(area) * 64 / size, crops, colors)
+    return _Regions(image, standard(cx), standard(cy), standard(np.sqrt(area)), crops, colors)
 
 # %% ../../nbs/miniature/00_world.ipynb #6964b42f
 @lru_cache(maxsize=1)
@@ -388,11 +399,16 @@ def _clearest(scores, names, least):
 def _found(regions, i, overlap, scores):
     "Region i as an object, with its overlaps and scores by shape"
     colors = regions.colors[i]
-    shape = _clearest(scores, SHAPES, .5)
-    color = _clearest(colors, list(COLORS), .6)
-    place = float(regions.cx[i]), float(regions.cy[i]), float(regions.size[i])
-    by_shape = dict(zip(SHAPES, scores.tolist()))
-    return Found(shape, color, *place, float(overlap.max()), by_shape, dict(zip(COLORS, colors.tolist())))
+    return Found(
+        shape=_clearest(scores, SHAPES, .5),
+        color=_clearest(colors, list(COLORS), .6),
+        cx=float(regions.cx[i]),
+        cy=float(regions.cy[i]),
+        size=float(regions.size[i]),
+        confidence=float(overlap.max()),
+        shapes=dict(zip(SHAPES, scores.tolist())),
+        colors=dict(zip(COLORS, colors.tolist())),
+    )
 
 def see_batch(
     images:Tensor # (B,3,H,W) in 0..1
@@ -436,35 +452,39 @@ def _match(wanted, seen):
 
 # %% ../../nbs/miniature/00_world.ipynb #221e316e
 def _position_score(relation, wanted, chosen):
-    "How well the relation is kept, 0..1: by the distance, and by how clear the two shapes are"
+    "Share of the relation that is kept, 0..1: by the distance, and by how clear the two shapes are"
     a, b = chosen[:2]
     if not (a and b): return 0.
+    (first, _), (second, _) = wanted[:2]
     kept = np.clip(.5 + _gap(relation, a, b) / (2 * MARGIN), 0, 1)
-    clear = min(a.shapes[wanted[0][0]], b.shapes[wanted[1][0]])
-    return kept * clear
+    return float(kept * min(a.shapes[first], b.shapes[second]))
+
+def _mean(values): return float(np.mean(values))
 
 def _parts(spec, chosen, seen):
     "The parts of the graded score, each in 0..1"
-    pairs = list(zip(spec.wanted, chosen))
-    excess = abs(len(seen) - len(pairs)) / len(pairs)
-    clear = np.mean([max(f.shapes.values()) for f in seen]) if seen else 0.
-    objects = [found.shapes[shape] if found else 0. for (shape, _), found in pairs]
-    parts = dict(objects=np.mean(objects), count=max(0., 1 - excess) * clear)
-    colors = [found.colors[color] if found else 0. for (_, color), found in pairs if color]
-    if colors: parts['colors'] = np.mean(colors)
+    objects, colors = [], []
+    for (shape, color), found in zip(spec.wanted, chosen):
+        objects.append(found.shapes[shape] if found else 0.)
+        if color: colors.append(found.colors[color] if found else 0.)
+    clear = [max(found.shapes.values()) for found in seen]
+    excess = abs(len(seen) - len(objects)) / len(objects)
+    count = max(0., 1 - excess) * _mean(clear) if seen else 0.
+    parts = dict(objects=_mean(objects), count=count)
+    if colors: parts['colors'] = _mean(colors)
     if spec.relation: parts['position'] = _position_score(spec.relation, spec.wanted, chosen)
-    return {name: float(score) for name, score in parts.items()}
+    return parts
 
 # %% ../../nbs/miniature/00_world.ipynb #401c482f
 def _fault(wanted, found):
-    "What is wrong with an object, in words; empty where it is right"
+    "Words for what is wrong with an object; empty where it is right"
     shape, color = wanted
     if not found: return f'no {color} {shape}' if color else f'no {shape}'
     if found.shape != shape: return f'{found.shape} shape where a {shape} is wanted'
     return f'{shape} is {found.color}, not {color}' if color and found.color != color else ''
 
 def _faults(spec, chosen, seen):
-    "What is wrong, in words; empty where all is right"
+    "Words for all that is wrong; empty where nothing is"
     faults = list(filter(None, map(_fault, spec.wanted, chosen)))
     excess = len(seen) - len(chosen)
     if excess > 0: faults.append(f'{excess} too many')

@@ -95,7 +95,22 @@ class RecordedConditions:
         device, # A device
     )->'RecordedConditions': # There
         "Move the tensors to a device."
-        return RecordedConditions(map_tensors(lambda x: x.to(device), self.rows))
+        moved = {} # rows of one prompt stay one
+        for row in self.rows:
+            if id(row) not in moved: moved[id(row)] = map_tensors(lambda x: x.to(device), row)
+        return RecordedConditions([moved[id(row)] for row in self.rows])
+
+    @staticmethod
+    def join(
+        several:list, # Recorded conditions
+    )->'RecordedConditions': # All their rows
+        "Put the rows of several together."
+        return RecordedConditions([row for cond in several for row in cond.rows])
+
+    @property
+    def nbytes(self)->int: # Bytes
+        "Memory that the answers take."
+        return sum(x.nbytes for x in self.parts)
 
 # %% ../../nbs/models/11_entrance.ipynb #bffd59ae
 def _pack(

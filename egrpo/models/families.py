@@ -8,7 +8,6 @@ __all__ = ['FluxPolicy', 'SD3Policy', 'UNetPolicy']
 # %% ../../nbs/models/10_families.ipynb #96c1f775
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import Tensor
 
 from ..core.diffusion import angle_timestep, chord, chord_velocity, ddpm_angles
 from ..core.sigmas import flow_sigmas
@@ -23,39 +22,37 @@ class FluxPolicy(Policy):
     @property
     def text_length(self)->int: # Tokens
         "512 for dev, 256 for schnell, or the tokenizer's limit."
-        return min(512 if self.transformer.config.guidance_embeds else 256, self.pipeline.tokenizer_2.model_max_length)
+        most = 512 if self.transformer.config.guidance_embeds else 256
+        return min(most, self.pipeline.tokenizer_2.model_max_length)
 
-    def _embed(self,
-        prompt:str, # A prompt
-    )->Conditions: # One row
+    def _embed(self, prompt):
         "Embed a prompt."
-        return Conditions(*self.pipeline.encode_prompt(prompt, max_sequence_length=self.text_length, device=self.device)[:2])
+        out = self.pipeline.encode_prompt(prompt, max_sequence_length=self.text_length, device=self.device)
+        return Conditions(*out[:2])
 
-    def _forward(self,
-        latents:Tensor, # (B,C,H,W) fp32 latents
-        sigma:Tensor, # (B,) noise levels
-        cond:Conditions, # B rows
-    )->Tensor: # (B,C,H,W) fp32 velocity
+    def _forward(self, latents, sigma, cond):
         "One forward pass: pack 2×2 latents into tokens, run the network, unpack."
-        B, C, H, W = latents.shape
-        ids = self.pipeline._prepare_latent_image_ids(B, H // 2, W // 2, self.device, latents.dtype)
-        guidance = torch.full_like(sigma, self.guidance) if self.transformer.config.guidance_embeds else None
-        packed, txt_ids = self.pipeline._pack_latents(latents, B, C, H, W), latents.new_zeros(cond.embeds.shape[1], 3)
+        pipe, (B, C, H, W) = self.pipeline, latents.shape
+        embedded = self.transformer.config.guidance_embeds
+        guidance = torch.full_like(sigma, self.guidance) if embedded else None
+        packed = pipe._pack_latents(latents, B, C, H, W)
+        img_ids = pipe._prepare_latent_image_ids(B, H // 2, W // 2, self.device, latents.dtype)
+        txt_ids = latents.new_zeros(cond.embeds.shape[1], 3)
         out = self._run(hidden_states=packed, timestep=sigma, guidance=guidance, pooled_projections=cond.pooled,
-                        encoder_hidden_states=cond.embeds, txt_ids=txt_ids, img_ids=ids)
-        return self.pipeline._unpack_latents(out, self.resolution, self.resolution, self.pipeline.vae_scale_factor)
+                        encoder_hidden_states=cond.embeds, txt_ids=txt_ids, img_ids=img_ids)
+        return pipe._unpack_latents(out, self.resolution, self.resolution, pipe.vae_scale_factor)
+
 
 # %% ../../nbs/models/10_families.ipynb #47d6145a
 class SD3Policy(Policy):
     "Stable Diffusion 3 and 3.5."
     patch, classifier_free = 2, True
 
-    def _check_resolution(self,
-        resolution:int, # Side of the images in pixels
-    )->int: # The same
+    def _check_resolution(self, resolution):
         "Refuse a side that the network has no positions for, too."
         most = self.transformer.config.pos_embed_max_size * self.patch * self.pipeline.vae_scale_factor
-        if resolution > most: raise ValueError(f"resolution must be at most {most}, got {resolution}: this model has no more positions")
+        if resolution > most:
+            raise ValueError(f"resolution must be at most {most}, got {resolution}: this model has no more positions")
         return super()._check_resolution(resolution)
 
     @property
@@ -63,21 +60,17 @@ class SD3Policy(Policy):
         "256 tokens for T5, or its tokenizer's limit."
         return min(256, getattr(self.pipeline.tokenizer_3, 'model_max_length', 256))
 
-    def _embed(self,
-        prompt:str, # A prompt
-    )->Conditions: # One row
+    def _embed(self, prompt):
         "Embed a prompt."
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(prompt, None, None, device=self.device, do_classifier_free_guidance=False,
-                                                           max_sequence_length=self.text_length)
+        how = dict(device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.text_length)
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(prompt, None, None, **how)
         return Conditions(embeds, pooled)
 
-    def _forward(self,
-        latents:Tensor, # (B,C,H,W) fp32 latents
-        sigma:Tensor, # (B,) noise levels
-        cond:Conditions, # B rows
-    )->Tensor: # (B,C,H,W) fp32 velocity
+    def _forward(self, latents, sigma, cond):
         "One forward pass."
-        return self._run(hidden_states=latents, timestep=1000 * sigma, encoder_hidden_states=cond.embeds, pooled_projections=cond.pooled)
+        text = dict(encoder_hidden_states=cond.embeds, pooled_projections=cond.pooled)
+        return self._run(hidden_states=latents, timestep=1000 * sigma, **text)
+
 
 # %% ../../nbs/models/10_families.ipynb #5c1ed010
 def _diffusion_sigmas(pipeline, num_steps, resolution): return flow_sigmas(num_steps)
@@ -93,31 +86,38 @@ class UNetPolicy(Policy):
         *args, # As for `Policy`
         **kwargs, # As for `Policy`
     ):
-        self.xl, self.kind = isinstance(pipeline, StableDiffusionXLPipeline), pipeline.scheduler.config.prediction_type
+        self.xl = isinstance(pipeline, StableDiffusionXLPipeline)
+        self.kind = pipeline.scheduler.config.prediction_type
         angles = ddpm_angles(pipeline.scheduler.alphas_cumprod)
         if self.kind == 'epsilon' and angles[-1].cos() < 1e-3:
-            raise ValueError("model: its schedule ends in pure noise, where predicted noise says nothing: name a v_prediction model")
+            fault = "its schedule ends in pure noise, where predicted noise says nothing"
+            raise ValueError(f"model: {fault}: name a v_prediction model")
         super().__init__(pipeline, *args, **kwargs)
         self.angles = angles.to(self.device)
 
-    def _embed(self,
-        prompt:str, # A prompt
-    )->Conditions: # One row
+    def _embed(self, prompt):
         "Embed a prompt."
-        out = self.pipeline.encode_prompt(prompt, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        cond = Conditions(out[0], out[2]) if self.xl else Conditions(out[0])
-        zeros = self.xl and prompt == '' and self.pipeline.config.force_zeros_for_empty_prompt
-        return Conditions(*map(torch.zeros_like, cond.parts)) if zeros else cond
+        how = dict(device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        out = self.pipeline.encode_prompt(prompt, **how)
+        if not self.xl: return Conditions(out[0])
+        cond = Conditions(out[0], out[2])
+        zeros = prompt == '' and self.pipeline.config.force_zeros_for_empty_prompt
+        return cond.map(torch.zeros_like) if zeros else cond
 
-    def _forward(self,
-        latents:Tensor, # (B,C,H,W) fp32 latents of the flow
-        sigma:Tensor, # (B,) noise levels of the flow
-        cond:Conditions, # B rows
-    )->Tensor: # (B,C,H,W) fp32 velocity of the flow
+    def _forward(self, latents, sigma, cond):
         "One forward pass: to the diffusion model's latents, through the network, back to a velocity."
-        angle, length = (o[:, None, None, None] for o in chord(sigma, self.angles[-1]))
-        x, timestep = latents / length, angle_timestep(angle[:, 0, 0, 0], self.angles)
-        size = latents.new_tensor([self.resolution, self.resolution, 0, 0, self.resolution, self.resolution]).expand(len(x), 6)
-        more = dict(text_embeds=cond.pooled, time_ids=size) if self.xl else None
+        last = self.angles[-1]
+        angle, length = chord(sigma, last)
+        timestep = angle_timestep(angle, self.angles)
+        angle, length = angle[:, None, None, None], length[:, None, None, None]
+        x = latents / length
+        more = self._size_and_text(cond) if self.xl else None
         out = self._run(x, timestep, encoder_hidden_states=cond.embeds, added_cond_kwargs=more)
-        return chord_velocity(out, x, angle, self.angles[-1], self.kind)
+        return chord_velocity(out, x, angle, last, self.kind)
+
+    def _size_and_text(self, cond):
+        "What XL is told beside the prompt's tokens: pooled text, the image's size, and that it is not cropped."
+        side = self.resolution
+        size = torch.tensor([side, side, 0., 0., side, side], device=self.device)
+        return dict(text_embeds=cond.pooled, time_ids=size.expand(len(cond), 6))
+

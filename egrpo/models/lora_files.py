@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ..base.files import DIGEST, tensors_digest
-from .pipeline import _first_line, _Refused, limit_hub_waiting
+from .pipeline import Refused, first_line, limit_hub_waiting
 
 # %% ../../nbs/models/05_lora_files.ipynb #a477a361
 LORA_FILES = 'pytorch_lora_weights.safetensors', 'adapter_model.safetensors' # diffusers' and peft's names
@@ -32,8 +32,8 @@ def _pick_lora(
         if usual in names: return usual
     found = sorted(n for n in names if n.endswith('.safetensors') and '/' not in n)
     if len(found) == 1: return found[0]
-    if found: raise _Refused(f"{what} has {len(found)} LoRAs: name one of its files, {', '.join(found)}")
-    raise _Refused(f"{what} has no .safetensors file: name a LoRA's folder or its .safetensors file")
+    if found: raise Refused(f"{what} has {len(found)} LoRAs: name one of its files, {', '.join(found)}")
+    raise Refused(f"{what} has no .safetensors file: name a LoRA's folder or its .safetensors file")
 
 def _hub_files(
     repository:str, # owner/name
@@ -56,10 +56,10 @@ def _fetch_lora(
     try:
         file = file or _pick_lora(_hub_files(repository), what)
         folder = Path(snapshot_download(repository, allow_patterns=[file, 'adapter_config.json']))
-    except _Refused: raise
+    except Refused: raise
     except Exception as e:
         remedy = "is the network up? Else name a LoRA's folder or its .safetensors file"
-        said = f"does not exist here, nor does the hub give it ({_first_line(e)})"
+        said = f"does not exist here, nor does the hub give it ({first_line(e)})"
         raise ValueError(f"{what} {said}: {remedy}") from e
     if not (folder/file).exists(): raise ValueError(f"{what} is not on the hub: is the file's name right?")
     return folder/file
@@ -114,7 +114,7 @@ def read_lora(
         with safe_open(path, 'pt') as f: metadata = f.metadata() or {}
         tensors = load_file(path)
     except (OSError, SafetensorError) as e:
-        raise ValueError(f"{what} cannot be read ({_first_line(e)}): is the file whole?") from e
+        raise ValueError(f"{what} cannot be read ({first_line(e)}): is the file whole?") from e
     if DIGEST not in metadata: return tensors, metadata
     found = tensors_digest(tensors, metadata.get(LORA_CONFIG, ''))
     if found == metadata[DIGEST]: return tensors, metadata
@@ -127,7 +127,7 @@ PARTS = 'lora_[AB]|lora_down|lora_up|lora_magnitude_vector|alpha'
 LORA_PART = re.compile(rf'(.+?)\.({PARTS})(?:\.default)?(\.weight|\.bias)?') # a layer and its part
 OTHER_NAMES = {'lora_down': 'lora_A', 'lora_up': 'lora_B'}
 
-def _read_layers(
+def read_layers(
     tensors:dict, # What a LoRA's file holds: name -> tensor
     network, # A transformer or UNet
 )->dict: # Layer -> part -> tensor; empty where a name is that of no layer
@@ -152,7 +152,7 @@ def _usual(
     usual = Counter(numbers.values()).most_common(1)[0][0]
     return usual, {f'^{n}': x for n, x in numbers.items() if x != usual}
 
-def _own_config(
+def own_config(
     layers:dict, # Layer -> part -> tensor
 )->dict: # Settings of peft
     "A LoRA's settings, from its own tensors: without an alpha its product is not scaled."
@@ -173,7 +173,7 @@ OTHER_KINDS = {
     r'\.dora_scale$': 'a DoRA of LyCORIS', r'\.lora_mid\.': 'a LoRA with a third matrix (Tucker)',
     r'\.diff(_b)?$': 'a LoRA with differences of whole weights'}
 
-def _check_adapter(
+def check_adapter(
     tensors:dict, # What the file holds: name -> tensor
     what:str, # Beginning of the error
 ):
@@ -184,7 +184,7 @@ def _check_adapter(
         if not any(tensors[n].any() for n in found): continue
         raise ValueError(f"{what} is {kind}, which diffusers does not put into this model: {remedy}")
 
-def _given_config(
+def given_config(
     path:Path, # The LoRA's file
     tensors:dict, # What it holds: name -> tensor
     metadata:dict, # Its metadata

@@ -17,8 +17,8 @@ from .base_policy import Policy
 from .device import best_device, check_torch
 from .families import FluxPolicy, SD3Policy, UNetPolicy
 from .general import GeneralPolicy, check_enterable, own_resolution
-from .pipeline import _quietly, bare_pipeline, load_pipeline
-from .precision import _check_dtype
+from .pipeline import bare_pipeline, load_pipeline, quietly
+from .precision import torch_dtype
 
 # %% ../../nbs/models/13_policy.ipynb #e68d8929
 POLICIES = {FluxPipeline: FluxPolicy, StableDiffusion3Pipeline: SD3Policy, StableDiffusionPipeline: UNetPolicy,
@@ -32,7 +32,7 @@ def _cast(
     "Cast the parts of a pipeline that was loaded elsewhere."
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(f"model is a {type(pipeline).__name__}: give a name, a folder or a DiffusionPipeline")
-    with _quietly():
+    with quietly():
         for name, part in pipeline.components.items():
             own = network if network and name.startswith(('transformer', 'unet')) else dtype
             if isinstance(part, torch.nn.Module): part.to(own)
@@ -51,7 +51,8 @@ def load_policy(
     device = best_device(device)
     whole = lora_rank == 0 and not kwargs.get('lora_from')
     load = load_pipeline if isinstance(model, (str, Path)) else _cast
-    pipeline = load(model, _check_dtype(dtype, device), torch.float32 if whole else None)
+    network = torch.float32 if whole else None
+    pipeline = load(model, torch_dtype(dtype, device), network)
     kind = POLICIES.get(type(pipeline), GeneralPolicy)
     if kwargs.get('call'): kind = GeneralPolicy # the others do not use the pipeline's call
     return kind(pipeline, lora_rank, device=device, dtype=dtype, **kwargs)

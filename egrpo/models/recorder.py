@@ -10,6 +10,8 @@ import math
 import time
 import weakref
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -69,8 +71,9 @@ def _attention_layers(
     "The model's attention layers."
     every = {n: m for n, m in model.named_modules() if hasattr(m, 'processor') and hasattr(m, 'heads')}
     found = {n: m for n, m in every.items() if blocks is None or blocks in n}
-    if not found: raise ValueError(f"blocks must be part of an attention layer's name such as {next(iter(every), None)!r}, got {blocks!r}")
-    return found
+    if found: return found
+    known = next(iter(every), None)
+    raise ValueError(f"blocks must be part of an attention layer's name such as {known!r}, got {blocks!r}")
 
 # %% ../../nbs/models/14_recorder.ipynb #1bcd38fc
 def _by_call(
@@ -78,13 +81,15 @@ def _by_call(
     samples:int|None # Samples of a call; None = a forward pass is a call
 )->Tensor: # (calls, blocks, samples)
     "Join forward passes to calls."
-    sizes = [f.shape[1] for f in forwards]
     if not forwards: raise ValueError("nothing was recorded: run the model inside the context")
+    sizes = [f.shape[1] for f in forwards]
+    total = sum(sizes)
     if samples is None and len(set(sizes)) > 1:
-        raise ValueError(f"samples must be given, forward passes had different numbers ({sizes[:8]}): those of a call before it was split")
+        found = f"forward passes had different numbers ({sizes[:8]})"
+        raise ValueError(f"samples must be given, {found}: those of a call before it was split")
     samples = samples or sizes[0]
-    if sum(sizes) % samples:
-        raise ValueError(f"samples must divide the {sum(sizes)} samples recorded, got {samples}: give the size of a call")
+    if total % samples:
+        raise ValueError(f"samples must divide the {total} samples recorded, got {samples}: give the size of a call")
     return torch.cat(forwards, dim=1).unflatten(1, (-1, samples)).transpose(0, 1)
 
 class AttentionEntropy:
@@ -92,8 +97,11 @@ class AttentionEntropy:
     def __init__(self,
         blocks:list, # Names of the recorded layers, in the order in which they run
     ):
-        self.blocks, self.path = blocks, None # path: name and reason of the last `attention_path`
-        self._means, self._errors, self._times = [], [], []
+        self.blocks = blocks
+        self.path = None # name and reason of the last `attention_path`
+        self._means = []
+        self._errors = []
+        self._times = []
 
     def __len__(self): return len(self._means)
 
@@ -113,14 +121,17 @@ class AttentionEntropy:
         samples:int|None=None, # As in `entropy`
     )->pd.DataFrame: # A row per call, block and sample
         "The same as a tidy table."
-        H, error = self.entropy(samples), self.error(samples)
-        index = pd.MultiIndex.from_product([range(H.shape[0]), self.blocks, range(H.shape[2])], names=['call', 'block', 'sample'])
-        return pd.DataFrame({'entropy': H.flatten().numpy(), 'error': error.flatten().numpy()}, index).reset_index()
+        entropy, error = self.entropy(samples), self.error(samples)
+        calls, _, size = entropy.shape
+        levels = range(calls), self.blocks, range(size)
+        index = pd.MultiIndex.from_product(levels, names=['call', 'block', 'sample'])
+        columns = dict(entropy=entropy.flatten().numpy(), error=error.flatten().numpy())
+        return pd.DataFrame(columns, index).reset_index()
 
     @property
     def seconds(self)->float:
         "Time spent on entropies: of the processor, or of the GPU where that did the work."
-        return sum(t if isinstance(t, float) else _elapsed(*t) for t in self._times)
+        return sum(_elapsed(*t) if isinstance(t, tuple) else t for t in self._times)
 
 # %% ../../nbs/models/14_recorder.ipynb #1fcc708a
 def _elapsed(
@@ -131,18 +142,25 @@ def _elapsed(
     ended.synchronize()
     return began.elapsed_time(ended) / 1000
 
+def _event(
+    device:torch.device, # A GPU
+): # An event that is on its way
+    "Record an event."
+    event = torch.get_device_module(device).Event(enable_timing=True)
+    event.record()
+    return event
+
 @contextmanager
 def _timed(
     times:list, # Is added to
     device:torch.device # Where: on a GPU events are recorded, since the processor is done before it
 ):
     "Time what happens inside."
-    gpu, began = device.type in ('cuda', 'mps'), time.perf_counter()
-    events = [torch.get_device_module(device).Event(enable_timing=True) for _ in range(2 * gpu)]
-    if gpu: events[0].record()
+    gpu = device.type in ('cuda', 'mps')
+    began = _event(device) if gpu else time.perf_counter()
     yield
-    if gpu: events[1].record()
-    times.append(events if gpu else time.perf_counter() - began)
+    times.append((began, _event(device)) if gpu else time.perf_counter() - began)
+
 
 # %% ../../nbs/models/14_recorder.ipynb #2e9dbf23
 def _as_attended(
@@ -150,40 +168,81 @@ def _as_attended(
 )->Tensor: # As the kernel sees them
     "Apply autocast's cast."
     device = x.device.type
-    cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(device)) if cast else x
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device): return x
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+
+def _text_given(
+    args:tuple, # Of a forward pass
+    kwargs:dict, # Of a forward pass
+): # encoder_hidden_states, or None
+    "The text that a model or an attention layer is given."
+    return kwargs.get('encoder_hidden_states', args[1] if len(args) > 1 else None)
+
+@dataclass
+class _Measure:
+    "Measures the entropy of one attention call."
+    every:int # One of every `every` image queries
+    start:int # Which subset
+    keys:str # all, text or image
+    normalize:bool # Divide by log(number of keys)?
+    path:str|None # Of `attention_entropy`
+    used:tuple|None=None # Name and reason of the last `attention_path`
+
+    @torch.no_grad()
+    def __call__(self,
+        name:str, # Of the layer
+        query:Tensor, # (B,H,N,D) queries
+        key:Tensor, # (B,H,M,D) keys
+        scale:float|None, # Of the attention
+        layout:dict, # queries, text, image: slices of tokens
+    )->tuple: # Mean entropy and standard error, (B,) each
+        "Mean entropy over heads and image queries."
+        chosen = ALL if self.keys == 'all' else layout[self.keys]
+        if chosen is None:
+            remedy = "name those that have with blocks=, or take keys='all'"
+            raise ValueError(f"block {name} has no {self.keys} keys: {remedy}")
+        q, k = query[:, :, layout['queries']], key[:, :, chosen]
+        num_queries, num_keys = q.shape[2], k.shape[2]
+        if self.every > 1: q = q[:, :, query_subset(num_queries, self.every, self.start).to(q.device)]
+        self.used = attention_path(q, k, self.path)
+        mean, error = mean_entropy(attention_entropy(q, k, scale, path=self.path), num_queries)
+        if not self.normalize: return mean, error
+        unit = math.log(num_keys) or 1.
+        return mean / unit, error / unit
 
 class _Session:
     "One recording: what the hooks and the function mode share."
     def __init__(self,
         model:nn.Module, # A model of `LAYOUTS`
         layers:dict, # Name -> attention layer
-        every:int, # One of every `every` image queries
-        start:int, # Which subset
-        keys:str, # all, text or image
-        normalize:bool, # Divide by log(number of keys)?
-        path:str|None, # Of `attention_entropy`
+        measure:_Measure, # What is measured of each
     ):
+        self.model = model
+        self.layers = layers
+        self.measure = measure
         self.layout = next(LAYOUTS[c] for c in type(model).__mro__ if c in LAYOUTS)
-        self.model, self.layers, self.out = model, layers, AttentionEntropy(list(layers))
-        self.every, self.start, self.keys, self.normalize, self.path = every, start, keys, normalize, path
-        self.text, self.found = 0, None # tokens of text; within a forward pass, name -> (mean, error)
-        self.layer, self.watch = None, None # within an attention layer: its name and whether it got text; what sees its calls
+        self.out = AttentionEntropy(list(layers))
+        self.recording = False # inside a forward pass of the model?
+        self.text = 0 # tokens of text of that pass
+        self.found = {} # name -> (mean, error) of that pass
+        self.layer = None # name of the attention layer that runs
+        self.joint = False # did it get text?
+        self.watch = None # what sees its calls
 
     def begin(self, module, args, kwargs):
         "Before a forward pass of the model."
-        text = kwargs.get('encoder_hidden_states', args[1] if len(args) > 1 else None)
-        self.text, self.found, self.layer = text.shape[1] if torch.is_tensor(text) and text.ndim == 3 else 0, {}, None
+        text = _text_given(args, kwargs)
+        tokens = torch.is_tensor(text) and text.ndim == 3
+        self.text = text.shape[1] if tokens else 0
+        self.recording, self.found, self.layer = True, {}, None
 
-    def enter(self, name):
-        "A hook that runs before the attention layer `name`."
-        def hook(module, args, kwargs):
-            "Note the name and whether the layer got text, within a forward pass of the model only."
-            joint = kwargs.get('encoder_hidden_states', args[1] if len(args) > 1 else None) is not None
-            if self.found is None: return
-            self.layer, self.watch = (name, joint), _Watch(self.look)
-            self.watch.__enter__()
-        return hook
+    def enter(self, name, module, args, kwargs):
+        "Before the attention layer `name`, within a forward pass of the model only."
+        if not self.recording: return
+        self.layer = name
+        self.joint = _text_given(args, kwargs) is not None
+        self.watch = _Watch(self.look)
+        self.watch.__enter__()
 
     def leave(self, module, args, output):
         "After an attention layer, also when it failed."
@@ -192,39 +251,34 @@ class _Session:
 
     def look(self, query, key, value=None, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         "At a call of `F.scaled_dot_product_attention`: the first in a layer that is recorded."
-        if self.layer is None or self.layer[0] in self.found: return
-        name, joint = self.layer
+        name = self.layer
+        if name is None or name in self.found: return
         if attn_mask is not None or is_causal or enable_gqa:
-            raise ValueError(f"block {name} attends with a mask or shared heads, whose entropy is not recorded: leave it out with blocks=")
+            remedy = "leave it out with blocks="
+            raise ValueError(f"block {name} attends with a mask or shared heads, whose entropy is not recorded: {remedy}")
+        layout = self.layout(query.shape[2], self.text, self.joint)
         with _timed(self.out._times, query.device):
-            self.found[name] = self._measure(name, _as_attended(query), _as_attended(key), joint, scale)
-
-    @torch.no_grad()
-    def _measure(self, name, q, k, joint, scale):
-        "Mean entropy and standard error (B,) of one layer."
-        layout = self.layout(q.shape[2], self.text, joint)
-        keys = ALL if self.keys == 'all' else layout[self.keys]
-        if keys is None: raise ValueError(f"block {name} has no {self.keys} keys: name those that have with blocks=, or take keys='all'")
-        q, k = q[:, :, layout['queries']], k[:, :, keys]
-        num_queries = q.shape[2]
-        if self.every > 1: q = q[:, :, query_subset(num_queries, self.every, self.start).to(q.device)]
-        self.out.path = attention_path(q, k, self.path)
-        mean, error = mean_entropy(attention_entropy(q, k, scale, path=self.path), num_queries)
-        unit = (math.log(k.shape[2]) or 1.) if self.normalize else 1.
-        return mean / unit, error / unit
+            self.found[name] = self.measure(name, _as_attended(query), _as_attended(key), scale, layout)
+        self.out.path = self.measure.used
 
     def end(self, module, args, output):
         "After a forward pass of the model; one that failed leaves nothing."
-        found, self.found, self.layer = self.found, None, None
+        self.recording, self.layer = False, None
         if output is None: return
-        unseen = [n for n in self.layers if n not in found]
-        if unseen:
-            processor = type(self.layers[unseen[0]].processor).__name__
-            raise ValueError(f"block {unseen[0]} ({processor}) made no call of F.scaled_dot_product_attention: "
-                             "set_attention_backend('native'), use torch's own attention processors, skip no layer, or name other blocks=")
-        if not len(self.out): self.out.blocks = list(found)
-        means, errors = zip(*(found[n] for n in self.out.blocks))
-        self.out._means.append(torch.stack(means)), self.out._errors.append(torch.stack(errors))
+        self._check_all_seen()
+        if not len(self.out): self.out.blocks = list(self.found)
+        means, errors = zip(*(self.found[n] for n in self.out.blocks))
+        self.out._means.append(torch.stack(means))
+        self.out._errors.append(torch.stack(errors))
+
+    def _check_all_seen(self):
+        "Refuse layers that attend in another way."
+        unseen = [n for n in self.layers if n not in self.found]
+        if not unseen: return
+        processor = type(self.layers[unseen[0]].processor).__name__
+        remedy = "set_attention_backend('native'), use torch's own attention processors, skip no layer, or name other blocks="
+        raise ValueError(f"block {unseen[0]} ({processor}) made no call of F.scaled_dot_product_attention: {remedy}")
+
 
 # %% ../../nbs/models/14_recorder.ipynb #4b5dff8c
 class _Watch(TorchFunctionMode):
@@ -248,9 +302,10 @@ def _hooks(
 )->list: # Handles to remove
     "Hooks on the model and its attention layers."
     model = session.model
-    out = [model.register_forward_pre_hook(session.begin, with_kwargs=True), model.register_forward_hook(session.end, always_call=True)]
+    out = [model.register_forward_pre_hook(session.begin, with_kwargs=True)]
+    out.append(model.register_forward_hook(session.end, always_call=True))
     for name, layer in session.layers.items():
-        out.append(layer.register_forward_pre_hook(session.enter(name), with_kwargs=True))
+        out.append(layer.register_forward_pre_hook(partial(session.enter, name), with_kwargs=True))
         out.append(layer.register_forward_hook(session.leave, always_call=True))
     return out
 
@@ -267,9 +322,12 @@ def record_attention_entropy(
     "Inside: every forward pass of `transformer` leaves the mean attention entropy of each block and sample; outputs stay as they are."
     model = _find_model(transformer)
     if keys not in ('all', 'text', 'image'): raise ValueError(f"keys must be all, text or image, got {keys!r}")
-    if not isinstance(every, int) or every < 1: raise ValueError(f"every must be a whole number >= 1, got {every!r}: 1 takes all queries")
-    if model in _RECORDED: raise ValueError("transformer is being recorded already: leave that context first, or read its result")
-    session = _Session(model, _attention_layers(model, blocks), every, start, keys, normalize, path)
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a whole number >= 1, got {every!r}: 1 takes all queries")
+    if model in _RECORDED:
+        raise ValueError("transformer is being recorded already: leave that context first, or read its result")
+    measure = _Measure(every, start, keys, normalize, path)
+    session = _Session(model, _attention_layers(model, blocks), measure)
     handles = _hooks(session)
     _RECORDED.add(model)
     try:

@@ -36,36 +36,34 @@ def normalise(
     images:Tensor, # (B,3,H,W) in [0,1]
 )->Tensor: # The same shape, mean 0 and std 1 over CLIP's training images
     "Images in CLIP's units."
-    mean, std = (torch.tensor(o, device=images.device)[:, None, None] for o in (CLIP_MEAN, CLIP_STD))
+    mean = torch.tensor(CLIP_MEAN, device=images.device)[:, None, None]
+    std = torch.tensor(CLIP_STD, device=images.device)[:, None, None]
     return (images - mean) / std
 
-def _scaled(
-    images:Tensor, # (B,3,H,W)
-    h:int, # New height, pixels
-    w:int, # New width, pixels
-)->Tensor: # (B,3,h,w)
-    "Bicubic interpolation, smoothed where it shrinks."
-    return images if images.shape[-2:] == (h, w) else F.interpolate(images, (h, w), mode='bicubic', antialias=True, align_corners=False)
+def _scaled(images, h, w):
+    "Bicubic interpolation to (B,3,h,w), smoothed where it shrinks."
+    if images.shape[-2:] == (h, w): return images
+    return F.interpolate(images, (h, w), mode='bicubic', antialias=True, align_corners=False)
 
-def _picture_sized(
-    images:Tensor, # (B,3,H,W) in [0,1], floating
-    h:int, # New height, pixels
-    w:int, # New width, pixels
-)->Tensor: # (B,3,h,w) in [0,1]
-    "Scaled as Pillow does, first across and then down, each time rounded to the 8 bits of a picture."
-    def picture(x):
-        "With 8 bits a channel."
-        return (x * 255).round().clamp(0, 255) / 255
-    return picture(_scaled(picture(_scaled(picture(images.float()), images.shape[-2], w)), h, w))
+def _rounded(images): return (images * 255).round().clamp(0, 255) / 255 # 8 bits a channel
+
+def _picture_sized(images, h, w):
+    "Scale as Pillow does, first across and then down, each time rounded to the 8 bits of a picture."
+    images = _rounded(images.float())
+    across = _rounded(_scaled(images, images.shape[-2], w))
+    return _rounded(_scaled(across, h, w))
 
 def cut_out(
     images:Tensor, # (B,3,H,W) in [0,1], floating
     size:int=224, # Side of the square, pixels
 )->Tensor: # (B,3,size,size), normalised
-    "The middle of images whose shorter side becomes `size`: CLIP's and BLIP's usual preparation, with the rounding of 8-bit pictures."
-    H, W = images.shape[-2:]
-    h, w = H * size // min(H, W), W * size // min(H, W)
-    top, left = (h - size) // 2, (w - size) // 2
+    "Cut out the middle, the shorter side made `size`: CLIP's and BLIP's usual preparation, rounded as 8-bit pictures are."
+    height, width = images.shape[-2:]
+    shorter = min(height, width)
+    h = height * size // shorter
+    w = width * size // shorter
+    top = (h - size) // 2
+    left = (w - size) // 2
     return normalise(_picture_sized(images, h, w)[..., top:top + size, left:left + size])
 
 def squash(
@@ -80,29 +78,33 @@ def fit_in(
     size:int=224, # Side of the square, pixels
 )->Tensor: # (B,3,size,size), normalised
     "All of an image: its longer side becomes `size`, black fills the rest. HPS's preparation, without rounding or clipping."
-    H, W = images.shape[-2:]
-    h, w = (round(n * (size / max(H, W))) for n in (H, W))
-    top, left = (size - h) // 2, (size - w) // 2
-    return normalise(F.pad(_scaled(images.float(), h, w), (left, size - w - left, top, size - h - top)))
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    h, w = round(height * scale), round(width * scale)
+    top = (size - h) // 2
+    left = (size - w) // 2
+    border = left, size - w - left, top, size - h - top
+    return normalise(F.pad(_scaled(images.float(), h, w), border))
 
 # %% ../../nbs/rewards/00_published.ipynb #386dbb3c
+def _load_file(path):
+    if path.suffix != '.safetensors': return torch.load(path, map_location='cpu', weights_only=True)
+    from safetensors.torch import load_file
+    return load_file(path)
+
 def read_weights(
     path, # A .safetensors file, or one that torch.save wrote
 )->dict: # Name -> tensor
-    "The tensors of a file. What is no tensor is refused, never run."
+    "Read the tensors of a file. What is no tensor is refused, never run."
     path = Path(path)
-    try:
-        if path.suffix == '.safetensors':
-            from safetensors.torch import load_file
-            found = load_file(path)
-        else: found = torch.load(path, map_location='cpu', weights_only=True)
+    try: found = _load_file(path)
     except Exception as e:
-        why = f"could not be read as plain tensors ({type(e).__name__}): is it complete, and the published file?"
-        raise ValueError(f"weights: {path.name!r} {why}") from e
+        why = f"could not be read as plain tensors ({type(e).__name__})"
+        raise ValueError(f"weights: {path.name!r} {why}: is it complete, and the published file?") from e
     found = found.get('state_dict', found) if isinstance(found, dict) else {}
     tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)}
-    if not tensors: raise ValueError(f"weights: {path.name!r} holds no tensors by name: give the file of the reward's weights")
-    return tensors
+    if tensors: return tensors
+    raise ValueError(f"weights: {path.name!r} holds no tensors by name: give the file of the reward's weights")
 
 def to_safetensors(
     path, # Published weights, e.g. HPS_v2.1_compressed.pt
@@ -110,21 +112,32 @@ def to_safetensors(
 )->Path: # The file, which the reward takes in place of the published one
     "The same tensors as safetensors."
     from safetensors.torch import save_file
-    save_file({k: v.contiguous().clone() for k, v in read_weights(path).items()}, out)
+    tensors = read_weights(path)
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, out)
     return Path(out)
 
 # %% ../../nbs/rewards/00_published.ipynb #016d6503
 IN_BLOCK = [
-    (r'attn\.in_proj_', 'self_attn.in_proj_'), (r'attn\.out_proj', 'self_attn.out_proj'), (r'ln_([12])', r'layer_norm\1'),
-    (r'mlp\.c_fc', 'mlp.fc1'), (r'mlp\.c_proj', 'mlp.fc2')]
+    (r'attn\.in_proj_', 'self_attn.in_proj_'),
+    (r'attn\.out_proj', 'self_attn.out_proj'),
+    (r'ln_([12])', r'layer_norm\1'),
+    (r'mlp\.c_fc', 'mlp.fc1'),
+    (r'mlp\.c_proj', 'mlp.fc2'),
+]
 OPEN_CLIP = [
     (r'^visual\.transformer\.resblocks\.', 'vision_model.encoder.layers.'),
-    (r'^visual\.conv1', 'vision_model.embeddings.patch_embedding'), (r'^visual\.class_emb', 'vision_model.embeddings.class_emb'),
+    (r'^visual\.conv1', 'vision_model.embeddings.patch_embedding'),
+    (r'^visual\.class_emb', 'vision_model.embeddings.class_emb'),
     (r'^visual\.positional_embedding$', 'vision_model.embeddings.position_embedding.weight'),
-    (r'^visual\.ln_pre', 'vision_model.pre_layrnorm'), (r'^visual\.ln_post', 'vision_model.post_layernorm'),
-    (r'^transformer\.resblocks\.', 'text_model.encoder.layers.'), (r'^token_embedding', 'text_model.embeddings.token_embedding'),
-    (r'^positional_embedding$', 'text_model.embeddings.position_embedding.weight'), (r'^ln_final', 'text_model.final_layer_norm'),
-    (r'^visual\.proj$', 'visual_projection.weight'), (r'^text_projection$', 'text_projection.weight')]
+    (r'^visual\.ln_pre', 'vision_model.pre_layrnorm'),
+    (r'^visual\.ln_post', 'vision_model.post_layernorm'),
+    (r'^transformer\.resblocks\.', 'text_model.encoder.layers.'),
+    (r'^token_embedding', 'text_model.embeddings.token_embedding'),
+    (r'^positional_embedding$', 'text_model.embeddings.position_embedding.weight'),
+    (r'^ln_final', 'text_model.final_layer_norm'),
+    (r'^visual\.proj$', 'visual_projection.weight'),
+    (r'^text_projection$', 'text_projection.weight'),
+]
 
 def renamed(
     name:str, # A tensor's name
@@ -140,10 +153,13 @@ def split_projections(
 )->dict: # Name -> tensor: q_proj, k_proj, v_proj in their place
     "Attention's three projections, apart."
     out = {}
-    for k, v in weights.items():
-        m = re.search(joined, k)
-        if m: out |= {f'{k[:m.start()]}{n}_proj.{m[1]}': part for n, part in zip('qkv', v.chunk(3))}
-        else: out[k] = v
+    for name, tensor in weights.items():
+        found = re.search(joined, name)
+        if not found:
+            out[name] = tensor
+            continue
+        before = name[:found.start()]
+        for letter, part in zip('qkv', tensor.chunk(3)): out[f'{before}{letter}_proj.{found[1]}'] = part
     return out
 
 def from_open_clip(
@@ -151,43 +167,49 @@ def from_open_clip(
 )->dict: # transformers' names
     "A CLIP of open_clip as transformers' `CLIPModel` names it."
     out = {renamed(k, OPEN_CLIP + IN_BLOCK): v for k, v in weights.items() if k != 'attn_mask'}
-    for k in ('visual_projection.weight', 'text_projection.weight'): out[k] = out[k].T
+    for name in ('visual_projection.weight', 'text_projection.weight'):
+        out[name] = out[name].T
     return split_projections(out, r'in_proj_(weight|bias)')
 
 # %% ../../nbs/rewards/00_published.ipynb #664d333f
-def _depth(
-    weights:dict, # Name -> tensor
-    before:str, # What stands before a block's number
-)->int: # Blocks
-    "Number of blocks."
-    return len({k[len(before):].split('.')[0] for k in weights if k.startswith(before)})
+def _depth(weights, before):
+    "Number of blocks; `before` stands before a block's number."
+    numbered = [k[len(before):] for k in weights if k.startswith(before)]
+    return len({k.split('.')[0] for k in numbered})
 
-def _tower(
-    weights:dict, # open_clip's names
-    before:str, # 'visual.' or ''
-    heads:int, # Heads of attention
-    act:str, # Activation
-)->dict: # Sizes, by transformers' names
-    "The sizes of a tower's blocks."
+def _tower(weights, before, heads, act):
+    "Sizes of a tower's blocks by transformers' names; `before` is 'visual.' or ''."
     blocks = f'{before}transformer.resblocks.'
     inner, width = weights[f'{blocks}0.mlp.c_fc.weight'].shape
-    return dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=_depth(weights, blocks), num_attention_heads=heads,
-                hidden_act=act)
+    layers = dict(num_hidden_layers=_depth(weights, blocks), num_attention_heads=heads, hidden_act=act)
+    return dict(hidden_size=width, intermediate_size=inner, **layers)
+
+def _heads(model, width):
+    "Heads of the two towers: as the model's configuration says, or 16, HPS's."
+    if not model: return 16, 16
+    return width // model['vision_cfg'].get('head_width', 64), model['text_cfg'].get('heads', 8)
 
 def open_clip_config(
     weights:dict, # open_clip's names
     model:dict|None=None, # `model_cfg` of open_clip_config.json; None = heads and activation of HPS, a ViT-H
 ): # CLIPConfig
-    "The configuration of a CLIP of open_clip. (End token 2 is transformers' word for: a text's vector is that of its highest id.)"
+    "The configuration of a CLIP of open_clip."
     from transformers import CLIPConfig
-    model, (width, _, patch, _) = model or {}, weights['visual.conv1.weight'].shape
+    model = model or {}
+    width, _, patch, _ = weights['visual.conv1.weight'].shape
     act = 'quick_gelu' if model.get('quick_gelu') else 'gelu'
-    heads = (width // model['vision_cfg'].get('head_width', 64), model['text_cfg'].get('heads', 8)) if model else (16, 16)
+    image_heads, text_heads = _heads(model, width)
     side = patch * math.isqrt(len(weights['visual.positional_embedding']) - 1)
-    vision = dict(image_size=side, patch_size=patch, **_tower(weights, 'visual.', heads[0], act))
-    text = dict(vocab_size=len(weights['token_embedding.weight']), max_position_embeddings=len(weights['positional_embedding']),
-                bos_token_id=0, eos_token_id=2, **_tower(weights, '', heads[1], act))
-    return CLIPConfig(vision_config=vision, text_config=text, projection_dim=weights['text_projection'].shape[1])
+    vision = dict(image_size=side, patch_size=patch, **_tower(weights, 'visual.', image_heads, act))
+    text = dict(
+        vocab_size=len(weights['token_embedding.weight']),
+        max_position_embeddings=len(weights['positional_embedding']),
+        bos_token_id=0,
+        eos_token_id=2, # transformers' word for: a text's vector is that of its highest id
+        **_tower(weights, '', text_heads, act),
+    )
+    dim = weights['text_projection'].shape[1]
+    return CLIPConfig(vision_config=vision, text_config=text, projection_dim=dim)
 
 # %% ../../nbs/rewards/00_published.ipynb #60e4f9b3
 CLIP_TENSORS = ('visual.conv1.weight', 'visual.positional_embedding', 'visual.transformer.resblocks.0.mlp.c_fc.weight', 'visual.proj',
@@ -201,19 +223,30 @@ def check_open_clip(
 ):
     "Refuse tensors that are no CLIP of two transformers, each with a projection."
     lack = [o for o in CLIP_TENSORS if o not in weights]
-    if lack: raise ValueError(f"{file.name!r} is no CLIP of open_clip with a vision transformer (visual.…), a text tower (no prefix) and "
-                              f"their projections: it has no {lack[0]} (of one of transformers, give the folder)")
+    if not lack: return
+    towers = "a vision transformer (visual.…), a text tower (no prefix) and their projections"
+    remedy = "of one of transformers, give the folder"
+    raise ValueError(f"{file.name!r} is no CLIP of open_clip with {towers}: it has no {lack[0]} ({remedy})")
+
+def _open_clip_settings(place):
+    "What stands in the open_clip_config.json of a folder; nothing if it has none."
+    file = place/'open_clip_config.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
 
 def open_clip_model(
     file:Path, # Weights in open_clip's layout
 )->dict: # `model_cfg`: heads and activation, which no tensor tells
     "Read a model's configuration from beside its weights."
-    said = file.parent/'open_clip_config.json'
-    model = json.loads(said.read_text(encoding='utf-8')).get('model_cfg', {}) if said.is_file() else {}
+    model = _open_clip_settings(file.parent).get('model_cfg', {})
     if not set(CLIP_SETTINGS) <= set(model):
-        raise ValueError(f"heads and activation of {file.name!r} are not in its tensors: put the model's open_clip_config.json beside it")
-    more = [f'{part}.{k}' for part, known in CLIP_SETTINGS.items() for k, v in model[part].items() if v and k not in known]
-    if more: raise ValueError(f"{str(said)!r} asks for {more[0]}, which is not computed here: take a CLIP without it, or a reward server")
+        remedy = "put the model's open_clip_config.json beside it"
+        raise ValueError(f"heads and activation of {file.name!r} are not in its tensors: {remedy}")
+    place = str(file.parent/'open_clip_config.json')
+    for part, known in CLIP_SETTINGS.items():
+        for setting, value in model[part].items():
+            if not value or setting in known: continue
+            remedy = "take a CLIP without it, or a reward server"
+            raise ValueError(f"{place!r} asks for {part}.{setting}, which is not computed here: {remedy}")
     return model
 
 # %% ../../nbs/rewards/00_published.ipynb #1c8ae7d3
@@ -227,28 +260,31 @@ def filled(
     "A model with these weights, all of them."
     with torch.device('meta'): wanted = kind(config, **more).state_dict()
     wrong = [k for k, v in wanted.items() if k not in weights or weights[k].shape != v.shape]
-    if wrong: raise ValueError(f"not the weights of {what}: {wrong[0]} (and {len(wrong) - 1} more) is missing or of another shape")
+    if wrong:
+        fault = f"{wrong[0]} (and {len(wrong) - 1} more) is missing or of another shape"
+        raise ValueError(f"not the weights of {what}: {fault}")
     own = {k: weights[k].contiguous() for k in wanted}
-    return kind.from_pretrained(None, config=config, state_dict=own, dtype=torch.float32, **more).eval().requires_grad_(False)
+    model = kind.from_pretrained(None, config=config, state_dict=own, dtype=torch.float32, **more)
+    return model.eval().requires_grad_(False)
 
 def find_weights(
     place:Path, # A file, or a folder with one
     name:str='', # The published file's name, taken first
 )->Path: # The file
-    "The weights in a folder."
+    "Find the weights in a folder."
     if place.is_file(): return place
-    named = [name, Path(name).stem + '.safetensors'] if name else []
-    found = [f for pattern in (*named, 'model.safetensors', '*.safetensors', '*.pt', '*.pth', '*.bin') for f in sorted(place.glob(pattern))]
-    if not found: raise ValueError(f"{str(place)!r} holds no weights: put {name or 'model.safetensors'} there")
-    return found[0]
+    patterns = ['model.safetensors', '*.safetensors', '*.pt', '*.pth', '*.bin']
+    if name: patterns = [name, Path(name).stem + '.safetensors', *patterns]
+    for pattern in patterns:
+        for file in sorted(place.glob(pattern)): return file
+    raise ValueError(f"{str(place)!r} holds no weights: put {name or 'model.safetensors'} there")
 
-def _load_transformers_clip(
-    place:Path, # Folder with config.json
-): # CLIPModel
+def _load_transformers_clip(place):
     "A CLIP in transformers' layout; a tensor that is missing there would be random, so it is refused."
     from transformers import CLIPModel
     model, found = CLIPModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
-    if found['missing_keys']: raise ValueError(f"{str(place)!r} is no CLIP of transformers: it lacks {sorted(found['missing_keys'])[0]}")
+    lack = sorted(found['missing_keys'])
+    if lack: raise ValueError(f"{str(place)!r} is no CLIP of transformers: it lacks {lack[0]}")
     return model.eval().requires_grad_(False)
 
 @cache
@@ -258,12 +294,14 @@ def load_clip(
 ): # CLIPModel, fp32, on the CPU; the same one for all who load the same place
     "A CLIP in either layout."
     from transformers import CLIPModel
-    if (place/'config.json').is_file() and not (name and (place/name).is_file()): return _load_transformers_clip(place)
+    published = name and (place/name).is_file()
+    if (place/'config.json').is_file() and not published: return _load_transformers_clip(place)
     file = find_weights(place, name)
     weights = read_weights(file)
     check_open_clip(weights, file)
-    model = None if (name or file.name).startswith('HPS_v2') else open_clip_model(file)
-    return filled(CLIPModel, open_clip_config(weights, model), from_open_clip(weights), f'an open_clip CLIP ({file.name})')
+    hps = (name or file.name).startswith('HPS_v2')
+    config = open_clip_config(weights, None if hps else open_clip_model(file))
+    return filled(CLIPModel, config, from_open_clip(weights), f'an open_clip CLIP ({file.name})')
 
 # %% ../../nbs/rewards/00_published.ipynb #3b2c9a43
 TOKENIZER_FILES = ['tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt', 'vocab.txt']
@@ -279,8 +317,8 @@ def load_tokenizer(
     if not any((here/o).is_file() for o in ('tokenizer.json', 'vocab.json', 'vocab.txt')):
         here = download(repo, TOKENIZER_FILES, f"put its tokenizer.json into {str(here)!r}")
     config = here/'tokenizer_config.json'
-    named = config.is_file() and json.loads(config.read_text(encoding='utf-8')).get('tokenizer_class')
-    return (AutoTokenizer if named else kind).from_pretrained(here)
+    settings = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
+    return (AutoTokenizer if settings.get('tokenizer_class') else kind).from_pretrained(here)
 
 def clean_prompt(
     prompt:str, # As typed
@@ -289,8 +327,10 @@ def clean_prompt(
     from html import unescape
     try:
         import ftfy
-    except ImportError as e: raise ValueError("HPS cleans prompts by the package ftfy, which is missing: pip install egrpo[hpsv2]") from e
-    return re.sub(r'\s+', ' ', unescape(unescape(ftfy.fix_text(prompt)))).strip()
+    except ImportError as e:
+        raise ValueError("HPS cleans prompts by the package ftfy, which is missing: pip install egrpo[hpsv2]") from e
+    text = unescape(unescape(ftfy.fix_text(prompt)))
+    return re.sub(r'\s+', ' ', text).strip()
 
 # %% ../../nbs/rewards/00_published.ipynb #82458705
 BATCH = 32 # images in one forward pass
@@ -302,28 +342,38 @@ class ClipReward:
         tokenizer, # Its tokenizer
         prepare:Callable=cut_out, # What is done to images first: `cut_out`, `squash`, or `fit_in` for HPS
         clean:Callable=str, # What is done to a prompt first: nothing, or `clean_prompt` for HPS
-    ): self.model, self.tokenizer, self.prepare, self.clean = model, tokenizer, prepare, clean
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.prepare = prepare
+        self.clean = clean
 
     @torch.no_grad()
     def image_features(self,
         images:Tensor, # (B,3,H,W) in [0,1]
     )->Tensor: # (B,D) of length 1
         "Embed images."
-        size, device = self.model.config.vision_config.image_size, self.model.device
-        def embed(x):
-            "Vectors of prepared images."
-            return self.model.visual_projection(self.model.vision_model(pixel_values=x).pooler_output)
-        return F.normalize(torch.cat([embed(self.prepare(x.to(device), size)) for x in images.split(BATCH)]), dim=-1)
+        model = self.model
+        size = model.config.vision_config.image_size
+        parts = []
+        for x in images.split(BATCH):
+            prepared = self.prepare(x.to(model.device), size)
+            seen = model.vision_model(pixel_values=prepared).pooler_output
+            parts.append(model.visual_projection(seen))
+        return F.normalize(torch.cat(parts), dim=-1)
 
     @torch.no_grad()
     def text_features(self,
         prompts:list, # B prompts
     )->Tensor: # (B,D) of length 1
-        "Embed prompts, each distinct one once; what is beyond the longest the model reads (77 tokens) is cut off."
-        new, model = list(dict.fromkeys(prompts)), self.model
-        ids = self.tokenizer([self.clean(o) for o in new], padding=True, truncation=True, return_tensors='pt',
-                             max_length=model.config.text_config.max_position_embeddings).input_ids.to(model.device)
-        each = F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
+        "Embed prompts, each distinct one once; beyond the longest that the model reads (77 tokens) they are cut off."
+        model = self.model
+        new = list(dict.fromkeys(prompts))
+        longest = model.config.text_config.max_position_embeddings
+        fitted = dict(padding=True, truncation=True, max_length=longest)
+        ids = self.tokenizer([self.clean(o) for o in new], return_tensors='pt', **fitted).input_ids
+        read = model.text_model(input_ids=ids.to(model.device)).pooler_output
+        each = F.normalize(model.text_projection(read), dim=-1)
         return each[[new.index(o) for o in prompts]]
 
     def __call__(self,
@@ -339,9 +389,14 @@ def head_layers(
     before:str='layers.', # What stands before a layer's number
 )->list: # (weight, bias) of each layer
     "The linear layers of a head."
-    numbers = sorted({int(k[len(before):].split('.')[0]) for k in weights if re.match(re.escape(before) + r'\d+\.weight$', k)})
+    names = [re.fullmatch(re.escape(before) + r'(\d+)\.weight', k) for k in weights]
+    numbers = sorted({int(found[1]) for found in names if found})
     if not numbers: raise ValueError(f"not the weights of a head: they have no {before}0.weight")
-    return [(weights[f'{before}{i}.weight'].float(), weights[f'{before}{i}.bias'].float()) for i in numbers]
+    layers = []
+    for i in numbers:
+        weight, bias = weights[f'{before}{i}.weight'], weights[f'{before}{i}.bias']
+        layers.append((weight.float(), bias.float()))
+    return layers
 
 def apply_head(
     layers:list, # (weight, bias) of each layer
@@ -367,33 +422,51 @@ class AestheticReward:
 
 # %% ../../nbs/rewards/00_published.ipynb #d35fc903
 BLIP = [
-    (r'^blip\.visual_encoder\.', 'vision.'), (r'^blip\.text_encoder\.', 'text.'), (r'^vision\.blocks\.', 'vision.encoder.layers.'),
-    (r'^vision\.patch_embed\.proj', 'vision.embeddings.patch_embedding'), (r'^vision\.cls_token$', 'vision.embeddings.class_embedding'),
-    (r'^vision\.pos_embed$', 'vision.embeddings.position_embedding'), (r'^vision\.norm\.', 'vision.post_layernorm.'),
-    (r'^(vision\..*)\.attn\.proj', r'\1.self_attn.projection'), (r'^(vision\..*)\.attn\.qkv', r'\1.self_attn.qkv'),
-    (r'^(vision\..*)\.norm([12])', r'\1.layer_norm\2')]
+    (r'^blip\.visual_encoder\.', 'vision.'),
+    (r'^blip\.text_encoder\.', 'text.'),
+    (r'^vision\.blocks\.', 'vision.encoder.layers.'),
+    (r'^vision\.patch_embed\.proj', 'vision.embeddings.patch_embedding'),
+    (r'^vision\.cls_token$', 'vision.embeddings.class_embedding'),
+    (r'^vision\.pos_embed$', 'vision.embeddings.position_embedding'),
+    (r'^vision\.norm\.', 'vision.post_layernorm.'),
+    (r'^(vision\..*)\.attn\.proj', r'\1.self_attn.projection'),
+    (r'^(vision\..*)\.attn\.qkv', r'\1.self_attn.qkv'),
+    (r'^(vision\..*)\.norm([12])', r'\1.layer_norm\2'),
+]
 IMAGE_REWARD_MEAN, IMAGE_REWARD_STD = .16717362830052426, 1.0333394966054072 # of scores over the authors' images, from their code
 
-def _blip_vision(
-    w:dict, # Tensors by transformers' names, 'vision.' before them
-): # BlipVisionConfig
-    "BLIP's vision transformer, 16 heads."
+def _blip_vision(w):
+    "Configuration of BLIP's vision transformer, 16 heads; tensors have 'vision.' before transformers' names."
     from transformers import BlipVisionConfig
-    (width, _, patch, _), places = w['vision.embeddings.patch_embedding.weight'].shape, w['vision.embeddings.position_embedding'].shape[1]
+    width, _, patch, _ = w['vision.embeddings.patch_embedding.weight'].shape
+    places = w['vision.embeddings.position_embedding'].shape[1]
     return BlipVisionConfig(
-        hidden_size=width, intermediate_size=len(w['vision.encoder.layers.0.mlp.fc1.weight']), num_attention_heads=16, patch_size=patch,
-        num_hidden_layers=_depth(w, 'vision.encoder.layers.'), image_size=patch * math.isqrt(places - 1), layer_norm_eps=1e-6)
+        hidden_size=width,
+        intermediate_size=len(w['vision.encoder.layers.0.mlp.fc1.weight']),
+        num_attention_heads=16,
+        num_hidden_layers=_depth(w, 'vision.encoder.layers.'),
+        patch_size=patch,
+        image_size=patch * math.isqrt(places - 1),
+        layer_norm_eps=1e-6,
+    )
 
-def _blip_text(
-    w:dict, # Tensors by transformers' names, 'text.' before them
-): # BlipTextConfig
-    "BLIP's text encoder, 12 heads."
+def _blip_text(w):
+    "Configuration of BLIP's text encoder, 12 heads; tensors have 'text.' before transformers' names."
     from transformers import BlipTextConfig
     vocab, width = w['text.embeddings.word_embeddings.weight'].shape
+    first = 'text.encoder.layer.0'
     return BlipTextConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=len(w['text.encoder.layer.0.intermediate.dense.weight']),
-        encoder_hidden_size=w['text.encoder.layer.0.crossattention.self.key.weight'].shape[1], num_attention_heads=12, pad_token_id=0,
-        num_hidden_layers=_depth(w, 'text.encoder.layer.'), max_position_embeddings=len(w['text.embeddings.position_embeddings.weight']))
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=len(w[f'{first}.intermediate.dense.weight']),
+        encoder_hidden_size=w[f'{first}.crossattention.self.key.weight'].shape[1],
+        num_attention_heads=12,
+        num_hidden_layers=_depth(w, 'text.encoder.layer.'),
+        max_position_embeddings=len(w['text.embeddings.position_embeddings.weight']),
+        pad_token_id=0,
+    )
+
+def _below(weights, prefix): return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
 
 def blip_models(
     weights:dict, # ImageReward's names
@@ -401,13 +474,10 @@ def blip_models(
     "The two parts of BLIP with ImageReward's weights."
     from transformers import BlipTextModel, BlipVisionModel
     w = {renamed(k, BLIP): v for k, v in weights.items()}
-    try: configs = _blip_vision(w), _blip_text(w)
+    try: vision, text = _blip_vision(w), _blip_text(w)
     except KeyError as e: raise ValueError(f"not the weights of ImageReward: {e.args[0]} is missing") from e
-    def part(name):
-        "Its tensors."
-        return {k[len(name) + 1:]: v for k, v in w.items() if k.startswith(name + '.')}
-    return (filled(BlipVisionModel, configs[0], part('vision'), 'ImageReward'),
-            filled(BlipTextModel, configs[1], part('text'), 'ImageReward', add_pooling_layer=False))
+    seeing = filled(BlipVisionModel, vision, _below(w, 'vision.'), 'ImageReward')
+    return seeing, filled(BlipTextModel, text, _below(w, 'text.'), 'ImageReward', add_pooling_layer=False)
 
 class ImageReward:
     "ImageReward: BLIP's view of image and prompt together, a head, and the authors' normalisation."
@@ -417,7 +487,9 @@ class ImageReward:
         device='cpu', # Where to compute
     ):
         self.vision, self.text = (m.to(device) for m in blip_models(weights))
-        self.layers, self.tokenizer, self.device = head_layers(weights, 'mlp.layers.'), tokenizer, device
+        self.layers = head_layers(weights, 'mlp.layers.')
+        self.tokenizer = tokenizer
+        self.device = device
 
     @torch.no_grad()
     def _features(self,
@@ -425,17 +497,25 @@ class ImageReward:
         prompts:list, # B prompts
     )->Tensor: # (B,D)
         "The first text token's vector after it has seen the image; prompts beyond 35 tokens are cut off."
-        seen = self.vision(pixel_values=cut_out(images.to(self.device), self.vision.config.image_size)).last_hidden_state
+        pixels = cut_out(images.to(self.device), self.vision.config.image_size)
+        seen = self.vision(pixel_values=pixels).last_hidden_state
         words = self.tokenizer(prompts, padding=True, truncation=True, max_length=35, return_tensors='pt').to(self.device)
-        return self.text(input_ids=words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
+        read = self.text(
+            input_ids=words.input_ids,
+            attention_mask=words.attention_mask,
+            encoder_hidden_states=seen,
+        )
+        return read.last_hidden_state[:, 0]
 
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]
         prompts:list, # B prompts
     )->Tensor: # (B,) mean 0 and std 1 over the authors' images
         "Score images."
-        parts = [self._features(images[i:i + BATCH], prompts[i:i + BATCH]) for i in range(0, len(images), BATCH)]
-        return (apply_head(self.layers, torch.cat(parts)) - IMAGE_REWARD_MEAN) / IMAGE_REWARD_STD
+        parts = []
+        for i in range(0, len(images), BATCH): parts.append(self._features(images[i:i + BATCH], prompts[i:i + BATCH]))
+        scores = apply_head(self.layers, torch.cat(parts))
+        return (scores - IMAGE_REWARD_MEAN) / IMAGE_REWARD_STD
 
 # %% ../../nbs/rewards/00_published.ipynb #b29a513b
 def edit_distance(
@@ -445,25 +525,32 @@ def edit_distance(
     "Levenshtein's distance."
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1): last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+        above = row
+        row = [i]
+        for j, y in enumerate(b, 1):
+            replaced = above[j - 1] + (x != y)
+            row.append(min(above[j] + 1, row[j - 1] + 1, replaced))
     return row[-1]
 
 def quoted(
     prompt:str, # A prompt
 )->str: # The text that should be in the image
     "Texts in double quotes, straight or curly."
-    found = [o for o in re.findall(r'["“”]([^"“”]+)["“”]', prompt) if o.strip()]
-    if not found: raise ValueError(f"looks for text in double quotes, and prompt {prompt!r} has none: put what should be read in quotes")
-    return ' '.join(found)
+    found = re.findall(r'["“”]([^"“”]+)["“”]', prompt)
+    texts = [text for text in found if text.strip()]
+    if texts: return ' '.join(texts)
+    remedy = "put what should be read in quotes"
+    raise ValueError(f"looks for text in double quotes, and prompt {prompt!r} has none: {remedy}")
 
 def text_match(
     read:str, # Text found in an image
     wanted:str, # Text asked for
 )->float: # 0 to 1
     "1 if the text is there, else the share of it that needs no edit."
-    read, wanted = (re.sub(r'\s', '', o).lower() for o in (read, wanted))
-    return 1. if wanted in read else max(0., 1 - edit_distance(read, wanted) / len(wanted))
+    read = re.sub(r'\s', '', read).lower()
+    wanted = re.sub(r'\s', '', wanted).lower()
+    if wanted in read: return 1.
+    return max(0., 1 - edit_distance(read, wanted) / len(wanted))
 
 # %% ../../nbs/rewards/00_published.ipynb #ed4c097f
 class OcrReward:
@@ -478,8 +565,9 @@ class OcrReward:
         image:Tensor, # (3,H,W) in [0,1]
     )->str: # Its text, lines joined by blanks
         "The text in an image."
-        pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()[..., ::-1] # blue first, as OpenCV has it
-        found, _ = self.engine(pixels.copy())
+        pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte()
+        blue_first = pixels.permute(1, 2, 0).numpy()[..., ::-1] # as OpenCV has it
+        found, _ = self.engine(blue_first.copy())
         return ' '.join(text for _, text, _ in found or [])
 
     def __call__(self,
@@ -518,13 +606,14 @@ def preparation(
     place:Path, # File or folder of a CLIP's weights
 )->Callable: # (images, size) -> prepared
     "Image preparation of a CLIP: from open_clip's configuration beside it, else a centre crop."
-    said = (place if place.is_dir() else place.parent)/'open_clip_config.json'
-    wants = json.loads(said.read_text(encoding='utf-8')).get('preprocess_cfg', {}) if said.is_file() else {}
-    ways, way = dict(shortest=cut_out, squash=squash), wants.get('resize_mode', 'shortest')
+    wants = _open_clip_settings(place if place.is_dir() else place.parent).get('preprocess_cfg', {})
+    ways = dict(shortest=cut_out, squash=squash)
+    way = wants.get('resize_mode', 'shortest')
     for name, usual in (('mean', CLIP_MEAN), ('std', CLIP_STD)):
-        if any(abs(a - b) > 1e-4 for a, b in zip(wants.get(name, usual), usual)): way = f"{name} {wants[name]}"
-    if way not in ways: raise ValueError(f"open_clip_config.json asks for {way}: only {', '.join(ways)} with CLIP's mean and std are known")
-    return ways[way]
+        wanted = wants.get(name, usual)
+        if any(abs(a - b) > 1e-4 for a, b in zip(wanted, usual)): way = f"{name} {wanted}"
+    if way in ways: return ways[way]
+    raise ValueError(f"open_clip_config.json asks for {way}: only {', '.join(ways)} with CLIP's mean and std are known")
 
 # %% ../../nbs/rewards/00_published.ipynb #989b7c55
 CLIP_L, BERT = 'openai/clip-vit-large-patch14', 'google-bert/bert-base-uncased'
@@ -589,12 +678,16 @@ def check_owner(
     place:Path, # File or folder, which exists
 ):
     "Refuse weights under another reward's name: HPS-v2.0 would score as HPS-v2.1 without a word. Beside a reward's own they may lie."
-    known, here = REWARD_MODELS[name], {o.name for o in place.iterdir()} if place.is_dir() else {place.name}
-    own = known.names | ({'config.json'} if known.build is _clip_reward else set()) # any CLIP of transformers
-    others = [(file, other) for other, published in REWARD_MODELS.items() for file in sorted(published.names & here)]
-    if others and not own & here:
-        folder, wanted = place if place.is_dir() else place.parent, known.file or ' and '.join(known.also)
-        raise ValueError(f"{others[0][0]!r} in {str(folder)!r} is of {others[0][1]}: put {wanted} there")
+    known = REWARD_MODELS[name]
+    here = {file.name for file in place.iterdir()} if place.is_dir() else {place.name}
+    own = set(known.names)
+    if known.build is _clip_reward: own.add('config.json') # any CLIP of transformers
+    if own & here: return
+    for other, published in REWARD_MODELS.items():
+        for file in sorted(published.names & here):
+            folder = place if place.is_dir() else place.parent
+            wanted = known.file or ' and '.join(known.also)
+            raise ValueError(f"{file!r} in {str(folder)!r} is of {other}: put {wanted} there")
 
 def locate(
     name:str, # A reward
@@ -602,14 +695,16 @@ def locate(
 )->Path|None: # File or folder; None for a reward that needs none
     "File of a reward's weights, downloaded if need be."
     known = REWARD_MODELS[name]
-    if source and (place := Path(source).expanduser().absolute()).exists(): # a link keeps its name and what lies beside it
+    place = Path(source).expanduser().absolute() if source else None # a link keeps its name and what lies beside it
+    if place and place.exists():
         check_owner(name, place)
         return place
     if not known.repo: return None
     wanted = [known.file, *known.also] if known.file else [*known.also]
     remedy = f"give the place: {name}(/path/of/{known.file or 'the folder'})"
     if not source or source == known.repo: return download(known.repo, wanted, remedy)
-    for files in (wanted, ['model.safetensors', 'config.json'], ['pytorch_model.bin', 'config.json']): # another's: in one of these layouts
+    layouts = wanted, ['model.safetensors', 'config.json'], ['pytorch_model.bin', 'config.json'] # of another's model
+    for files in layouts:
         try: return download(source, [*files, *TOKENIZER_FILES], remedy)
         except ValueError as e: error = e
     raise error
@@ -632,10 +727,15 @@ class RewardModel:
         source:str|None=None, # File, folder or hub id; None = where it is published
     ):
         if name not in REWARD_MODELS: raise ValueError(f"unknown reward {name!r}: choose from {', '.join(REWARD_MODELS)}")
-        if source and not REWARD_MODELS[name].repo: raise ValueError(f"reward {name!r} brings its own weights: leave out ({source})")
-        if source and not Path(source).expanduser().exists() and not re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source):
-            raise ValueError(f"reward {name!r}: {source!r} does not exist: give a file, a folder, or a hub id (owner/name)")
-        self.name, self.source, self.__name__ = name, source, name
+        if source and not REWARD_MODELS[name].repo:
+            raise ValueError(f"reward {name!r} brings its own weights: leave out ({source})")
+        hub_id = source and re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', source)
+        if source and not hub_id and not Path(source).expanduser().exists():
+            remedy = "give a file, a folder, or a hub id (owner/name)"
+            raise ValueError(f"reward {name!r}: {source!r} does not exist: {remedy}")
+        self.name = name
+        self.__name__ = name
+        self.source = source
         self.spec = f'{name}({source})' if source else name
 
     def check(self,
@@ -643,7 +743,8 @@ class RewardModel:
     ):
         "Refuse prompts that it cannot score, without loading it."
         check = REWARD_MODELS[self.name].check
-        for prompt in prompts if check else (): check(prompt)
+        if not check: return
+        for prompt in prompts: check(prompt)
 
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]
@@ -657,21 +758,30 @@ class RewardModel:
 # %% ../../nbs/rewards/00_published.ipynb #efadeabd
 HPD_STYLES = ('anime', 'concept-art', 'paintings', 'photo')
 
+def _hpd_file(style, folder):
+    "The file of a style: in a folder, where the package hpsv2 keeps it, or from the hub."
+    if folder is not None: return Path(folder)/f'{style}.json'
+    root = Path(os.environ.get('HPS_ROOT') or '~/.cache/hpsv2').expanduser()
+    kept = root/f'datasets/benchmark/{style}.json'
+    if kept.is_file(): return kept
+    from huggingface_hub import hf_hub_download
+    return Path(hf_hub_download('zhwang/HPDv2', f'{style}.json', subfolder='benchmark', repo_type='dataset'))
+
 def hpd_prompts(
     style:str='all', # One of `HPD_STYLES`, or all of them
-    folder:str|None=None, # Folder with anime.json, …; None = the package hpsv2's (HPS_ROOT), or else the hub's data set zhwang/HPDv2
+    folder:str|None=None, # Folder with anime.json, …; None = hpsv2's (HPS_ROOT), or else the hub's zhwang/HPDv2
 )->list: # Prompts
     "Prompts of HPD's benchmark."
-    if style not in (*HPD_STYLES, 'all'): raise ValueError(f"style must be all or one of {', '.join(HPD_STYLES)}, got {style!r}")
+    if style not in (*HPD_STYLES, 'all'):
+        raise ValueError(f"style must be all or one of {', '.join(HPD_STYLES)}, got {style!r}")
     styles = HPD_STYLES if style == 'all' else (style,)
-    def place(name):
-        "The file of a style."
-        if folder is not None: return Path(folder)/f'{name}.json'
-        kept = Path(os.environ.get('HPS_ROOT') or '~/.cache/hpsv2').expanduser()/f'datasets/benchmark/{name}.json'
-        if kept.is_file(): return kept
-        from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download('zhwang/HPDv2', f'{name}.json', subfolder='benchmark', repo_type='dataset'))
-    try: return [' '.join(o.split()) for name in styles for o in json.loads(place(name).read_text(encoding='utf-8'))]
+    prompts = []
+    try:
+        for name in styles:
+            text = _hpd_file(name, folder).read_text(encoding='utf-8')
+            prompts += [' '.join(prompt.split()) for prompt in json.loads(text)]
     except Exception as e:
-        said = (str(e).strip().splitlines() or [''])[0][:120]
-        raise ValueError(f"HPD prompts of style {style!r} could not be read ({said}): give the folder of {styles[0]}.json") from e
+        first = (str(e).strip().splitlines() or [''])[0]
+        remedy = f"give the folder of {styles[0]}.json"
+        raise ValueError(f"HPD prompts of style {style!r} could not be read ({first[:120]}): {remedy}") from e
+    return prompts

@@ -15,7 +15,8 @@ from pathlib import Path
 from row import Row
 
 from egrpo.base.inputs import PATHS
-from egrpo.cli.commands import COMMANDS, main, make_parser
+from egrpo.cli.commands import COMMANDS, main
+from egrpo.cli.entry import make_parser
 from egrpo.train.trainer import TrainConfig
 
 SECONDS = 30 # that one case may take
