@@ -223,9 +223,9 @@ def sizes_line(
     record:dict, # A record
 )->str: # A line; '' where nothing was trained
     "Sizes that its runs share, as they were configured."
+    if 'seeds_finished' not in record['data']: return '' # a measurement
     settings = EXPERIMENTS[record['name']].cells(get_scale(record['scale']))
     runs = [run.flat() for run in sum(settings.values(), [])]
-    if not runs: return ''
     parts = []
     for field, words in SIZES.items():
         values = sorted({run[field] for run in runs} - {None})
