@@ -1,5 +1,6 @@
 "What importing costs and needs, and that data flows one way: between rooms, and within a room from notebook to notebook."
 import ast
+import importlib
 import os
 import re
 import resource
@@ -62,6 +63,14 @@ def test_public_names_are_loaded_when_asked_for():
     assert len(egrpo.__all__) == 17
     for name in egrpo.__all__: assert getattr(egrpo, name)
     with pytest.raises(AttributeError, match="no attribute 'trainer_'"): egrpo.__getattr__('trainer_')
+
+
+def test_public_names_are_few():
+    "A reader of the API meets about 100 names beside the methods; the rest is exported for other modules alone (`#| exporti`)."
+    from egrpo.methods.registry import METHODS
+    names = {n for module in modules for n in getattr(importlib.import_module(f'egrpo.{module}'), '__all__', [])}
+    assert set(egrpo.__all__) <= names and METHODS.keys() <= names
+    assert 80 < len(names - METHODS.keys()) <= 110, sorted(names - METHODS.keys())
 
 
 def test_maths_needs_torch_alone():
