@@ -117,8 +117,8 @@ def test_requests_run_side_by_side(server):
 
 
 @pytest.mark.parametrize('reply, says', [
-    ((400, dict(error='no such model')), r"judge\(http://127.0.0.1:\d+/v1, m\) refused with HTTP 400.*no such model"),
-    ((401, dict(error='key')), 'refused with HTTP 401'),
+    ((400, dict(error='no such model')), r"judge\(http://127.0.0.1:\d+/v1, m\) refused: no such model"),
+    ((401, dict(error='key')), 'refused: key'),
     ((200, words(Sorry=1.)), "answered none of yes, no, but 'sorry'"),
     ((200, text('Yes')), 'gave no log-probabilities: serve a model with logprobs'),
     ((200, dict(choices=[])), 'answered without choices'),
@@ -157,6 +157,7 @@ def test_a_judge_is_named_in_a_sum(server):
     url, _ = server((200, words(Yes=.8, No=.2, Good=.5, bad=.5)))
     rewards = get_reward(f'judge({url}, m) + 0.5*judge({url}, m, levels)')
     torch.testing.assert_close(rewards.total(images, prompts), torch.full((3,), .8 + .5 * .375))
-    assert 'secret' not in repr(get_reward('judge(http://me:secret@host/v1, m)'))
+    assert 'secret' not in repr(get_reward('judge(http://host/v1?key=secret, m)'))
+    with pytest.raises(ValueError, match='takes no user:password@'): get_reward('judge(http://me:secret@host/v1, m)')
     with pytest.raises(ValueError, match='read must be one of'): get_reward(f'judge({url}, m, words)')
     with pytest.raises(ValueError, match='needs an address and a model'): get_reward(f'judge({url})')

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/paper/19_grids.ipynb #10b4f63e
-from ..methods.registry import METHODS, PUBLISHED, method_settings
+from ..methods.registry import PUBLISHED, method_settings
 from .records import load_record, record_path
 from .registered import LEARNING_RATES as REGISTERED_RATES
 from ..train.prepare import iteration_nfe, training_nfe
@@ -81,7 +81,7 @@ KERNELS = {'flow': {}, 'dance': dict(kernel='dance', noise_level=.3, tau=0.), 'c
            'flow, not merged': dict(tau=0.)}
 
 # %% ../../nbs/paper/19_grids.ipynb #3a3784c5
-TABLE_1 = tuple(name for name in METHODS if name != 'aegpo') # methods compared in E-GRPO's Table 1, and two more
+TABLE_1 = tuple(name for name in PUBLISHED if name != 'aegpo') # methods compared in E-GRPO's Table 1, and two more
 LEARNING_RATES = (.5, 1, 2) # times that of the scale
 
 def _lr_cells(

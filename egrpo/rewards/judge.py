@@ -8,10 +8,10 @@ __all__ = ['judge']
 # %% ../../nbs/rewards/02_judge.ipynb #6a7de002
 import base64
 import hashlib
+import json
 import math
 import re
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..base.inputs import quote
 from .published import RewardError
-from .server import LONGEST, RETRIED, find_token, public_address, to_png
+from .server import RewardClient, find_token, public_address, to_png
 
 # %% ../../nbs/rewards/02_judge.ipynb #6a7de006
 def word_probabilities(
@@ -77,8 +77,6 @@ class Judge:
         retries:int, # As in `judge`
         token:str, # '' = none
     ):
-        from huggingface_hub import InferenceClient
-        self.url = url
         self.model = model
         self.ask = ask
         self.read = read
@@ -86,13 +84,13 @@ class Judge:
         self.atoms = atoms
         self.geometric = geometric
         self.workers = workers
-        self.timeout = timeout
-        self.retries = retries
-        self.client = InferenceClient(base_url=url, api_key=token or 'none', timeout=timeout)
         self.answers = {}
         self.lock = threading.Lock()
         self.__name__ = 'judge'
         self.spec = f'judge({public_address(url)}, {model})'
+        self.client = RewardClient(url.rstrip('/') + '/chat/completions', timeout, retries, token)
+        self.client.spec = self.spec
+        self.client.remedy = "start its server, or check the address"
 
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]
@@ -123,7 +121,7 @@ class Judge:
         "The score of one question, from the cache or from the server."
         key = hashlib.sha256(png).hexdigest(), text
         if key not in self.answers:
-            choice = self._insist(self._messages(png, text))
+            choice = self._choice(png, text)
             try: score = read(choice)
             except (ValueError, LookupError, TypeError) as e:
                 if isinstance(e, ValueError): raise RewardError(f"reward {self.spec} {e}") from e
@@ -138,39 +136,16 @@ class Judge:
             if len(self.answers) >= CACHED: del self.answers[next(iter(self.answers))]
             self.answers[key] = score
 
-    def _messages(self, png, text):
-        "A chat of one question about one image."
+    def _choice(self, png, text):
+        "`choices[0]` of the answer to one question about one image."
         address = 'data:image/png;base64,' + base64.b64encode(png).decode()
-        image = dict(type='image_url', image_url=dict(url=address))
-        return [dict(role='user', content=[image, dict(type='text', text=text)])]
-
-    def _insist(self, messages):
-        "Ask, and again where the server is away, busy or slow."
-        for attempt in range(self.retries + 1):
-            try: return self._chat(messages)
-            except RewardError: raise
-            except Exception as e: trouble, wait = self._trouble(e)
-            if attempt < self.retries: time.sleep(wait or 2**attempt)
-        raise RewardError(f"reward {self.spec} {trouble}, asked {self.retries + 1} times: start its server, or check the address")
-
-    def _chat(self, messages):
-        "One request; `choices[0]` of the answer."
-        wanted = dict(logprobs=True, top_logprobs=20) if self.max_tokens == 1 else {}
-        reply = self.client.chat_completion(messages, model=self.model, max_tokens=self.max_tokens, temperature=0., **wanted)
-        try: return reply['choices'][0]
+        content = [dict(type='image_url', image_url=dict(url=address)), dict(type='text', text=text)]
+        request = dict(model=self.model, messages=[dict(role='user', content=content)], max_tokens=self.max_tokens, temperature=0)
+        if self.max_tokens == 1: request |= dict(logprobs=True, top_logprobs=20)
+        answer = self.client.insist(json.dumps(request).encode())
+        try: return answer['choices'][0]
         except (LookupError, TypeError) as e:
             raise RewardError(f"reward {self.spec} answered without choices: is it an OpenAI-compatible server?") from e
-
-    def _trouble(self, error):
-        "Words for an error that may pass and the seconds that the server asks to wait; other errors raise."
-        from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError
-        if isinstance(error, InferenceTimeoutError): return f"has not answered within {self.timeout:g} s", None
-        if not isinstance(error, HfHubHTTPError): return f"is not there ({quote(str(error))})", None
-        status = error.response.status_code
-        if status not in (*RETRIED, 429):
-            raise RewardError(f"reward {self.spec} refused with HTTP {status}: {quote(error.response.text)}") from error
-        wait = error.response.headers.get('Retry-After', '')
-        return f"is busy (HTTP {status})", min(int(wait), LONGEST) if wait.isdigit() else None
 
     def __repr__(self): return self.spec
 

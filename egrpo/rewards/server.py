@@ -491,7 +491,7 @@ def make_server(
 
 # %% ../../nbs/rewards/01_server.ipynb #ce7bb779
 MAX_ANSWER = 2**16 # bytes
-RETRIED = (408, 502, 503, 504) # HTTP: too slow, a gateway's trouble, busy, too late
+RETRIED = (408, 429, 502, 503, 504) # HTTP: too slow, too many, a gateway's trouble, busy, too late
 LONGEST = 10 # seconds of a Retry-After that are waited at most; at least one
 
 # %% ../../nbs/rewards/01_server.ipynb #ce7bb77a
@@ -604,6 +604,8 @@ def _checked(
 # %% ../../nbs/rewards/01_server.ipynb #b16d08f4
 class RewardClient:
     "The reward of a server."
+    remedy = "start it (egrpo serve), or check the address"
+
     def __init__(self,
         url:str, # Its address, such as http://127.0.0.1:8000
         timeout:float=120, # Seconds to wait for the whole answer to one request, > 0, at most a day
@@ -653,7 +655,7 @@ class RewardClient:
                 if e.seconds is None or time.monotonic() + e.seconds > end: raise
                 time.sleep(e.seconds)
 
-    def _insist(self,
+    def insist(self,
         body:bytes, # A request
     )->dict: # The answer
         "Ask, and again where the server is away, busy or slow."
@@ -665,7 +667,7 @@ class RewardClient:
                 trouble = f"is not there ({one_line(str(e), LONGEST_QUOTE)})"
             if pause: time.sleep(pause)
         trouble += f", asked {self.retries + 1} times"
-        raise RewardError(f"reward {self.spec} {trouble}: start it (egrpo serve), or check the address")
+        raise RewardError(f"reward {self.spec} {trouble}: {self.remedy}")
 
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]
@@ -676,7 +678,7 @@ class RewardClient:
         n = min(IMAGES_PER_REQUEST, max(1, PIXELS_PER_REQUEST // pixels))
         scores = []
         for i in range(0, len(images), n):
-            answer = self._insist(pack(images[i:i + n], prompts[i:i + n]))
+            answer = self.insist(pack(images[i:i + n], prompts[i:i + n]))
             scores += _checked(answer, len(prompts[i:i + n]), self.spec)
         return torch.tensor(scores)
 
