@@ -27,7 +27,7 @@ from egrpo.rewards.reward import RewardError, get_reward
 from egrpo.train import checkpoint as checkpoint_module
 from egrpo.train.checkpoint import load_checkpoint, read_state, save_checkpoint
 from egrpo.train.prepare import training_nfe
-from egrpo.train.trainer import TrainConfig, Trainer
+from egrpo.train.trainer import Loop, TrainConfig, Trainer
 
 command = Path(sys.executable).parent/'egrpo'
 small = '--num-steps 6 --active-steps 2 --num-generations 2 --prompts-per-iteration 1 --eval-size 2 --device cpu'
@@ -152,7 +152,7 @@ def one_thread():
     ('--out file', "out: 'file/metrics.jsonl' cannot be written"),
     ('--out /proc/egrpo/run', 'cannot be written'),
     ('--out ""', 'out is blank'),
-    ('--learning-rate 1', 'unrecognized arguments: --learning-rate 1'),
+    ('--learning-rate 1', 'unrecognized arguments: --learning-rate'),
 ])
 def test_bad_setting(words, says, here, capsys):
     before = tree(here)
@@ -291,14 +291,14 @@ FAILURES = {'memory': torch.OutOfMemoryError('CUDA'), 'nan': FloatingPointError(
 @pytest.mark.parametrize('error', FAILURES.values(), ids=FAILURES)
 def test_a_failure_before_an_update_keeps_what_was_before(here, monkeypatch, capsys, error):
     "The third iteration fails when its gradient is taken: a checkpoint of two, from which a run with less memory goes on."
-    words, real = f'{small} --iterations 4 --checkpoint-every 0 --eval-every 0', Trainer._gradient
-    def gradient(self, *args):
+    words, real = f'{small} --iterations 4 --checkpoint-every 0 --eval-every 0', Trainer.update
+    def update(self, *args):
         if self.iteration == 2: raise error
         return real(self, *args)
-    monkeypatch.setattr(Trainer, '_gradient', gradient)
+    monkeypatch.setattr(Trainer, 'update', update)
     fails(f'train {words} --out run', 'nan' if isinstance(error, FloatingPointError) else 'micro_batch', capsys)
     assert json.loads(Path('run/checkpoint/state.json').read_text())['iteration'] == 2
-    monkeypatch.setattr(Trainer, '_gradient', real)
+    monkeypatch.setattr(Trainer, 'update', real)
     assert main(f'train {words} --out run --resume --micro-batch 3'.split()) == 0
 
 
@@ -483,7 +483,7 @@ def test_killed_before_the_first_checkpoint(here, capsys):
 def test_a_lora_is_of_use_before_the_run_ends(here, monkeypatch, capsys):
     "Beside every checkpoint stands the model of the same iteration."
     def killed(self): raise RuntimeError('killed')
-    monkeypatch.setattr(Trainer, '_close', killed)
+    monkeypatch.setattr(Loop, '_close', killed)
     words = f'train {small} --lora-rank 2 --ema-decay 0 --lr .01 --iterations 2 --out run'.split()
     with pytest.raises(RuntimeError, match='killed'): main(words)
     saved = load_file('run/checkpoint/weights.safetensors')
