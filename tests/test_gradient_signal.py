@@ -99,7 +99,7 @@ def test_steps_add_up_to_the_whole_gradient_and_nothing_moves(tmp_path, settings
     state = [{n: p.detach().clone() for n, p in of.items()} for of in (t.parameters, t.ema)]
     found, plans, nfe = gs.step_sketches(t, 0, sketch)
     for before, of in zip(state, (t.parameters, t.ema)): assert all(torch.equal(before[n], p) for n, p in of.items())
-    assert not t.optimizer.state and t.iteration == t.nfe == t.updates == 0
+    assert not t.optimizer.state and t.iteration == t.nfe == t.weights.steps == 0
     assert all(p.grad is None for p in t.parameters.values())
 
     _, cond, out, _, rewards = t.sample(0, plans)
