@@ -230,7 +230,7 @@ class PromptEncoder:
         names = sorted(text_parts(self.pipeline, 'tokenizer'))
         if self.warned or not names or not prompts: return
         tokenizers = [tokenizer_of(getattr(self.pipeline, name)) for name in reversed(names)]
-        tokenizer = max(tokenizers, key=lambda o: o.model_max_length) # T5's, where there is one
+        tokenizer = next((o for o in tokenizers if 'CLIP' not in type(o).__name__), tokenizers[0]) # T5's, where there is one
         limit = min(self.length or math.inf, tokenizer.model_max_length)
         new = list(dict.fromkeys(prompts))
         tokens = tokenizer(new, verbose=False).input_ids
