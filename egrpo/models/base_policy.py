@@ -34,13 +34,13 @@ TEXT_ENCODERS = ('keep', 'offload', 'drop', None)
 
 def check_settings(
     lora_rank:int|None=0, # As in `Policy`, and so are the others
-    micro_batch:int|None=None,
-    guidance:float=3.5,
-    lora_from=None,
-    text_encoders:str|None=None,
-    embeddings=None,
-    lora_alpha:float|None=None,
-    lora_targets=None,
+    micro_batch:int|None=None, # >= 1
+    guidance:float=3.5, # >= 0
+    lora_from=None, # Must be there
+    text_encoders:str|None=None, # keep, offload or drop
+    embeddings=None, # A folder
+    lora_alpha:float|None=None, # > 0, of a new LoRA
+    lora_targets=None, # Of a new LoRA
 ):
     "Refuse settings that no policy can have."
     check_torch()
@@ -116,10 +116,19 @@ class Policy:
         self.micro_batch = micro_batch or max(1, MICRO_BATCH_ELEMENTS // size)
 
     @property
-    def transformer(self): return network_of(self.pipeline) # a UNet included
+    def transformer(self):
+        "The network that is trained, a UNet included."
+        return network_of(self.pipeline)
+
     @property
-    def text_length(self): return None # tokens of a prompt, where the pipeline is told; None = the tokenizer's own
-    def parameters(self): return trained_parameters(self.transformer) # name -> parameter in fp32
+    def text_length(self)->int|None:
+        "Tokens of a prompt, where the pipeline is told; None = the tokenizer's own."
+        return None
+
+    def parameters(self)->dict:
+        "What is trained: name -> parameter in fp32."
+        return trained_parameters(self.transformer)
+
     def _check_resolution(self, resolution): return check_side(resolution, self.patch * self.pipeline.vae_scale_factor)
 
     @property
@@ -141,9 +150,20 @@ class Policy:
         if shift is not None: return flow_sigmas(num_steps, shift)
         return self._own_sigmas(self.pipeline, num_steps, self.resolution)
 
-    def encode(self, prompts): return self.prompts.encode(prompts, self._embed) # P prompts -> `Conditions` of P rows
-    def embed(self, prompts): self.prompts.embed(prompts, self._embed) # ahead
-    def check_length(self, prompts): self.prompts.check_length(prompts) # warns, once, of prompts that are too long
+    def encode(self,
+        prompts:list, # P prompts
+    )->Conditions: # Of P rows
+        "Embed prompts, or find them where they were embedded before."
+        return self.prompts.encode(prompts, self._embed)
+
+    def embed(self, prompts):
+        "Embed prompts ahead, so that `encode` finds them."
+        self.prompts.embed(prompts, self._embed)
+
+    def check_length(self, prompts):
+        "Warn, once, of prompts that are longer than the model reads."
+        self.prompts.check_length(prompts)
+
     def _explore(self): pass # for families that find their shapes out, once all parts are in place
     def _unguided(self, rows): return self.prompts.empty(rows, self._embed)
 
@@ -191,9 +211,18 @@ class Policy:
         try: yield self
         finally: self.guidance = guidance
 
-    def together(self): return self._passes.together(partial(_empty_pass, self)) # a phase: all processes enter and leave it together
-    def reference(self): return self._reference.enter(self) # inside: the policy before training
-    def freeze_reference(self): self._reference.freeze() # before the first update of a network that is trained whole
+    def together(self):
+        "A context that all processes enter and leave together: the passes of a network that they share."
+        return self._passes.together(partial(_empty_pass, self))
+
+    def reference(self):
+        "A context in which the policy is what it was before training."
+        return self._reference.enter(self)
+
+    def freeze_reference(self):
+        "Keep the weights for `reference`, before the first update of a network that is trained whole."
+        self._reference.freeze()
+
 
     @torch.no_grad()
     def decode(self,

@@ -63,7 +63,9 @@ class Conditions:
         "Change both embeddings."
         return Conditions(*(None if x is None else change(x) for x in self.parts))
 
-    def to(self, device): return self.map(lambda x: x.to(device))
+    def to(self, device):
+        "The same on another device."
+        return self.map(lambda x: x.to(device))
 
     @staticmethod
     def join(

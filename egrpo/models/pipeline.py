@@ -327,7 +327,11 @@ def text_parts(
     parts = pipeline.components.items()
     return [name for name, part in parts if name.startswith(kind) and part is not None]
 
-def tokenizer_of(part): return getattr(part, 'tokenizer', part) # a processor of text and images has one
+def tokenizer_of(
+    part, # A tokenizer, or a processor of text and images, which has one
+):
+    "The tokenizer of a pipeline's part."
+    return getattr(part, 'tokenizer', part)
 
 
 # %% ../../nbs/models/02_pipeline.ipynb #4e9d71ca

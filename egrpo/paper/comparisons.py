@@ -185,8 +185,13 @@ class Comparison:
             found[reward] = contrast(self.best, self.other, reward, iteration, training)
         return found
 
-    def at_end(self)->dict: return self.leads()
-    def at_equal_iterations(self)->dict: return self.leads(self.iteration)
+    def at_end(self)->dict:
+        "Leads after training, at equal network evaluations."
+        return self.leads()
+
+    def at_equal_iterations(self)->dict:
+        "Leads at the last iteration that both have, as the papers compare."
+        return self.leads(self.iteration)
 
     def rise(self,
         iterations:int|None=None, # As in `training_rise`

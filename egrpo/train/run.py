@@ -108,7 +108,9 @@ class Identity:
     sources:dict # What the run is made of -> its name, or a hash of its content
     settings:dict # Of its plans, from `egrpo.train.prepare.plan_settings`
 
-    def saved(self)->dict: return dict(config=self.config, model=self.model, sources=self.sources) # as a checkpoint keeps it
+    def saved(self)->dict:
+        "What a checkpoint keeps of it."
+        return dict(config=self.config, model=self.model, sources=self.sources)
 
     def check(self,
         info:dict, # A checkpoint's state; one that is older may know less
@@ -171,9 +173,13 @@ class Run:
         self.profiles = self.folder/'profiles' # attention entropies before training
 
     # ---- what there is
-    def find_checkpoint(self)->Path|None: return find_checkpoint(self.checkpoint) # there, or beside it; None = there is none
+    def find_checkpoint(self)->Path|None:
+        "The newest checkpoint, in its place or beside it; None = there is none."
+        return find_checkpoint(self.checkpoint)
 
-    def begun(self)->bool: return self.metrics.exists() or self.find_checkpoint() is not None
+    def begun(self)->bool:
+        "Return whether a run was begun here."
+        return self.metrics.exists() or self.find_checkpoint() is not None
 
     def check_begun(self):
         "Refuse a folder in which there is nothing to go on with."
@@ -196,7 +202,9 @@ class Run:
             if not _holds_something(path): continue
             raise ValueError(f"out: {str(self.folder)!r} holds a {path.name} that is none of this run: name another folder")
 
-    def check_free(self): check_free(self.folder) # A `ValueError` names the process that holds it
+    def check_free(self):
+        "Refuse a folder that another process holds: the `ValueError` names it."
+        check_free(self.folder)
 
     @contextmanager
     def hold(self,
@@ -222,7 +230,9 @@ class Run:
         raise ValueError(f"out: {name} {space}: free some space or name another folder")
 
     # ---- its configuration
-    def read_config(self)->dict: return read_object(self.config) # Field -> value
+    def read_config(self)->dict:
+        "The flat configuration that the run was begun with: field -> value."
+        return read_object(self.config)
 
     def write_config(self,
         settings:dict, # Field -> value

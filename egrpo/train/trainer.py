@@ -243,9 +243,13 @@ class Trainer:
         Loop(self).run(stop)
         return pd.DataFrame(self.history)
 
-    def save(self)->Path: return save_state(self) # The checkpoint's folder
+    def save(self)->Path: # The checkpoint's folder
+        "Write a checkpoint and the model beside it."
+        return save_state(self)
 
-    def load(self): load_state(self)
+    def load(self):
+        "Go on from the last checkpoint in `out`, if it is of the same run."
+        load_state(self)
 
     def spent(self)->bool:
         "Return whether the budget of network evaluations is used up."
