@@ -67,6 +67,19 @@ class Conditions:
         "The same on another device."
         return self.map(lambda x: x.to(device))
 
+    def tensors(self)->dict: # Name -> tensor
+        "What a file keeps of one row."
+        tensors = dict(embeds=self.embeds.contiguous())
+        if self.pooled is not None: tensors['pooled'] = self.pooled.contiguous()
+        return tensors
+
+    @staticmethod
+    def from_tensors(
+        tensors:dict, # A file's; empty where it is not there, or damaged
+    ): # Conditions; None = they are none
+        "Read what a file kept."
+        return Conditions(tensors['embeds'], tensors.get('pooled')) if 'embeds' in tensors else None
+
     @staticmethod
     def join(
         several:list, # Conditions, at least one
@@ -82,6 +95,8 @@ MEMORY_BYTES = 2**30 # of embeddings kept where there is no folder for them
 
 class Embeddings:
     "Embeddings by prompt: of the last prompts in memory, or of all in a folder, one safetensors file each."
+    kind = Conditions
+
     def __init__(self,
         folder=None, # Where to keep them; None = in memory
         model:str='', # What embeds the prompts: another model's embeddings in the folder are not found
@@ -105,15 +120,14 @@ class Embeddings:
     )->Conditions|None: # One row, on the CPU; None = not there, or damaged
         "A prompt's embeddings, if they are kept as they were."
         if self.folder is None: return self.kept.get(prompt)
-        tensors = load_whole(self.path(prompt))
-        return Conditions(tensors['embeds'], tensors.get('pooled')) if 'embeds' in tensors else None
+        return self.kind.from_tensors(load_whole(self.path(prompt)))
 
     def put(self,
         prompt:str, # A prompt
         cond:Conditions, # One row
     )->Conditions: # The same, on the CPU
         "Keep a prompt's embeddings."
-        cond = cond.map(lambda x: x.cpu().contiguous())
+        cond = cond.to('cpu')
         if self.folder is None: self._remember(prompt, cond)
         else: self._write(prompt, cond)
         return cond
@@ -134,9 +148,7 @@ class Embeddings:
         cond:Conditions, # One row, on the CPU
     ):
         "Write a file, whole or not at all."
-        tensors = {'embeds': cond.embeds}
-        if cond.pooled is not None: tensors['pooled'] = cond.pooled
-        try: save_whole(tensors, self.path(prompt), prompt=prompt)
+        try: save_whole(cond.tensors(), self.path(prompt), prompt=prompt)
         except (OSError, SafetensorError) as e:
             remedy = 'free some space or name another folder'
             raise ValueError(f"embeddings: {str(self.folder)!r} cannot be written ({e}): {remedy}") from e

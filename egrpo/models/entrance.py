@@ -16,10 +16,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ..base.files import load_whole, save_whole
 from ..core.sigmas import flow_sigmas
 from .conditions import Embeddings
 from .schedule import _whole_levels
@@ -99,6 +97,21 @@ class RecordedConditions:
             if id(row) not in moved: moved[id(row)] = map_tensors(lambda x: x.to(device), row)
         return RecordedConditions([moved[id(row)] for row in self.rows])
 
+    def tensors(self)->dict: # Name -> tensor
+        "What a file keeps of one row: its tensors, and their form as JSON."
+        tensors = {}
+        form = json.dumps(_pack(self.rows, tensors)).encode()
+        return tensors | dict(form=torch.tensor(list(form), dtype=torch.uint8))
+
+    @staticmethod
+    def from_tensors(
+        tensors:dict, # A file's; empty where it is not there, or damaged
+    )->'RecordedConditions|None': # None = they are none
+        "Read what a file kept."
+        if 'form' not in tensors: return None
+        form = json.loads(bytes(tensors['form'].tolist()))
+        return RecordedConditions(_unpack(form, tensors))
+
     @staticmethod
     def join(
         several:list, # Recorded conditions
@@ -136,37 +149,7 @@ def _unpack(
 # %% ../../nbs/models/11_entrance.ipynb #2fa53a2e
 class RecordedEmbeddings(Embeddings):
     "Recorded answers by prompt: of the last prompts in memory, or of all in a folder."
-    def get(self,
-        prompt:str, # A prompt
-    )->RecordedConditions|None: # One row, on the CPU; None = not there, or damaged
-        "A prompt's answers, if they are kept as they were."
-        if self.folder is None: return self.kept.get(prompt)
-        tensors = load_whole(self.path(prompt))
-        if 'form' not in tensors: return None
-        form = json.loads(bytes(tensors['form'].tolist()))
-        return RecordedConditions(_unpack(form, tensors))
-
-    def put(self,
-        prompt:str, # A prompt
-        cond:RecordedConditions, # One row
-    )->RecordedConditions: # The same, on the CPU
-        "Keep a prompt's answers."
-        cond = cond.to('cpu')
-        if self.folder is None: self._remember(prompt, cond)
-        else: self._write(prompt, cond)
-        return cond
-
-    def _write(self,
-        prompt:str, # A prompt
-        cond:RecordedConditions, # One row, on the CPU
-    ):
-        "Write a file, whole or not at all."
-        tensors = {}
-        form = json.dumps(_pack(cond.rows, tensors)).encode()
-        tensors['form'] = torch.tensor(list(form), dtype=torch.uint8)
-        try: save_whole(tensors, self.path(prompt), prompt=prompt)
-        except (OSError, SafetensorError) as e:
-            raise ValueError(f"embeddings: {str(self.folder)!r} cannot be written ({e}): free some space or name another folder") from e
+    kind = RecordedConditions
 
 # %% ../../nbs/models/11_entrance.ipynb #06b2696f
 class _Left(Exception): "The pipeline's call may end here; the argument is what was wanted."
