@@ -11,8 +11,14 @@ def table(
 )->str: # Lines
     "Rows as aligned columns."
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ['  '.join([row[0].ljust(widths[0]), *[cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]]).rstrip() for row in rows]
-    return '\n'.join([lines[0], '  '.join('-' * w for w in widths), *lines[1:]])
+    def line(row):
+        "The first column is text, the others are numbers."
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        cells[0] = row[0].ljust(widths[0])
+        return '  '.join(cells).rstrip()
+    rule = '  '.join('-' * width for width in widths)
+    header, *body = map(line, rows)
+    return '\n'.join([header, rule, *body])
 
 # %% ../../nbs/cli/02_tables.ipynb #f338c505
 def category_rows(
@@ -37,17 +43,20 @@ def show_mean(
     "Mean of scores with its 95 % interval."
     from egrpo.base.bootstrap import bootstrap_interval
     from egrpo.paper.records import show_interval
-    return show_interval(bootstrap_interval(values, prompts), sign) if prompts.nunique() > 1 else f'{values.mean():{sign}.3f}'
+    if prompts.nunique() <= 1: return f'{values.mean():{sign}.3f}'
+    return show_interval(bootstrap_interval(values, prompts), sign)
 
 def category_table(
     frame, # An evaluation: a row per image, columns prompt and rewards
 )->str: # Lines
     "Mean scores by category."
-    names, rows = score_names(frame), []
+    names = score_names(frame)
+    rows = [['prompts', 'n', *names]]
     for kind, places in category_rows(frame.prompt).items():
         part = frame.iloc[places]
-        rows.append([kind, str(len(part)), *[show_mean(part[name], part.prompt) for name in names]])
-    return table([['prompts', 'n', *names], *rows])
+        means = [show_mean(part[name], part.prompt) for name in names]
+        rows.append([kind, str(len(part)), *means])
+    return table(rows)
 
 def change_table(
     before, # An evaluation
@@ -57,8 +66,10 @@ def change_table(
     "Scores before and after, and their paired difference, by category."
     rows = [[name, 'n', 'before', 'after', 'change']]
     for kind, places in category_rows(before.prompt).items():
-        b, a, prompts = (o.iloc[places] for o in (before[name], after[name], before.prompt))
-        rows.append([kind, str(len(places)), f'{b.mean():.3f}', f'{a.mean():.3f}', show_mean(a - b, prompts, '+')])
+        was = before[name].iloc[places]
+        now = after[name].iloc[places]
+        change = show_mean(now - was, before.prompt.iloc[places], '+')
+        rows.append([kind, str(len(places)), f'{was.mean():.3f}', f'{now.mean():.3f}', change])
     return table(rows)
 
 # %% ../../nbs/cli/02_tables.ipynb #6b220051
@@ -66,7 +77,8 @@ def ends(
     history, # What `Trainer.fit` returns: evaluations, a row per iteration and prompt
 )->tuple: # First and last evaluation, rows in the same order
     "The evaluations before and after training."
-    return tuple(history[history.iteration == i].reset_index(drop=True) for i in (history.iteration.min(), history.iteration.max()))
+    def at(iteration): return history[history.iteration == iteration].reset_index(drop=True)
+    return at(history.iteration.min()), at(history.iteration.max())
 
 def overlap_text(
     held_out, # Prompts of an evaluation
@@ -75,7 +87,9 @@ def overlap_text(
     "Count the prompts of an evaluation that are trained on."
     known = set(trained)
     n = sum(p in known for p in held_out)
-    return '' if not n else ' (training prompts)' if n == len(held_out) else f' ({n} of them training prompts)'
+    if not n: return ''
+    if n == len(held_out): return ' (training prompts)'
+    return f' ({n} of them training prompts)'
 
 def change_tables(
     history, # What `Trainer.fit` returns
@@ -84,6 +98,8 @@ def change_tables(
     "Before and after, a table per reward."
     before, after = ends(history)
     n = int(after.iteration.iloc[0])
+    iterations = f'{n} iteration' if n == 1 else f'{n} iterations'
     both = f'{len(before)} prompts and noise{overlap_text(before.prompt, trained)}'
-    head = f'before and after {n} iteration{"s"[:n != 1]}, on the same {both}; 95 % intervals'
-    return '\n\n'.join([head, *[change_table(before, after, name) for name in score_names(before)]])
+    head = f'before and after {iterations}, on the same {both}; 95 % intervals'
+    tables = [change_table(before, after, name) for name in score_names(before)]
+    return '\n\n'.join([head, *tables])
