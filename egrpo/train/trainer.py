@@ -28,6 +28,7 @@ from ..models.policy import load_policy
 from ..rewards.reward import RewardError
 from .config import TrainConfig, evaluation_is_due
 from .evaluate import sample_latents, score_latents, score_table
+from .gains import FirstVisits, bar_text, evaluation_metrics
 from .objective import Objective, Weights, loss_weights
 from .prepare import Prepared, chooses_steps, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
@@ -50,13 +51,16 @@ def check_trainable(
 def reward_metrics(
     scores:dict, # Name -> (L,) rewards of an iteration's images, of all processes
     weights:dict, # Name -> weight in the sum
-)->dict: # reward/NAME: means, reward_std: of the weighted sum
+    numbers:Tensor, # (L,) number of each image's prompt in the iteration
+)->dict: # reward/NAME: means; of the weighted sum reward_std, and reward_by_prompt: a mean for each of the iteration's prompts
     "Mean rewards of an iteration, and the spread of their sum."
     metrics, weighted = {}, 0
     for name, values in scores.items():
         metrics[f'reward/{name}'] = float(values.mean())
         weighted = weighted + weights[name] * values
     metrics['reward_std'] = float(weighted.std())
+    by_prompt = torch.bincount(numbers, weighted.double()) / torch.bincount(numbers)
+    metrics['reward_by_prompt'] = by_prompt.tolist()
     return metrics
 
 def phase_metrics(
@@ -73,6 +77,17 @@ def iteration_prompts(
     "The prompts of an iteration, of all processes together."
     c = prepared.config
     return prompt_batch(prepared.prompts, c.prompts_per_iteration, iteration, c.seed)
+
+def first_visits(
+    trainer, # A `Trainer`, perhaps resumed
+)->FirstVisits: # Of the iterations that its metrics hold
+    "Rewards of the prompts that were trained on, when they first were."
+    visits = FirstVisits()
+    done = trainer.run.read_metrics() if trainer.run.metrics.exists() else []
+    for metrics in done: # of an older run they lack the prompts' rewards
+        prompts = iteration_prompts(trainer.prepared, metrics['iteration'])
+        visits.gain(prompts, metrics.get('reward_by_prompt', []))
+    return visits
 
 def run_policy(
     prepared:Prepared, # The run
@@ -210,12 +225,13 @@ class Trainer:
         sampled = self.policy.nfe
         advantages, equal_groups = self.advantages(out, rewards)
         update = self.update(cond, out, advantages, self.processes.share(plans))
-        scores, _ = self.processes.gather(*rewards.values())
+        numbers = torch.tensor(self.processes.share(plans))[out.leaf_prompt.cpu()]
+        (numbers, *scores), _ = self.processes.gather(numbers, *rewards.values())
         self.laps('update')
         nfe = dict(nfe_rollout=sampled - began, nfe_gradient=self.policy.nfe - sampled)
         nfe = {k: int(self.processes.total(n)) for k, n in nfe.items()}
         nfe['nfe_rollout'] += choice.get('nfe_probe', 0)
-        reward = reward_metrics(dict(zip(rewards, scores)), self.reward.weights)
+        reward = reward_metrics(dict(zip(rewards, scores)), self.reward.weights, numbers)
         return dict(iteration=iteration, **reward, zero_variance_groups=equal_groups, **update, **nfe,
                     **phase_metrics(self.laps.seconds), **choice)
 
@@ -252,12 +268,6 @@ class Trainer:
     def spent(self)->bool:
         "Return whether the budget of network evaluations is used up."
         return self.config.budget is not None and self.nfe >= self.config.budget
-
-    def scores(self)->dict: # Reward name -> mean over prompts
-        "Means of the last evaluation."
-        frame = pd.DataFrame(self.history)
-        last = frame[frame.iteration == frame.iteration.max()]
-        return last.drop(columns=['prompt', 'iteration']).mean().to_dict()
 
 # %% ../../nbs/train/09_trainer.ipynb #149ed74a
 class Loop:
@@ -300,6 +310,8 @@ class Loop:
         if self.processes.is_main: self.folder.write_config(settings | t.prepared.names)
         shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str))}
         if self.config.tracker: t.accelerator.init_trackers('egrpo', shown)
+        self.visits = first_visits(t)
+        self.evaluated = evaluation_metrics(t.history) if t.history else {}
         if t.iteration == 0: self._try_saving()
 
     def _try_saving(self):
@@ -369,8 +381,9 @@ class Loop:
         t = self.trainer
         rows = t.evaluate().to_dict('records')
         t.history += [dict(iteration=t.iteration, **row) for row in rows]
-        means = {f'eval/{name}': mean for name, mean in t.scores().items()}
-        if self.config.tracker: t.accelerator.log(means, step=t.iteration)
+        self.evaluated = evaluation_metrics(t.history)
+        if self.processes.is_main: self.folder.write_evaluations(t.history)
+        if self.config.tracker: t.accelerator.log(self.evaluated, step=t.iteration)
 
     def _log(self,
         metrics:dict, # An iteration's metrics
@@ -379,6 +392,8 @@ class Loop:
         "Append a line to metrics.jsonl, tell the tracker, move the progress bar."
         if not self.processes.is_main: return
         t = self.trainer
+        gain = self.visits.gain(t._prompts_of(metrics['iteration']), metrics['reward_by_prompt'])
+        if gain is not None: metrics['reward_gain'] = gain
         self.folder.append(metrics)
         flat = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.config.tracker: t.accelerator.log(flat, step=t.iteration)
@@ -387,12 +402,10 @@ class Loop:
             warnings.warn(f"ratio_error {error:.1g} is above clip_range {self.config.clip_range:g}: samples are clipped "
                           "before anything has moved (nbs/guides/diagnostics.ipynb says why)", stacklevel=2)
         shown = {k.removeprefix('reward/'): f'{v:.3f}' for k, v in flat.items() if k.startswith('reward/')}
-        shown['eval'] = ' '.join(f'{v:.3f}' for v in t.scores().values())
-        bar.set_postfix(**shown, ratio=f"1±{error:.0e}", refresh=False)
+        bar.set_postfix(**shown, **bar_text(self.evaluated), ratio=f"1±{error:.0e}", refresh=False)
 
     def _close(self):
-        "Write the evaluations and the trained model. The process group stays: there may be more to do together."
-        if self.processes.is_main: self.folder.write_evaluations(self.trainer.history)
+        "Write the trained model. The process group stays: there may be more to do together."
         save_model(self.trainer, self.folder.model)
         for tracker in self.trainer.accelerator.trackers: tracker.finish()
 
