@@ -13,6 +13,7 @@ from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.registry import egrpo
 from egrpo.models.policy import load_policy
 from egrpo.train.evaluate import evaluate
+from egrpo.train.gains import evaluation_metrics
 from egrpo.train.prepare import training_nfe
 from egrpo.train.prompts import load_prompts
 from egrpo.train.trainer import TrainConfig, Trainer
@@ -178,6 +179,23 @@ def test_resume_equals_straight(tmp_path, changes):
     for n, p in straight.parameters.items(): assert torch.equal(p, resumed.parameters[n]), n
 
 
+def test_gains_survive_a_resume(tmp_path):
+    "Prompts that come again are compared with their first visit, which a resumed run reads from its metrics."
+    (tmp_path/'prompts.txt').write_text('\n'.join(PROMPTS))
+    settings = dict(prompts=str(tmp_path/'prompts.txt'), eval_every=1, reward='verifier', lr=1e-3)
+    straight, metrics = trained(tmp_path, 'straight', iterations=3, **settings)
+    trained(tmp_path, 'stopped', iterations=1, **settings)
+    resumed, others = trained(tmp_path, 'stopped', iterations=3, resume=True, **settings)
+    gains = [m.get('reward_gain') for m in metrics]
+    assert gains == [m.get('reward_gain') for m in others] and gains[0] is None is not gains[2]
+    seen = {}
+    for i in (0, 1): seen = dict(zip(straight._prompts_of(i), metrics[i]['reward_by_prompt'])) | seen
+    now = dict(zip(straight._prompts_of(2), metrics[2]['reward_by_prompt']))
+    assert len(seen) == 3 and gains[2] == pytest.approx(sum(now[p] - seen[p] for p in now) / 2)
+    assert evaluation_metrics(resumed.history) == evaluation_metrics(straight.history)
+    assert abs(evaluation_metrics(straight.history)['eval_gain/verifier']) > 0
+
+
 def test_training_cost_is_predicted(tmp_path):
     "What a run evaluates is what `training_nfe` says, inner epochs included."
     trainer, metrics = trained(tmp_path, 'cost', iterations=2, inner_epochs=3, updates_per_iteration=2)
@@ -207,4 +225,5 @@ def test_tracker_gets_what_the_log_has(tmp_path):
     (events,) = {p.parent for p in tmp_path.rglob('events.out.tfevents.*') if EventAccumulator(str(p.parent)).Reload().Tags()['scalars']}
     log = EventAccumulator(str(events)).Reload()
     assert [e.value for e in log.Scalars('reward/verifier')] == pytest.approx([m['reward/verifier'] for m in metrics])
-    assert {'ratio_error', 'grad_norm', 'eval/verifier_strict'} <= set(log.Tags()['scalars'])
+    names = {'ratio_error', 'grad_norm', 'eval/verifier_strict', 'eval_gain/verifier', 'eval_gain_low/verifier'}
+    assert names <= set(log.Tags()['scalars'])

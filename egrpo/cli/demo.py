@@ -35,7 +35,8 @@ def time_is_up(
     return stop
 
 # %% ../../nbs/cli/08_demo.ipynb #aa456d27
-DEMO_FILES = 'demo.json demo.png config.json metrics.jsonl evaluations.csv checkpoint checkpoint.new checkpoint.old model'.split()
+DEMO_FILES = '''demo.json demo.png config.json metrics.jsonl evaluations.csv samples report.html
+checkpoint checkpoint.new checkpoint.old model'''.split()
 
 def check_demo(
     out, # The demonstration's folder
