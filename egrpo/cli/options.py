@@ -46,10 +46,10 @@ def named_value(
     except ValueError: return {name: value}
 
 class Join(argparse.Action):
-    "An option that may be repeated: its values are put together by name."
+    "An option that may be repeated: its values are put together by name; none forgets them."
     def __call__(self, parser, namespace, values, option_string=None):
         known = getattr(namespace, self.dest, None) or {}
-        setattr(namespace, self.dest, known | values)
+        setattr(namespace, self.dest, known | values if values else None)
 
 def converter(
     kind:str, # An annotation as in `Option`
