@@ -133,8 +133,8 @@ def _text(
     wrapped = '\n'.join(textwrap.wrap(text, characters, max_lines=lines, placeholder=' …'))
     sheet = Image.new('RGB', (width, lines * (size + 5)), 'white')
     draw, font = ImageDraw.Draw(sheet), _font(size)
-    draw.multiline_text((0, 0), wrapped, GREY if mark or size < 12 else INK, font, spacing=3)
-    if mark: draw.text((width, 0), mark, MARKS[mark], font, anchor='ra')
+    draw.multiline_text((0, sheet.height), wrapped, INK if size > 11 else GREY, font, anchor='ld', spacing=3)
+    if mark: draw.text((width, sheet.height), mark, MARKS[mark], font, anchor='rd')
     return sheet
 
 # %% ../../nbs/show/01_samples.ipynb #16e82fbc

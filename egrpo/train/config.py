@@ -133,6 +133,8 @@ class TrainConfig:
     compiled:bool|None = option(None, "Compile the network's blocks: minutes at the start, faster afterwards", loads=True)
     checkpoint_every:int = option(50, 'Iterations between checkpoints; 0 = only before evaluations, as always',
                                   where=True, least=0)
+    samples:int = option(8, 'Evaluation prompts that are drawn before and now into `out`/samples, with `out`/report.html; 0 = none',
+                         where=True, least=0)
     tracker:str|None = option(None, 'A tracker of accelerate besides metrics.jsonl, e.g. tensorboard', where=True)
     out:str = option('runs/egrpo', 'Folder of metrics, checkpoints and the trained model', where=True)
     resume:bool = option(False, 'Go on from the last checkpoint in `out`', where=True)
