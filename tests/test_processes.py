@@ -236,7 +236,7 @@ def advantages_of_two(trainer, monkeypatch, gather):
     local, given = [], []
     for ids in ([0, 2], [1, 3]):
         monkeypatch.setattr(trainer.processes, 'share', lambda plans, ids=ids: ids)
-        _, _, out, _, rewards = trainer.sample(0)
+        _, _, out, rewards = trainer.sample(0)
         local.append((ids, out, rewards))
     for run in ('collect', 'join'):
         found = {}
@@ -254,7 +254,7 @@ def test_std_of_the_batch_is_that_of_all_processes(tmp_path, monkeypatch):
     "Two processes find the advantages of one; a planted process that sees itself alone does not."
     settings = {**SMALL, 'method': 'flow_grpo', 'active_steps': None, 'tau': None, 'advantage_std': 'batch', 'out': str(tmp_path/'run')}
     trainer = Trainer(TrainConfig(**settings))
-    _, _, out, _, rewards = trainer.sample(0)
+    _, _, out, rewards = trainer.sample(0)
     whole, _ = trainer.advantages(out, rewards)
     one = torch.cat([whole[out.prompt[out.row] == i] for i in range(4)])
     torch.testing.assert_close(advantages_of_two(trainer, monkeypatch, lambda both, own, p: both), one, rtol=1e-3, atol=1e-3)
@@ -368,4 +368,4 @@ def test_a_reward_that_fails_elsewhere_fails_here(tmp_path, monkeypatch):
     trainer = Trainer(TrainConfig(**SMALL, out=str(tmp_path/'run')))
     monkeypatch.setattr(trainer.processes, 'total', lambda count: float(count) + 1)
     with pytest.raises(RewardError, match='the reward failed in another process'):
-        trainer.score(torch.zeros(1, 3, 64, 64), ['a red circle'])
+        trainer.score(torch.zeros(1, *trainer.policy.latent_shape), ['a red circle'])

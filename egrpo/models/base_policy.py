@@ -69,6 +69,7 @@ def _check_new_lora(rank, source, alpha, targets):
 class Policy:
     "A diffusers pipeline as a policy: fp32 latents outside, the network in its own dtype inside, every evaluation counted."
     patch = 1 # latents per token along a side
+    frames = 1 # of a video
     classifier_free = False # does guidance take a second evaluation?
     _own_sigmas = staticmethod(pipeline_sigmas)
 

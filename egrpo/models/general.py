@@ -91,9 +91,18 @@ class GeneralPolicy(Policy):
     @property
     def text_length(self)->int|None: # Tokens; None = the tokenizer's own
         "Length of a prompt's token embeddings, where the pipeline has a default."
+        return self._asked('max_sequence_length')
+
+    @property
+    def frames(self)->int: # 1 of images
+        "Frames of a video."
+        return self._asked('num_frames') or 1
+
+    def _asked(self, name):
+        "An argument of the pipeline's call: as given, or by default; None where it takes none."
         takes = inspect.signature(type(self.pipeline).__call__).parameters
-        own = takes['max_sequence_length'].default if 'max_sequence_length' in takes else None
-        return self.call.get('max_sequence_length', own)
+        own = takes[name].default if name in takes else None
+        return self.call.get(name, own)
 
     def sigmas(self,
         num_steps:int=16, # T, denoising steps, >= 1
@@ -219,7 +228,6 @@ class GeneralPolicy(Policy):
         "Decode latents by the pipeline, in slices of a micro-batch."
         parts = latents.to(self.pipeline.vae.dtype).split(min(self.micro_batch, 32))
         return torch.cat([self.entrance.decode(x, self._empty.rows[0]).float().cpu() for x in parts])
-
 
 # %% ../../nbs/models/12_general.ipynb #7f7687cb
 def own_resolution(

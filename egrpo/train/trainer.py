@@ -27,7 +27,7 @@ from ..models.device import check_torch, is_out_of_memory, synchronize
 from ..models.policy import load_policy
 from ..rewards.reward import RewardError
 from .config import TrainConfig, evaluation_is_due
-from .evaluate import evaluate, sample_images
+from .evaluate import sample_latents, score_latents, score_table
 from .gains import FirstVisits, bar_text, evaluation_metrics
 from .objective import Objective, Weights, loss_weights
 from .prepare import Prepared, chooses_steps, plan_settings, prepare
@@ -162,8 +162,8 @@ class Trainer:
     def sample(self,
         iteration:int, # Number of the iteration, >= 0
         plans:list|None=None, # A plan for each of its prompts; None = those of `plan`
-    )->tuple: # This process's prompts, their conditions, rollout, (L,3,H,W) images, rewards: name -> (L,)
-        "Roll out this process's share of the iteration's prompts and score the images."
+    )->tuple: # This process's prompts, their conditions, rollout, rewards: name -> (L,)
+        "Roll out this process's share of the iteration's prompts and score its images, which are not kept."
         plans = plans or self.plan(iteration)[0]
         ids = self.processes.share(plans)
         batch = self._prompts_of(iteration)
@@ -171,20 +171,17 @@ class Trainer:
         own_plans = [plans[i] for i in ids]
         cond = self.policy.encode(prompts)
         with self.policy.together(): out = rollout(self.policy, cond, own_plans, self.config.seed, iteration, prompt_ids=ids)
+        synchronize(out.latents.device) # what is still to come of the rollout is not the decoder's
         self.laps('sampling')
-        images = self.policy.decode(out.latents)
-        synchronize(images.device) # what is still to come of the rollout is not the reward's
-        self.laps('decoding')
-        rewards = self.score(images, [prompts[i] for i in out.leaf_prompt.tolist()])
-        self.laps('rewards')
-        return prompts, cond, out, images, rewards
+        return prompts, cond, out, self.score(out.latents, [prompts[i] for i in out.leaf_prompt.tolist()])
 
     def score(self,
-        images:Tensor, # (L,3,H,W) images in [0, 1]
+        latents:Tensor, # (L,C,H,W) clean latents
         prompts:list, # Their L prompts
     )->dict: # Name -> (L,) rewards
-        "Score images; a reward that fails in one process fails in all."
-        return self.processes.in_all(lambda: self.reward(images, prompts), RewardError, FAILED_ELSEWHERE)
+        "Decode and score in slices; a reward that fails in one process fails in all."
+        def scored(): return score_latents(self.policy, latents, prompts, self.reward, self.laps)
+        return self.processes.in_all(scored, RewardError, FAILED_ELSEWHERE)
 
     def advantages(self,
         out:Rollout, # The rollout
@@ -224,7 +221,7 @@ class Trainer:
         self.laps = Laps(clock)
         plans, choice = self.plan(iteration)
         began = self.policy.nfe
-        prompts, cond, out, images, rewards = self.sample(iteration, plans)
+        prompts, cond, out, rewards = self.sample(iteration, plans)
         sampled = self.policy.nfe
         advantages, equal_groups = self.advantages(out, rewards)
         update = self.update(cond, out, advantages, self.processes.share(plans))
@@ -242,13 +239,14 @@ class Trainer:
         "Score the evaluation prompts with the averaged weights, or with the weights where there is no average; each process its share."
         places = self.processes.own(range(len(self.eval_prompts)))
         prompts = [self.eval_prompts[i] for i in places]
-        images = None
+        schedule = self.config.num_steps, self.settings['shift']
+        latents = None
         with self.weights.averaged(), self.policy.together():
-            if places: images = sample_images(self.policy, prompts, self.config.num_steps, self.settings['shift'], ids=places)
+            if places: latents = sample_latents(self.policy, prompts, *schedule, ids=places)
         def scored():
             if not places: return []
-            frame = evaluate(self.policy, prompts, self.eval_reward, images)
-            return [frame.set_axis(places)]
+            scores = score_latents(self.policy, latents, prompts, self.eval_reward)
+            return [score_table(prompts, scores).set_axis(places)]
         own = self.processes.in_all(scored, RewardError, FAILED_ELSEWHERE)
         return pd.concat(gather_object(own)).sort_index()
 
