@@ -75,7 +75,7 @@ class Samples:
     ):
         "Keep the first latents of an evaluation."
         pairs = [] if latents is None else zip(places, latents)
-        self.latents = {place: x.cpu() for place, x in pairs if place < self.count}
+        self.latents = {place: x.cpu().clone() for place, x in pairs if place < self.count}
 
     def keep_group(self,
         prompts:list, # This process's prompts
