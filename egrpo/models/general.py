@@ -16,7 +16,7 @@ from torch import Tensor
 from .base_policy import Policy
 from .device import is_out_of_memory
 from .entrance import Entrance, RecordedConditions, RecordedEmbeddings, bare_sigmas, row_kind, row_layout
-from .pipeline import networks_of
+from .pipeline import networks_of, own_resolution
 from .schedule import _whole_levels
 
 # %% ../../nbs/models/12_general.ipynb #b45f8b1d
@@ -228,13 +228,3 @@ class GeneralPolicy(Policy):
         "Decode latents by the pipeline, in slices of a micro-batch."
         parts = latents.to(self.pipeline.vae.dtype).split(min(self.micro_batch, 32))
         return torch.cat([self.entrance.decode(x, self._empty.rows[0]).float().cpu() for x in parts])
-
-# %% ../../nbs/models/12_general.ipynb #7f7687cb
-def own_resolution(
-    pipeline, # A pipeline
-)->int: # Pixels
-    "The side of the images that a pipeline makes when it is not told."
-    default = inspect.signature(type(pipeline).__call__).parameters['height'].default
-    if isinstance(default, int): return default
-    own = pipeline.vae.config.get('sample_size')
-    return own or pipeline.default_sample_size * pipeline.vae_scale_factor

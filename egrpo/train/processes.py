@@ -69,8 +69,9 @@ def start_accelerator(
     precision = 'no' if first else None
     on_cpu = first and best_device(config.device).type == 'cpu'
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    trackers = tracker_names(config.tracker) or None
     with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'):
-        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, log_with=tracker_names(config.tracker) or None, project_dir=config.out,
+        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, log_with=trackers, project_dir=config.out,
                                   kwargs_handlers=[patient])
     n, processes = config.prompts_per_iteration, accelerator.num_processes
     if processes > n:
