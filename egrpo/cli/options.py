@@ -100,7 +100,7 @@ GROUPS = {
     'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr weight_decay adam_beta1 adam_beta2 '
                     'max_grad_norm ema_decay',
     'evaluation': 'eval_prompts eval_size eval_every eval_at eval_rewards',
-    'run': 'out resume checkpoint_every tracker seed',
+    'run': 'out resume checkpoint_every samples tracker seed',
 }
 
 def option_groups()->dict: # Title -> names

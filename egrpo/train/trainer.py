@@ -34,7 +34,9 @@ from .prepare import Prepared, chooses_steps, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
 from .prompts import prompt_batch
 from .run import Identity, Run, model_properties, run_sources
+from .samples import Samples
 from .timing import Laps
+from .trackers import send_image
 
 # %% ../../nbs/train/09_trainer.ipynb #5de42129
 FAILED_ELSEWHERE = "the reward failed in another process, which says why"
@@ -137,6 +139,7 @@ class Trainer:
         self.settings = plan_settings(config, self.policy.sigmas(config.num_steps, config.shift))
         self.identity = Identity(config.flat(), model_properties(self.policy, self.settings), sources, self.settings)
         self.run = Run(config.out)
+        self.samples = Samples(self.run.samples, config.samples, self.processes)
         self.weights = Weights(self.parameters, config)
         self.optimizer, self.ema = self.weights.optimizer, self.weights.average
         self.objective = Objective(self.policy, config, self.processes)
@@ -222,6 +225,7 @@ class Trainer:
         plans, choice = self.plan(iteration)
         began = self.policy.nfe
         prompts, cond, out, rewards = self.sample(iteration, plans)
+        self.samples.keep_group(prompts, out, rewards, self.reward.weights)
         sampled = self.policy.nfe
         advantages, equal_groups = self.advantages(out, rewards)
         update = self.update(cond, out, advantages, self.processes.share(plans))
@@ -243,6 +247,7 @@ class Trainer:
         latents = None
         with self.weights.averaged(), self.policy.together():
             if places: latents = sample_latents(self.policy, prompts, *schedule, ids=places)
+        self.samples.keep(places, latents)
         def scored():
             if not places: return []
             scores = score_latents(self.policy, latents, prompts, self.eval_reward)
@@ -379,11 +384,13 @@ class Loop:
     def _record_evaluation(self):
         "Evaluate and keep every prompt's scores."
         t = self.trainer
-        rows = t.evaluate().to_dict('records')
-        t.history += [dict(iteration=t.iteration, **row) for row in rows]
+        frame = t.evaluate()
+        t.history += [dict(iteration=t.iteration, **row) for row in frame.to_dict('records')]
         self.evaluated = evaluation_metrics(t.history)
         if self.processes.is_main: self.folder.write_evaluations(t.history)
         if self.config.tracker: t.accelerator.log(self.evaluated, step=t.iteration)
+        sheet = t.samples.draw(t.policy, frame, t.iteration)
+        if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
 
     def _log(self,
         metrics:dict, # An iteration's metrics
