@@ -147,7 +147,7 @@ def test_weights_of_unequal_groups(policy, tmp_path, weigh):
     "The gradient is the mean over prompts of each one's own, equal ones or by their samples."
     trainer = trainer_of(policy, tmp_path, weigh=weigh, prompts_per_iteration=2)
     plans = [explored(make_plan('dance_grpo', num_steps=7, num_generations=n), [1, 3]) for n in (8, 4)]
-    _, cond, out, _, rewards = trainer.sample(0, plans)
+    _, cond, out, rewards = trainer.sample(0, plans)
     advantages, _ = trainer.advantages(out, rewards)
     advantages = advantages + .1 # so that no prompt's gradient is zero
     whole = gradient_of(policy, trainer, cond, out, advantages)

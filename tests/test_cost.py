@@ -39,7 +39,7 @@ def new_trainer(tmp_path, **changes):
 @pytest.mark.parametrize('anchor', [False, True])
 def test_one_by_one_is_the_same_iteration(tmp_path, changes, anchor):
     together, alone = (new_trainer(tmp_path, **changes) for _ in range(2))
-    _, _, out, _, rewards = together.sample(0)
+    _, _, out, rewards = together.sample(0)
     sampled = together.policy.nfe
     speed.iteration_together(together)
     _, same, scores = speed.iteration_alone(alone, anchor=anchor)

@@ -44,9 +44,10 @@ def policy():
 def test_rollout_and_update_need_no_float64(tmp_path, policy, monkeypatch, settings):
     "What runs on the policy's device; rewards and metrics are gathered on the CPU."
     trainer = Trainer(TrainConfig(**SMALL | settings, device='cpu', out=str(tmp_path/'run')), policy)
-    monkeypatch.setattr(trainer, 'score', lambda images, prompts: {})
+    monkeypatch.setattr(trainer, 'score', lambda latents, prompts: {})
     plans, _ = trainer.plan(0) # schedules are made on the CPU
-    with Float32Only(): _, cond, out, images, _ = trainer.sample(0, plans)
+    with Float32Only(): _, cond, out, _ = trainer.sample(0, plans)
+    images = policy.decode(out.latents)
     advantages, _ = trainer.advantages(out, dict(verifier=images.mean((1, 2, 3))))
     monkeypatch.setattr(trainer.objective, 'metrics', lambda *args: {})
     with Float32Only(): trainer.update(cond, out, advantages)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from parity import FAST, PROMPTS, ask, brightness, differences, fast_path, general_policy, load_loras, train
+from parity import PROMPTS, ask, brightness, differences, general_policy, load_loras, train
 from torch.testing import assert_close
 
 from egrpo.core.plan import gradient_nfe, rollout_nfe
@@ -46,10 +46,6 @@ def test_parity(name):
     found = ask(name)
     assert found.velocity == found.images == found.lora == 0
     assert found.ratio_error < 1e-6 and found.lora_moved > 1e-2
-
-
-@pytest.mark.parametrize('name', FAST)
-def test_fast_classes_equal_the_general_policy(name): assert fast_path(name, 1)[0] < 5e-6
 
 
 def test_every_family_names_layers_for_a_lora():
@@ -130,7 +126,8 @@ def test_gradient_checkpointing_that_changes_something_is_refused():
 @pytest.mark.parametrize('name', ['qwen-image', 'z-image', 'wan2.1'])
 def test_low_precision(name, dtype):
     exact = general_policy(name)
-    policy = load_policy(small_pipeline(name), 'cpu', dtype, 2, resolution=32, guidance=3., call=exact.call)
+    call = exact.call or dict(max_sequence_length=exact.text_length) # not the class of its own
+    policy = load_policy(small_pipeline(name), 'cpu', dtype, 2, resolution=32, guidance=3., call=call)
     expected = velocity(exact)
     assert_close(velocity(policy), expected, atol=.05 * expected.abs().max().item(), rtol=0)
     policy.velocity(*inputs(policy)).square().mean().backward()
@@ -150,7 +147,7 @@ def test_resumed_equals_straight(tmp_path):
 
 def test_from_a_folder(tmp_path):
     "A folder is loaded as a policy; its schedule is known before; a LoRA of it is the start of another run."
-    small_pipeline('z-image').save_pretrained(tmp_path/'model')
+    small_pipeline('chroma').save_pretrained(tmp_path/'model')
     policy = moved(load_policy(str(tmp_path/'model'), 'cpu', lora_rank=2, guidance=3.))
     assert isinstance(policy, GeneralPolicy) and policy.resolution == 32
     assert torch.equal(model_sigmas(str(tmp_path/'model'), 4), policy.sigmas(4))
@@ -190,7 +187,7 @@ def test_a_shift_is_an_override():
 def test_pipelines_that_cannot_be_entered(monkeypatch):
     pipeline = small_pipeline('z-image')
     def refused(match):
-        with pytest.raises(ValueError, match=f'is a ZImagePipeline, which {match}'): load_policy(pipeline, 'cpu')
+        with pytest.raises(ValueError, match=f'is a ZImagePipeline, which {match}'): GeneralPolicy(pipeline, device='cpu')
     euler = pipeline.scheduler
     pipeline.scheduler = small_pipeline('sd1.5').scheduler
     refused('is not a flow: its scheduler is a DDIMScheduler')

@@ -78,7 +78,8 @@ def test_attention_is_not_cudnns():
 def test_training_is_that_of_the_cpu(tmp_path, measured):
     "The first rollout's images and rewards, before anything is trained, and the ratio at the first update."
     runs = {device: Trainer(TrainConfig(**SMALL | dict(device=device), out=str(tmp_path/device))) for device in ('cpu', 'cuda')}
-    (*_, here, ours), (*_, there, theirs) = (trainer.sample(0) for trainer in runs.values())
+    (*_, a, ours), (*_, b, theirs) = (trainer.sample(0) for trainer in runs.values())
+    here, there = (trainer.policy.decode(out.latents) for trainer, out in zip(runs.values(), (a, b)))
     torch.testing.assert_close(here, there, rtol=0, atol=1e-3)
     torch.testing.assert_close(ours['preference'], theirs['preference'], rtol=0, atol=1e-4)
     images, rewards = (float((a - b).abs().max()) for a, b in ((here, there), (ours['preference'], theirs['preference'])))

@@ -102,7 +102,7 @@ def test_steps_add_up_to_the_whole_gradient_and_nothing_moves(tmp_path, settings
     assert not t.optimizer.state and t.iteration == t.nfe == t.weights.steps == 0
     assert all(p.grad is None for p in t.parameters.values())
 
-    _, cond, out, _, rewards = t.sample(0, plans)
+    _, cond, out, rewards = t.sample(0, plans)
     advantages, _ = t.advantages(out, rewards)
     out = gs.prune(out, advantages)
     t.objective.gradient(cond, out, torch.unique(out.row[out.weight > 0]), advantages)

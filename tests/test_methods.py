@@ -105,7 +105,7 @@ def test_kept_siblings_share_a_forward(policy):
     "Where a splitting step is pruned, the prediction is a bound, and the forwards are the parents of what was kept."
     p = Plan(flow_sigmas(6), (Branch((SDEStep(0, 1, 2), SDEStep(1, 1, 3, keep=.5))),))
     trainer = Trainer(TrainConfig(**SMALL), policy, method=lambda: p)
-    _, cond, out, _, rewards = trainer.sample(0)
+    _, cond, out, rewards = trainer.sample(0)
     advantages, _ = trainer.advantages(out, rewards)
     kept, before = prune(out, advantages), policy.nfe
     trainer.update(cond, out, advantages)
@@ -135,7 +135,7 @@ def test_weights_are_the_surrogates(policy, monkeypatch):
     monkeypatch.setattr(objective_module, '_reference_kl', lambda policy, sigma, c, out, rows, *_: torch.ones(len(rows)))
     p = Plan(flow_sigmas(5), (Branch((SDEStep(1, 1, 4, weight=3.),)),))
     trainer = Trainer(TrainConfig(**SMALL, beta=.5), policy, method=lambda: p)
-    _, cond, out, _, _ = trainer.sample(0)
+    _, cond, out, _ = trainer.sample(0)
     for advantage_of_all, expected in ((0., .5), (2., 3 * -2. + .5)):
         advantages = torch.full((len(out.row),), advantage_of_all)
         total, *_ = objective_module.rows_loss(policy, cond, out, torch.arange(len(out.parents)), advantages, trainer.config)

@@ -161,6 +161,8 @@ def test_processes_that_share_the_network_with_unequal_work(tmp_path, name):
     model = 'pytorch_lora_weights' if name == 'lora' else 'transformer/diffusion_pytorch_model'
     scores, others = (pd.read_csv(out/'evaluations.csv') for out in outs)
     assert (scores.prompt == others.prompt).all() and (scores.verifier - others.verifier).abs().max() < 1e-4
+    pictures, shown = ({p.relative_to(out).as_posix() for p in (out/'samples').rglob('*.png')} for out in outs)
+    assert pictures == shown and {'samples/0.png', f'samples/now/{len(scores.prompt.unique()) - 1}.png', 'samples/group/best.png'} <= shown
     saved, shared = (load_file(out/f'model/{model}.safetensors') for out in outs)
     assert apart(saved, shared) < LARGEST['weights']
 
@@ -236,7 +238,7 @@ def advantages_of_two(trainer, monkeypatch, gather):
     local, given = [], []
     for ids in ([0, 2], [1, 3]):
         monkeypatch.setattr(trainer.processes, 'share', lambda plans, ids=ids: ids)
-        _, _, out, _, rewards = trainer.sample(0)
+        _, _, out, rewards = trainer.sample(0)
         local.append((ids, out, rewards))
     for run in ('collect', 'join'):
         found = {}
@@ -254,7 +256,7 @@ def test_std_of_the_batch_is_that_of_all_processes(tmp_path, monkeypatch):
     "Two processes find the advantages of one; a planted process that sees itself alone does not."
     settings = {**SMALL, 'method': 'flow_grpo', 'active_steps': None, 'tau': None, 'advantage_std': 'batch', 'out': str(tmp_path/'run')}
     trainer = Trainer(TrainConfig(**settings))
-    _, _, out, _, rewards = trainer.sample(0)
+    _, _, out, rewards = trainer.sample(0)
     whole, _ = trainer.advantages(out, rewards)
     one = torch.cat([whole[out.prompt[out.row] == i] for i in range(4)])
     torch.testing.assert_close(advantages_of_two(trainer, monkeypatch, lambda both, own, p: both), one, rtol=1e-3, atol=1e-3)
@@ -368,4 +370,4 @@ def test_a_reward_that_fails_elsewhere_fails_here(tmp_path, monkeypatch):
     trainer = Trainer(TrainConfig(**SMALL, out=str(tmp_path/'run')))
     monkeypatch.setattr(trainer.processes, 'total', lambda count: float(count) + 1)
     with pytest.raises(RewardError, match='the reward failed in another process'):
-        trainer.score(torch.zeros(1, 3, 64, 64), ['a red circle'])
+        trainer.score(torch.zeros(1, *trainer.policy.latent_shape), ['a red circle'])

@@ -61,7 +61,7 @@ def run_folder(
     made = [p for p in (out, *out.parents) if not p.exists() and not (keep and Path(keep).resolve().is_relative_to(p.resolve()))]
     log = out/'metrics.jsonl'
     size = log.stat().st_size if log.exists() else 0
-    names = 'config.json', 'demo.json', 'checkpoint', 'model', 'trial'
+    names = 'config.json', 'evaluations.csv', 'report.html', 'samples', 'demo.json', 'checkpoint', 'model', 'trial'
     files = [f for f in map(out.joinpath, names) if not f.exists()]
     try: yield
     except BaseException as e:

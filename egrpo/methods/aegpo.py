@@ -23,16 +23,17 @@ from ..core.noise import random_order
 from ..core.plan import Branch, Plan, gradient_nfe, rollout_nfe
 from ..core.rollout import rollout
 from .registry import make_plan, method_settings, stochastic_steps
+from ..models.general import GeneralPolicy
 from ..models.recorder import record_attention_entropy
 
 # %% ../../nbs/methods/02_aegpo.ipynb #60d85c4a
+TOKEN_PIXELS = 16**2 # of the image under a token, in most families
+
 def query_share(
     policy, # A policy
 )->int: # 1 = every image query, 16 = one in sixteen
     "Stride of the image queries of a probe: all up to a thousand, then one in sixteen."
-    height, width = policy.latent_shape[-2:]
-    queries = height * width // 4
-    return 16 if queries > 1000 else 1
+    return 16 if policy.resolution**2 > 1000 * TOKEN_PIXELS else 1
 
 @torch.no_grad()
 def entropy_profiles(
@@ -44,6 +45,16 @@ def entropy_profiles(
     "Attention entropy along a prompt's unguided ODE trajectory: T network evaluations per prompt."
     if not prompts: return torch.zeros(0, num_steps)
     plan = Plan(policy.sigmas(num_steps, shift), (Branch(),))
+    general = isinstance(policy, GeneralPolicy) # takes the rows of a batch in an order of its own
+    batches = [[p] for p in prompts] if general else [prompts]
+    return torch.cat([_batch_profiles(policy, batch, plan) for batch in batches])
+
+def _batch_profiles(
+    policy, # A policy
+    prompts:list, # P prompts
+    plan:Plan, # An ODE
+)->Tensor: # (P,T) nats
+    "Attention entropy of prompts that go through the network together."
     recording = record_attention_entropy(policy.transformer, every=query_share(policy))
     with policy.unguided(), recording as entropy:
         rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)

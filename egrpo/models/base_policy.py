@@ -16,11 +16,21 @@ from torch import Tensor
 
 from ..base.files import settle
 from ..core.sigmas import flow_sigmas
+from .backend import use_backend
 from .conditions import Conditions, PromptEncoder
 from .device import check_torch, use_device
 from .lora import choose_trained, save_lora
 from .lora_files import lora_file
-from .pipeline import decode_with, network_of, place_vae, trained_parameters, without_bars
+from egrpo.models.pipeline import (
+    decode_in_slices,
+    decode_scaled,
+    network_of,
+    networks_of,
+    own_resolution,
+    place_vae,
+    trained_parameters,
+    without_bars,
+)
 from .precision import GradientScale, choose_kernels, compile_blocks, torch_dtype
 from .reference import Reference
 from .schedule import pipeline_sigmas
@@ -69,7 +79,10 @@ def _check_new_lora(rank, source, alpha, targets):
 class Policy:
     "A diffusers pipeline as a policy: fp32 latents outside, the network in its own dtype inside, every evaluation counted."
     patch = 1 # latents per token along a side
+    frames = 1 # of a video
     classifier_free = False # does guidance take a second evaluation?
+    negative = '' # prompt of the second evaluation
+    masked = False # are texts padded and masked?
     _own_sigmas = staticmethod(pipeline_sigmas)
 
     def __init__(self,
@@ -87,6 +100,7 @@ class Policy:
         text_encoders:str|None=None, # keep, offload (on the device while embedding), drop (`drop_text_encoders`); None = keep
         embeddings=None, # Folder in which prompts' embeddings are kept; None = the last ones in memory
         compiled:bool|None=None, # Compile the network's blocks: minutes at the start, faster afterwards (`compile_blocks`)
+        attention:str|None=None, # Backend of diffusers' attention, e.g. flash or sage (`use_backend`); None = torch's own
         mesh=None, # Processes that share the network (`torch.distributed` device mesh); None = this one holds it all
         lora_alpha:float|None=None, # A new LoRA's product is scaled by alpha / rank; None = twice the rank
         lora_targets=None, # Layers of a new LoRA: ends of names or classes of blocks (`lora_layers`); None = the usual ones
@@ -99,9 +113,10 @@ class Policy:
         self.device = use_device(device)
         self.dtype = torch_dtype(dtype, self.device)
         choose_kernels(self.dtype, self.device)
-        self.resolution = self._check_resolution(resolution or pipeline.vae.config.sample_size)
+        self.resolution = self._check_resolution(resolution or own_resolution(pipeline))
         self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, lora_targets)
         self.lora_rank, self.fingerprint = self.trained.rank, self.trained.fingerprint
+        use_backend(list(networks_of(pipeline).values()), attention, self.dtype, self.device, lora_rank is not None, self.masked)
         compiler = partial(compile_blocks, device=self.device) if compiled else None
         if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()
         if compiler: compiler(self.transformer)
@@ -165,7 +180,7 @@ class Policy:
         self.prompts.check_length(prompts)
 
     def _explore(self): pass # for families that find their shapes out, once all parts are in place
-    def _unguided(self, rows): return self.prompts.empty(rows, self._embed)
+    def _unguided(self, rows): return self.prompts.empty(rows, self._embed, self.negative)
 
     def drop_text_encoders(self,
         prompts:list=(), # What will be needed
@@ -194,14 +209,17 @@ class Policy:
         if self.nfe_per_velocity == 1: return self._forward(latents, sigma, cond)
         both = cond + self._unguided(len(latents))
         prompted, empty = self._forward(torch.cat([latents, latents]), sigma.repeat(2), both).chunk(2)
-        return empty + self.guidance * (prompted - empty)
+        return self._extrapolate(prompted, empty)
+
+    def _extrapolate(self, prompted, empty): return empty + self.guidance * (prompted - empty)
 
     def _run(self, *args, **kwargs):
         "Run the network in its dtype; its output is fp32."
         # autocast keeps its copies of weights until the pass is over, which would undo the sharing
         half, cache = self.dtype != torch.float32, self.mesh is None
         with torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=cache):
-            return self.transformer(*args, **kwargs, return_dict=False)[0].float()
+            out = self.transformer(*args, **kwargs, return_dict=False)[0]
+        return torch.stack(out).float() if isinstance(out, list) else out.float()
 
     @contextmanager
     def unguided(self):
@@ -223,13 +241,14 @@ class Policy:
         "Keep the weights for `reference`, before the first update of a network that is trained whole."
         self._reference.freeze()
 
+    def _decode(self, latents): return decode_scaled(self.pipeline.vae, latents)
 
     @torch.no_grad()
     def decode(self,
         latents:Tensor, # (B,C,H,W) clean latents
     )->Tensor: # (B,3,H,W) images in [0, 1], fp32, on the CPU
         "Decode latents to images, in slices of a micro-batch."
-        return decode_with(self.pipeline.vae, latents, self.micro_batch, self.resolution)
+        return decode_in_slices(self._decode, latents, self.micro_batch, self.resolution)
 
     def save(self,
         folder, # Folder to write

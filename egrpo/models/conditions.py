@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,12 +29,14 @@ class Conditions:
         embeds:Tensor, # (P,L,D) token embeddings
         pooled:Tensor|None=None, # (P,D') pooled embeddings, where the network takes some
         rows:Tensor|None=None, # (R,) those of their rows that are meant; None = all
+        lengths:Tensor|None=None, # (P,) tokens of each text, where others are longer; None = all alike
     ):
         self._whole = embeds, pooled
+        self._lengths = lengths
         self._rows = torch.arange(len(embeds), device=embeds.device) if rows is None else rows
 
     def __len__(self): return len(self._rows)
-    def __getitem__(self, index): return Conditions(*self._whole, self._rows[index])
+    def __getitem__(self, index): return Conditions(*self._whole, self._rows[index], self._lengths)
     def __add__(self, other): return Conditions.join([self, other])
 
     @property
@@ -46,6 +49,18 @@ class Conditions:
         "Pooled embeddings."
         pooled = self._whole[1]
         return None if pooled is None else pooled[self._rows]
+
+    @property
+    def lengths(self)->Tensor|None: # (R,)
+        "Tokens of each text; None where no text is padded."
+        return None if self._lengths is None else self._lengths[self._rows]
+
+    @property
+    def mask(self)->Tensor|None: # (R,L), True = text
+        "Tokens that are text and no padding; None where no text is padded."
+        if self._lengths is None: return None
+        places = torch.arange(self._whole[0].shape[1], device=self._rows.device)
+        return places < self.lengths[:, None]
 
     @property
     def parts(self)->tuple: # embeds, pooled
@@ -61,11 +76,13 @@ class Conditions:
         change, # Tensor -> tensor
     ): # Conditions
         "Change both embeddings."
-        return Conditions(*(None if x is None else change(x) for x in self.parts))
+        return Conditions(*(None if x is None else change(x) for x in self.parts), lengths=self.lengths)
 
     def to(self, device):
         "The same on another device."
-        return self.map(lambda x: x.to(device))
+        moved = self.map(lambda x: x.to(device))
+        if moved._lengths is not None: moved._lengths = moved._lengths.to(device)
+        return moved
 
     def tensors(self)->dict: # Name -> tensor
         "What a file keeps of one row."
@@ -84,11 +101,16 @@ class Conditions:
     def join(
         several:list, # Conditions, at least one
     ): # Conditions: all their rows
-        "Put the rows of several conditions together."
-        embeds = torch.cat([c.embeds for c in several])
-        if several[0].pooled is None: return Conditions(embeds)
-        return Conditions(embeds, torch.cat([c.pooled for c in several]))
-
+        "Put the rows of several conditions together; shorter texts are padded."
+        embeds = [c.embeds for c in several]
+        pooled = None if several[0].pooled is None else torch.cat([c.pooled for c in several])
+        widths = [x.shape[1] for x in embeds]
+        longest = max(widths)
+        if min(widths) == longest and all(c.lengths is None for c in several):
+            return Conditions(torch.cat(embeds), pooled)
+        padded = [F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in embeds]
+        lengths = [c._rows.new_full((len(c),), width) if c.lengths is None else c.lengths for c, width in zip(several, widths)]
+        return Conditions(torch.cat(padded), pooled, lengths=torch.cat(lengths))
 
 # %% ../../nbs/models/04_conditions.ipynb #70b3cca4
 MEMORY_BYTES = 2**30 # of embeddings kept where there is no folder for them
@@ -194,9 +216,10 @@ class PromptEncoder:
     def empty(self,
         rows:int, # How many
         embed, # Prompt -> `Conditions` of one row
+        prompt:str='', # What stands for no prompt
     )->Conditions: # Alike
         "Embeddings of the empty prompt."
-        if self.unprompted is None: self.unprompted = self.encode([''], embed)
+        if self.unprompted is None: self.unprompted = self.encode([prompt], embed)
         return self.unprompted[torch.zeros(rows, dtype=torch.long, device=self.device)]
 
     def embed(self,
@@ -266,4 +289,3 @@ class PromptEncoder:
         if self.mode != 'drop': return self.pipeline
         parts = {n: o for n, o in self.pipeline.components.items() if o is not None}
         return load_pipeline(self.pipeline.name_or_path, dtype, **parts)
-

@@ -16,7 +16,7 @@ from torch import Tensor
 from .base_policy import Policy
 from .device import is_out_of_memory
 from .entrance import Entrance, RecordedConditions, RecordedEmbeddings, bare_sigmas, row_kind, row_layout
-from .pipeline import networks_of
+from .pipeline import networks_of, own_resolution
 from .schedule import _whole_levels
 
 # %% ../../nbs/models/12_general.ipynb #b45f8b1d
@@ -91,9 +91,18 @@ class GeneralPolicy(Policy):
     @property
     def text_length(self)->int|None: # Tokens; None = the tokenizer's own
         "Length of a prompt's token embeddings, where the pipeline has a default."
+        return self._asked('max_sequence_length')
+
+    @property
+    def frames(self)->int: # 1 of images
+        "Frames of a video."
+        return self._asked('num_frames') or 1
+
+    def _asked(self, name):
+        "An argument of the pipeline's call: as given, or by default; None where it takes none."
         takes = inspect.signature(type(self.pipeline).__call__).parameters
-        own = takes['max_sequence_length'].default if 'max_sequence_length' in takes else None
-        return self.call.get('max_sequence_length', own)
+        own = takes[name].default if name in takes else None
+        return self.call.get(name, own)
 
     def sigmas(self,
         num_steps:int=16, # T, denoising steps, >= 1
@@ -219,14 +228,3 @@ class GeneralPolicy(Policy):
         "Decode latents by the pipeline, in slices of a micro-batch."
         parts = latents.to(self.pipeline.vae.dtype).split(min(self.micro_batch, 32))
         return torch.cat([self.entrance.decode(x, self._empty.rows[0]).float().cpu() for x in parts])
-
-
-# %% ../../nbs/models/12_general.ipynb #7f7687cb
-def own_resolution(
-    pipeline, # A pipeline
-)->int: # Pixels
-    "The side of the images that a pipeline makes when it is not told."
-    default = inspect.signature(type(pipeline).__call__).parameters['height'].default
-    if isinstance(default, int): return default
-    own = pipeline.vae.config.get('sample_size')
-    return own or pipeline.default_sample_size * pipeline.vae_scale_factor

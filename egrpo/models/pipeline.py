@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/models/02_pipeline.ipynb #eea6ceca
 import hashlib
+import inspect
 import re
 import warnings
 from contextlib import contextmanager
@@ -347,22 +348,34 @@ def place_vae(
     if vae.dtype == torch.float16 and vae.config.get('force_upcast'): vae.float()
     if tiling: vae.enable_tiling()
 
-def decode_with(
-    vae, # An autoencoder
+def decode_scaled(
+    vae, # An autoencoder with a scale and, perhaps, a shift of its latents
+    latents:Tensor, # (B,C,H,W) clean latents
+)->Tensor: # (B,3,H,W) images in [-1, 1]
+    "Decode latents to images."
+    shift = vae.config.get('shift_factor') or 0
+    scaled = latents / vae.config.scaling_factor + shift
+    return vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+
+def decode_in_slices(
+    decode, # Latents -> images in [-1, 1]
     latents:Tensor, # (B,C,H,W) clean latents
     micro_batch:int, # Most latents at a time
     resolution:int, # Side of the images in pixels
 )->Tensor: # (B,3,H,W) images in [0, 1], fp32, on the CPU
-    "Decode latents to images, in slices."
-    shift = vae.config.get('shift_factor') or 0
-    scaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+    "Decode latents to images, some at a time."
     fit = 32 if latents.device.type == 'cpu' else max(32, 2**20 // resolution**2)
-    images = []
-    for part in scaled.split(min(micro_batch, fit)):
-        decoded = vae.decode(part, return_dict=False)[0]
-        images.append(decoded.float().cpu())
+    images = [decode(part).float().cpu() for part in latents.split(min(micro_batch, fit))]
     return (torch.cat(images) / 2 + .5).clamp(0, 1)
 
+def own_resolution(
+    pipeline, # A pipeline
+)->int: # Pixels
+    "The side of the images that a pipeline makes when it is not told."
+    default = inspect.signature(type(pipeline).__call__).parameters['height'].default
+    if isinstance(default, int): return default
+    own = pipeline.vae.config.get('sample_size')
+    return own or pipeline.default_sample_size * pipeline.vae_scale_factor
 
 # %% ../../nbs/models/02_pipeline.ipynb #a070a684
 def _add_weights(

@@ -10,18 +10,30 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DiffusionPipeline,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    ZImagePipeline,
+)
 from torch import Tensor
 
 from .base_policy import Policy
 from .device import best_device, check_torch
 from .families import FluxPolicy, SD3Policy, UNetPolicy
-from .general import GeneralPolicy, check_enterable, own_resolution
-from .pipeline import bare_pipeline, load_pipeline, quietly
+from .general import GeneralPolicy, check_enterable
+from .newer_families import Flux2Policy, QwenImagePolicy, ZImagePolicy
+from .pipeline import bare_pipeline, load_pipeline, own_resolution, quietly
 from .precision import torch_dtype
 
 # %% ../../nbs/models/13_policy.ipynb #e68d8929
-POLICIES = {FluxPipeline: FluxPolicy, StableDiffusion3Pipeline: SD3Policy, StableDiffusionPipeline: UNetPolicy,
+POLICIES = {FluxPipeline: FluxPolicy, Flux2Pipeline: Flux2Policy, Flux2KleinPipeline: Flux2Policy, QwenImagePipeline: QwenImagePolicy,
+            ZImagePipeline: ZImagePolicy, StableDiffusion3Pipeline: SD3Policy, StableDiffusionPipeline: UNetPolicy,
             StableDiffusionXLPipeline: UNetPolicy}
 
 def _cast(

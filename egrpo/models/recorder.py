@@ -9,6 +9,7 @@ __all__ = ['AttentionEntropy', 'record_attention_entropy']
 import math
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,17 @@ from functools import partial
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    CogView4Transformer2DModel,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -51,15 +62,80 @@ def _unet_layout(
     "Stable Diffusion's UNet: queries are always the image's; keys are text in cross-attention and image in self-attention."
     return dict(queries=ALL, text=ALL if joint else None, image=None if joint else ALL)
 
-LAYOUTS = {FluxTransformer2DModel: _flux_layout, SD3Transformer2DModel: _sd3_layout, UNet2DConditionModel: _unet_layout}
+def _text_given(
+    args:tuple, # Of a forward pass
+    kwargs:dict, # Of a forward pass
+): # encoder_hidden_states, or None
+    "The text that a model or an attention layer is given."
+    return kwargs.get('encoder_hidden_states', args[1] if len(args) > 1 else None)
+
+def _text_tokens(
+    args:tuple, # Of the model's forward pass
+    kwargs:dict, # Likewise
+)->int: # 0 = there are none
+    "Count the text's tokens in a forward pass."
+    text = _text_given(args, kwargs)
+    return text.shape[1] if torch.is_tensor(text) and text.ndim == 3 else 0
+
+# %% ../../nbs/models/14_recorder.ipynb #90fae79d
+def _z_image_tokens(args, kwargs):
+    "Count the image's tokens in a forward pass."
+    images = kwargs.get('x', args[0] if args else None)
+    return math.prod(images[0].shape[1:]) // 4
+
+def _z_image_layout(
+    num_tokens:int, # Queries of the call
+    image:int, # Image tokens of the forward pass
+    joint:bool # Not used: image and text come in one piece
+)->dict: # queries, text, image
+    "Z-Image: image, padded to a multiple of 32, then text."
+    padded = image + -image % 32
+    text = slice(padded, None) if num_tokens > padded else None
+    return dict(queries=slice(0, image), text=text, image=slice(0, image))
+
+def _lumina2_tokens(args, kwargs):
+    "Count the tokens of text and image in each row of a forward pass."
+    *_, height, width = kwargs['hidden_states'].shape
+    image = height * width // 4
+    return [(text, image) for text in kwargs['encoder_attention_mask'].sum(1).tolist()]
+
+def _lumina2_layout(
+    num_tokens:int, # Queries of the call
+    tokens:tuple, # Tokens of text and image in this row
+    joint:bool # Not used: text and image come in one piece
+)->dict: # queries, text, image
+    "Lumina 2: text, then image, then padding."
+    text, image = tokens
+    if num_tokens == image: return dict(queries=ALL, text=None, image=ALL)
+    place = slice(text, text + image)
+    return dict(queries=place, text=slice(0, text), image=place)
+
+@dataclass(frozen=True)
+class Family:
+    "Where a family has its tokens."
+    layout:Callable # (queries of a call, tokens, joint) -> queries, text, image
+    tokens:Callable=_text_tokens # Arguments of a forward pass -> what its layout must know; a list has it for each row
+
+LAYOUTS = {
+    FluxTransformer2DModel: Family(_flux_layout),
+    Flux2Transformer2DModel: Family(_flux_layout),
+    QwenImageTransformer2DModel: Family(_flux_layout),
+    CogView4Transformer2DModel: Family(_flux_layout),
+    SD3Transformer2DModel: Family(_sd3_layout),
+    UNet2DConditionModel: Family(_unet_layout),
+    WanTransformer3DModel: Family(_unet_layout),
+    ZImageTransformer2DModel: Family(_z_image_layout, _z_image_tokens),
+    Lumina2Transformer2DModel: Family(_lumina2_layout, _lumina2_tokens),
+}
 
 # %% ../../nbs/models/14_recorder.ipynb #d2253723
 def _find_model(
     transformer:nn.Module # A model of `LAYOUTS`, or a wrapper around one
 )->nn.Module: # The model
     "The diffusers model to be recorded."
-    for m in transformer.modules():
-        if isinstance(m, tuple(LAYOUTS)): return m
+    found = [m for m in transformer.modules() if isinstance(m, tuple(LAYOUTS))]
+    if len(found) == 1: return found[0]
+    if found: raise ValueError("transformer has two networks, each for some noise levels: record one of them alone")
     names = ', '.join(c.__name__ for c in LAYOUTS)
     raise ValueError(f"transformer must be one of {names}, got {type(transformer).__name__}: "
                      "only for these is it known which tokens are the image's")
@@ -70,6 +146,7 @@ def _attention_layers(
 )->dict: # Name -> module
     "The model's attention layers."
     every = {n: m for n, m in model.named_modules() if hasattr(m, 'processor') and hasattr(m, 'heads')}
+    every = {n: m for n, m in every.items() if not n.startswith('context_refiner')}
     found = {n: m for n, m in every.items() if blocks is None or blocks in n}
     if found: return found
     known = next(iter(every), None)
@@ -171,12 +248,17 @@ def _as_attended(
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device): return x
     return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
 
-def _text_given(
-    args:tuple, # Of a forward pass
-    kwargs:dict, # Of a forward pass
-): # encoder_hidden_states, or None
-    "The text that a model or an attention layer is given."
-    return kwargs.get('encoder_hidden_states', args[1] if len(args) > 1 else None)
+def _allowed_keys(
+    mask:Tensor|None, # Of an attention call
+    key:Tensor, # (B,H,M,D) keys
+    name:str, # Of the layer
+)->Tensor|None: # (B,M), True = may be attended to; None = all
+    "Read a mask of keys, or refuse one of another kind."
+    if mask is None: return None
+    batch, _, num_keys, _ = key.shape
+    if mask.dtype == torch.bool and mask.shape == (batch, 1, 1, num_keys): return mask[:, 0, 0]
+    remedy = "leave it out with blocks="
+    raise ValueError(f"block {name} attends with a mask that is not one of keys, whose entropy is not recorded: {remedy}")
 
 @dataclass
 class _Measure:
@@ -195,6 +277,7 @@ class _Measure:
         key:Tensor, # (B,H,M,D) keys
         scale:float|None, # Of the attention
         layout:dict, # queries, text, image: slices of tokens
+        allowed:Tensor|None=None, # (M,), of a single row: keys that it may attend to; None = all
     )->tuple: # Mean entropy and standard error, (B,) each
         "Mean entropy over heads and image queries."
         chosen = ALL if self.keys == 'all' else layout[self.keys]
@@ -202,6 +285,7 @@ class _Measure:
             remedy = "name those that have with blocks=, or take keys='all'"
             raise ValueError(f"block {name} has no {self.keys} keys: {remedy}")
         q, k = query[:, :, layout['queries']], key[:, :, chosen]
+        if allowed is not None: k = k[:, :, allowed[chosen]]
         num_queries, num_keys = q.shape[2], k.shape[2]
         if self.every > 1: q = q[:, :, query_subset(num_queries, self.every, self.start).to(q.device)]
         self.used = attention_path(q, k, self.path)
@@ -220,10 +304,10 @@ class _Session:
         self.model = model
         self.layers = layers
         self.measure = measure
-        self.layout = next(LAYOUTS[c] for c in type(model).__mro__ if c in LAYOUTS)
+        self.family = next(LAYOUTS[c] for c in type(model).__mro__ if c in LAYOUTS)
         self.out = AttentionEntropy(list(layers))
         self.recording = False # inside a forward pass of the model?
-        self.text = 0 # tokens of text of that pass
+        self.tokens = 0 # of that pass, what its layout must know
         self.found = {} # name -> (mean, error) of that pass
         self.layer = None # name of the attention layer that runs
         self.joint = False # did it get text?
@@ -231,9 +315,7 @@ class _Session:
 
     def begin(self, module, args, kwargs):
         "Before a forward pass of the model."
-        text = _text_given(args, kwargs)
-        tokens = torch.is_tensor(text) and text.ndim == 3
-        self.text = text.shape[1] if tokens else 0
+        self.tokens = self.family.tokens(args, kwargs)
         self.recording, self.found, self.layer = True, {}, None
 
     def enter(self, name, module, args, kwargs):
@@ -253,13 +335,26 @@ class _Session:
         "At a call of `F.scaled_dot_product_attention`: the first in a layer that is recorded."
         name = self.layer
         if name is None or name in self.found: return
-        if attn_mask is not None or is_causal or enable_gqa:
+        if is_causal or enable_gqa:
             remedy = "leave it out with blocks="
-            raise ValueError(f"block {name} attends with a mask or shared heads, whose entropy is not recorded: {remedy}")
-        layout = self.layout(query.shape[2], self.text, self.joint)
+            raise ValueError(f"block {name} attends causally or with shared heads, whose entropy is not recorded: {remedy}")
+        allowed = _allowed_keys(attn_mask, key, name)
         with _timed(self.out._times, query.device):
-            self.found[name] = self.measure(name, _as_attended(query), _as_attended(key), scale, layout)
+            self.found[name] = self._measure(name, _as_attended(query), _as_attended(key), scale, allowed)
         self.out.path = self.measure.used
+
+    def _measure(self, name, query, key, scale, allowed):
+        "Measure all rows at once, or one by one where they differ in their keys or layout."
+        num_queries, each = query.shape[2], isinstance(self.tokens, list)
+        if allowed is None and not each:
+            return self.measure(name, query, key, scale, self.family.layout(num_queries, self.tokens, self.joint))
+        rows = []
+        for i in range(len(query)):
+            layout = self.family.layout(num_queries, self.tokens[i] if each else self.tokens, self.joint)
+            own = None if allowed is None else allowed[i]
+            rows.append(self.measure(name, query[i:i+1], key[i:i+1], scale, layout, own))
+        means, errors = zip(*rows)
+        return torch.cat(means), torch.cat(errors)
 
     def end(self, module, args, output):
         "After a forward pass of the model; one that failed leaves nothing."
@@ -278,7 +373,6 @@ class _Session:
         processor = type(self.layers[unseen[0]].processor).__name__
         remedy = "set_attention_backend('native'), use torch's own attention processors, skip no layer, or name other blocks="
         raise ValueError(f"block {unseen[0]} ({processor}) made no call of F.scaled_dot_product_attention: {remedy}")
-
 
 # %% ../../nbs/models/14_recorder.ipynb #4b5dff8c
 class _Watch(TorchFunctionMode):
@@ -311,7 +405,7 @@ def _hooks(
 
 @contextmanager
 def record_attention_entropy(
-    transformer:nn.Module, # FLUX or SD3 transformer or UNet2DConditionModel, with or without LoRA or wrapper; runs uncompiled meanwhile
+    transformer:nn.Module, # A model of `LAYOUTS`, with or without LoRA or wrapper; runs uncompiled meanwhile
     every:int=1, # Take one of every `every` image queries, 1 = all (exact); 16 costs a sixteenth and has a standard error
     start:int=0, # Subset of the queries, any integer (`egrpo.core.attention.query_subset`); 0 keeps two models comparable token by token
     blocks:str|None=None, # Record layers whose name contains this, e.g. 'attn2' (a UNet's cross-attention) or 'single'; None = all

@@ -85,7 +85,7 @@ def _trained_model(
     with alone(run.with_suffix('.json')):
         if not (run/'model').exists():
             resume = find_checkpoint(run/'checkpoint') is not None
-            Trainer(replace(config, out=str(run), resume=resume)).fit()
+            Trainer(replace(config, out=str(run), samples=0, resume=resume)).fit()
     return str(run/'model')
 
 def _measure_signal(

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..base.inputs import quote
+from ..base.inputs import from_json, quote
+from ..base.rows import rows_of
 from .published import RewardError
 from .server import RewardClient, find_token, public_address, to_png
 
@@ -62,6 +63,22 @@ QUALITY = 'Rate the quality of the image as a picture of "{prompt}": excellent, 
 CACHED = 100_000 # answers
 
 # %% ../../nbs/rewards/02_judge.ipynb #6a7de010
+def _is_atom(found): return isinstance(found, list) and len(found) == 2 and all(isinstance(o, str) for o in found)
+
+def column_atoms(
+    row:dict, # A prompt's row
+    column:str, # Name of a column: a list of [question, expected word], or its JSON
+)->list: # (question, expected word) of each atom
+    "Atoms of a prompt, from its row. Raises `ValueError` where they are none."
+    try: atoms = row[column]
+    except KeyError as e: raise ValueError(f"has no atoms: {e}") from e
+    try:
+        if isinstance(atoms, str): atoms = from_json(atoms)
+    except ValueError: atoms = None
+    if isinstance(atoms, list) and atoms and all(map(_is_atom, atoms)): return atoms
+    example = '[["Is there a cat?", "yes"]]'
+    raise ValueError(f"has no atoms for prompt {quote(row['prompt'])}: column {quote(column)} must be like {example}")
+
 class Judge:
     "A reward that asks a vision-language model. Make one with `judge`."
     def __init__(self,
@@ -70,7 +87,7 @@ class Judge:
         ask:str, # As in `judge`
         read:Callable, # An answer's `choices[0]` -> score
         max_tokens:int, # Longest answer
-        atoms:dict|None, # As in `judge`
+        atoms:dict|str|None, # As in `judge`
         geometric:bool, # As in `judge`
         workers:int, # As in `judge`
         timeout:float, # As in `judge`
@@ -87,7 +104,8 @@ class Judge:
         self.answers = {}
         self.lock = threading.Lock()
         self.__name__ = 'judge'
-        self.spec = f'judge({public_address(url)}, {model})'
+        column = f', atoms={atoms}' if isinstance(atoms, str) else ''
+        self.spec = f'judge({public_address(url)}, {model}{column})'
         self.client = RewardClient(url.rstrip('/') + '/chat/completions', timeout, retries, token)
         self.client.spec = self.spec
         self.client.remedy = "start its server, or check the address"
@@ -95,10 +113,11 @@ class Judge:
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]
         prompts:list, # B prompts
+        rows:list|None=None, # Their rows; None = those that the prompts have
     )->Tensor: # (B,) fp32
         "Score images, several at once."
         with ThreadPoolExecutor(self.workers) as pool:
-            scores = list(pool.map(self._score, images, prompts))
+            scores = list(pool.map(self._score, images, rows or rows_of(prompts)))
         return torch.tensor(scores)
 
     def check(self,
@@ -106,14 +125,22 @@ class Judge:
     ):
         "Refuse prompts that have no atoms, before images are made for them."
         if self.atoms is None: return
-        missing = [p for p in prompts if not self.atoms.get(p)]
-        if missing: raise ValueError(f"has no atoms for prompt {quote(missing[0])}: give atoms for each prompt")
+        for row in rows_of(prompts): self._atoms_of(row)
 
-    def _score(self, image, prompt):
+    def _atoms_of(self, row):
+        "Questions and expected words for a prompt."
+        if isinstance(self.atoms, str): return column_atoms(row, self.atoms)
+        found = self.atoms.get(row['prompt'])
+        if found: return found
+        raise ValueError(f"has no atoms for prompt {quote(row['prompt'])}: give atoms for each prompt")
+
+    def _score(self, image, row):
         "The score of one image."
         png = to_png(image)
-        if self.atoms is None: return self._answer(png, self.ask.replace('{prompt}', prompt), self.read)
-        right = [self._answer(png, f'{question} Answer in one word.', right_word(word)) for question, word in self.atoms[prompt]]
+        if self.atoms is None: return self._answer(png, self.ask.replace('{prompt}', row['prompt']), self.read)
+        right = []
+        for question, word in self._atoms_of(row):
+            right.append(self._answer(png, f'{question} Answer in one word.', right_word(word)))
         if self.geometric: return math.exp(sum(math.log(max(p, 1e-9)) for p in right) / len(right))
         return sum(right) / len(right)
 
@@ -174,7 +201,7 @@ def judge(
     model:str, # Name of the model that the server serves
     ask:str|None=None, # Question with {prompt} in it; None = VQAScore's, or for `levels` one about quality
     read:str='yes', # How an answer becomes a score: yes, levels or number
-    atoms:dict|None=None, # Prompt -> [(question, expected word), …] in place of `ask`; alternatives as 'two|2'
+    atoms:dict|str|None=None, # In place of `ask`: prompt -> [(question, expected word), …], or their column; 'two|2' = either
     geometric:bool=False, # Geometric mean over atoms, which one wrong answer pulls down, in place of the arithmetic
     workers:int=8, # Requests at a time, >= 1
     timeout:float=120, # Seconds that a server may be silent, > 0

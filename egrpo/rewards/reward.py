@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.functions import find_function, name_error
+from ..base.rows import ask_reward
 from ..core.advantage import weighted_sum
 from .judge import judge
 from .published import REWARD_MODELS, RewardError, RewardModel
@@ -79,7 +80,7 @@ def _failure(
 
 # %% ../../nbs/rewards/03_reward.ipynb #cf6a7351
 def score(
-    reward, # Callable (images, prompts) -> B scores
+    reward, # Callable (images, prompts) -> B scores, or one that takes the prompts' rows, too
     images:Tensor, # (B,3,H,W) floating, in [0,1]; of videos (B,F,3,H,W)
     prompts:list, # B strings
     name:str=None, # What to call the reward in messages; its own name otherwise
@@ -89,7 +90,7 @@ def score(
     _check_batch(images, prompts)
     name = name or getattr(reward, '__name__', type(reward).__name__)
     try:
-        with torch.no_grad(): raw = reward(images.clone(), list(prompts))
+        with torch.no_grad(): raw = ask_reward(reward, images.clone(), list(prompts))
     except RewardError: raise
     except Exception as e: raise RewardError(f"reward {name!r} {_failure(e, prompts)}") from e
     return _as_scores(raw, prompts, name)
@@ -284,9 +285,11 @@ def _find(
         return RewardClient(url.strip(), wait)
     if name == 'judge':
         words = [word.strip() for word in (place or '').split(',')]
+        atoms = [word.removeprefix('atoms=') for word in words if word.startswith('atoms=')]
+        words = [word for word in words if not word.startswith('atoms=')]
         if len(words) not in (2, 3): raise ValueError("reward judge needs an address and a model: write "
                                                       "judge(http://127.0.0.1:8000/v1, MODEL) or judge(http://…/v1, MODEL, levels)")
-        return judge(words[0], words[1], read=(words[2:] or ['yes'])[0])
+        return judge(words[0], words[1], read=(words[2:] or ['yes'])[0], atoms=(atoms or [None])[0])
     if name in REWARD_MODELS: return RewardModel(name, place)
     if place: raise ValueError(f"reward {name!r} has no place to name: leave out ({place})")
     if name in BUILT_IN: return BUILT_IN[name]

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from ..base.inputs import LONGEST_QUOTE, one_line, quote
+from ..base.rows import Prompt, ask_reward, rows_of
 from .published import RewardError
 
 # %% ../../nbs/rewards/01_server.ipynb #3699b726
@@ -62,10 +63,13 @@ def from_file(
 def pack(
     images:Tensor, # (B,3,H,W) in [0,1]
     prompts:list, # B prompts
+    rows:list=(), # Their rows, which are sent where they hold more than the prompt
 )->bytes: # JSON
     "A request."
     pictures = [base64.b64encode(to_png(x)).decode() for x in images]
-    return json.dumps(dict(prompts=list(prompts), images=pictures)).encode()
+    request = dict(prompts=list(prompts), images=pictures)
+    if any(len(row) > 1 for row in rows): request['rows'] = list(rows)
+    return json.dumps(request).encode()
 
 # %% ../../nbs/rewards/01_server.ipynb #b7d2910b
 PIXELS_PER_IMAGE = 2**22 # 2048²
@@ -145,6 +149,16 @@ def _check_prompts(
     if longest > PROMPT_LENGTH:
         raise ValueError(f"a prompt has {longest} characters: send at most {PROMPT_LENGTH}")
 
+def _with_rows(
+    prompts:list, # B prompts
+    rows:list|None, # Should be an object for each; None = the request has none
+)->list: # The prompts, with their rows
+    "Put rows to their prompts."
+    if rows is None: return prompts
+    if not isinstance(rows, list) or len(rows) != len(prompts) or not all(isinstance(o, dict) for o in rows):
+        raise ValueError(f"rows of the request must be {len(prompts)} objects, one per image: leave them out, or mend them")
+    return [Prompt(prompt, row) for prompt, row in zip(prompts, rows)]
+
 def _decode(
     pictures:list, # Should be base64 of PNGs of one size
 )->Tensor: # (B,3,H,W) fp32 in [0,1]
@@ -173,7 +187,7 @@ def unpack(
     try: images = _decode(asked['images'])
     except Exception as e: raise ValueError(f"{REQUEST}: {one_line(str(e), LONGEST_QUOTE)}") from e
     _check_prompts(asked['prompts'], len(images))
-    return images, asked['prompts']
+    return images, _with_rows(asked['prompts'], asked.get('rows'))
 
 # %% ../../nbs/rewards/01_server.ipynb #1a7e5d90
 MAX_BODY = 80 * 2**20 # bytes of a request
@@ -337,7 +351,7 @@ def _scores(
 )->list: # B numbers
     "Score what a request asks."
     images, prompts = unpack(body)
-    with torch.no_grad(): raw = torch.as_tensor(reward(images, prompts))
+    with torch.no_grad(): raw = torch.as_tensor(ask_reward(reward, images, prompts))
     if raw.is_complex() or raw.dtype == torch.bool:
         raise ValueError(f"the reward gave {raw.dtype}: return real numbers")
     scores = raw.float().cpu()
@@ -672,14 +686,17 @@ class RewardClient:
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]
         prompts:list, # B prompts
+        rows:list|None=None, # Their rows; None = those that the prompts have
     )->Tensor: # (B,) fp32
         "Score images."
+        rows = rows or rows_of(prompts)
         pixels = images.shape[-2] * images.shape[-1]
         n = min(IMAGES_PER_REQUEST, max(1, PIXELS_PER_REQUEST // pixels))
         scores = []
         for i in range(0, len(images), n):
-            answer = self.insist(pack(images[i:i + n], prompts[i:i + n]))
-            scores += _checked(answer, len(prompts[i:i + n]), self.spec)
+            part = slice(i, i + n)
+            answer = self.insist(pack(images[part], prompts[part], rows[part]))
+            scores += _checked(answer, len(prompts[part]), self.spec)
         return torch.tensor(scores)
 
     def __repr__(self): return self.spec

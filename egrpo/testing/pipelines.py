@@ -353,7 +353,7 @@ SMALL = {'flux-dev': small_flux, 'flux-schnell': lambda: small_flux(False), 'sd3
          'sd1.5': small_sd15, 'sd2': lambda: small_sd15('v_prediction'), 'sdxl': small_sdxl}
 NEWER = {'flux2-dev': _flux2, 'flux2-klein': _klein, 'qwen-image': _qwen_image, 'z-image': _z_image, 'krea2': _krea2, 'lumina2': _lumina2,
          'cogview4': _cogview4, 'sana': _sana, 'chroma': _chroma, 'kontext': _kontext, 'wan2.1': _wan, 'wan2.2': _wan22,
-         'wan2.2-5b': _wan22_5b, 'hunyuan-video': _hunyuan_video, 'ltx-video': _ltx} # none has a policy class of its own
+         'wan2.2-5b': _wan22_5b, 'hunyuan-video': _hunyuan_video, 'ltx-video': _ltx}
 
 # %% ../../nbs/testing/00_pipelines.ipynb #a5215428
 def small_pipeline(

@@ -24,6 +24,27 @@ def ode_plan(
     return Plan(flow_sigmas(num_steps, shift), (Branch(),))
 
 # %% ../../nbs/train/06_evaluate.ipynb #65ade08a
+def sample_latents(
+    policy, # As for `sample_images`, and so are the others
+    prompts:list, # P prompts
+    num_steps:int=16, # Denoising steps
+    shift:float|Tensor|None=None, # Of the schedule
+    seed:int=0, # Addresses the noise
+    batch:int=128, # Prompts at once
+    ids=None, # The prompts' numbers
+)->Tensor: # (P,C,H,W) clean latents, fp32, on the CPU
+    "Sample the latents of one image per prompt."
+    plan = ode_plan(num_steps, policy.sigmas(num_steps, shift))
+    if ids is None: ids = range(len(prompts))
+    latents = []
+    for first in range(0, len(prompts), batch):
+        part = slice(first, first + batch)
+        cond = policy.encode(prompts[part])
+        out = rollout(policy, cond, plan, 'sample', seed, prompt_ids=list(ids)[part])
+        latents.append(out.latents.cpu())
+    return torch.cat(latents)
+
+# %% ../../nbs/train/06_evaluate.ipynb #481aed60
 def sample_images(
     policy, # A policy (`egrpo.models.policy`)
     prompts:list, # P prompts
@@ -34,15 +55,48 @@ def sample_images(
     ids=None, # The prompts' numbers in the noise address, for a share of them; None = 0, 1, …
 )->Tensor: # (P,3,H,W) images in [0, 1], fp32, on the CPU
     "Sample one image per prompt by the ODE, on addressed noise."
-    plan = ode_plan(num_steps, policy.sigmas(num_steps, shift))
-    if ids is None: ids = range(len(prompts))
-    images = []
-    for first in range(0, len(prompts), batch):
-        part = slice(first, first + batch)
-        cond = policy.encode(prompts[part])
-        out = rollout(policy, cond, plan, 'sample', seed, prompt_ids=list(ids)[part])
-        images.append(policy.decode(out.latents))
-    return torch.cat(images)
+    latents = sample_latents(policy, prompts, num_steps, shift, seed, batch, ids)
+    return policy.decode(latents.to(policy.device))
+
+# %% ../../nbs/train/06_evaluate.ipynb #7d7f0846
+SLICE_BYTES = 2**27 # of images in fp32
+
+def images_per_slice(
+    policy, # A policy
+)->int: # At least one
+    "Number of images that are decoded and scored together."
+    numbers = 3 * policy.frames * policy.resolution**2
+    return max(1, SLICE_BYTES // (4 * numbers))
+
+def _no_laps(phase): pass
+
+def score_latents(
+    policy, # A policy
+    latents:Tensor, # (L,C,H,W) clean latents, on any device
+    prompts:list, # Their L prompts
+    rewards, # A `RewardSet`
+    laps=_no_laps, # Told after each slice: decoding, rewards
+)->dict: # Name -> (L,) scores
+    "Decode and score latents slice by slice, so that few images are alive at a time."
+    size = images_per_slice(policy)
+    def scored(rows):
+        "The scores of a slice; its images end here."
+        images = policy.decode(latents[rows].to(policy.device))
+        laps('decoding')
+        scores = rewards(images, prompts[rows])
+        laps('rewards')
+        return scores
+    slices = [scored(slice(first, first + size)) for first in range(0, len(latents), size)]
+    return {name: torch.cat([scores[name] for scores in slices]) for name in slices[0]}
+
+# %% ../../nbs/train/06_evaluate.ipynb #bc674a0b
+def score_table(
+    prompts:list, # P prompts
+    scores:dict, # Name -> (P,) scores
+)->pd.DataFrame: # A row per prompt: the prompt and a column per reward
+    "Scores as a table."
+    columns = {name: values.tolist() for name, values in scores.items()}
+    return pd.DataFrame({'prompt': prompts, **columns})
 
 # %% ../../nbs/train/06_evaluate.ipynb #368d81cd
 def evaluate(
@@ -53,7 +107,7 @@ def evaluate(
     **kwargs, # `num_steps`, `shift`, `seed`, `batch` and `ids` of `sample_images`
 )->pd.DataFrame: # A row per prompt: the prompt and a column per reward
     "Score one ODE image per prompt."
-    if images is None: images = sample_images(policy, prompts, **kwargs)
-    scores = get_reward(rewards)(images, prompts)
-    columns = {name: values.tolist() for name, values in scores.items()}
-    return pd.DataFrame({'prompt': prompts, **columns})
+    rewards = get_reward(rewards)
+    if images is not None: return score_table(prompts, rewards(images, prompts))
+    latents = sample_latents(policy, prompts, **kwargs)
+    return score_table(prompts, score_latents(policy, latents, prompts, rewards))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..base.inputs import check_path, check_readable, check_text, from_json, quote
+from ..base.rows import Prompt
 from ..miniature.world import sample_prompts
 from ..rewards.published import HPD_STYLES, hpd_prompts
 
@@ -82,7 +83,7 @@ def _prompt_of(
     entry, # What stands for a prompt in a file
     kind:str, # How the file's name ends
 )->str: # The prompt
-    "A file's entry as a prompt."
+    "A file's entry as a prompt, with its row where it has other columns."
     if kind == '.jsonl' and entry.strip():
         try: entry = from_json(entry)
         except ValueError as e: raise ValueError(f'is no JSON ({e})') from e
@@ -91,12 +92,15 @@ def _prompt_of(
     prompt = entry.get('prompt') if isinstance(entry, dict) else entry
     if not isinstance(prompt, str): raise ValueError('is no prompt: write text, or an object with "prompt"')
     if not prompt.strip(): raise ValueError('is blank: delete it or write a prompt')
-    return prompt.strip()
+    prompt = prompt.strip()
+    if not isinstance(entry, dict): return prompt
+    row = {column: value for column, value in entry.items() if value is not None}
+    return Prompt(prompt, row) if len(row) > 1 else prompt
 
 def read_prompts(
     path, # A regular file in UTF-8 of at most 256 MiB
     name:str='prompts', # The argument it came by
-)->list: # Prompts
+)->list: # Prompts; those with other columns have a `row`
     "Prompts of a .jsonl, .json, .csv or .tsv file; of a .txt file, or one without an ending, one a line."
     path = check_path(name, os.fspath(path))
     named, kind = f'{name}: {quote(path)}', Path(path).suffix.lower()

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..base.files import check_free, digest, hold, read_object, remove_drafts, sync, write_text
 from ..base.inputs import to_json
+from ..base.rows import rows_of, takes_rows
 from ..methods.registry import METHODS, find_method, method_name
 from ..models.device import best_device
 from ..models.policy import model_sigmas
@@ -132,6 +133,9 @@ def run_sources(
     rewards = p.eval_reward.rewards | p.reward.rewards
     sources = dict(p.names)
     for name in ('prompts', 'eval_prompts'): sources[name] = digest(json.dumps(getattr(p, name)).encode())
+    rows = rows_of([*p.prompts, *p.eval_prompts])
+    if any(len(row) > 1 for row in rows) and any(map(takes_rows, rewards.values())):
+        sources['columns of the prompts'] = digest(json.dumps(rows, default=str).encode())
     for name, code in own_code(rewards).items(): sources[f'the code of {name}'] = code
     for method in filter(None, (p.method, p.config.plan.get('base'))):
         code = code_of(find_method(method))
@@ -171,6 +175,7 @@ class Run:
         self.checkpoint = self.folder/'checkpoint'
         self.model = self.folder/'model'
         self.profiles = self.folder/'profiles' # attention entropies before training
+        self.samples = self.folder/'samples' # pictures of its evaluations
 
     # ---- what there is
     def find_checkpoint(self)->Path|None:

@@ -86,7 +86,7 @@ def step_sketches(
     "Draw the batch of a training iteration and sketch its gradient for each stochastic step."
     plans, choice = trainer.plan(iteration)
     before = trainer.policy.nfe
-    _, cond, out, _, rewards = trainer.sample(iteration, plans)
+    _, cond, out, rewards = trainer.sample(iteration, plans)
     advantages, _ = trainer.advantages(out, rewards)
     out = prune(out, advantages)
     rows = torch.unique(out.row[out.weight > 0])

@@ -28,13 +28,16 @@ from ..models.device import check_torch, is_out_of_memory, synchronize
 from ..models.policy import load_policy
 from ..rewards.reward import RewardError
 from .config import TrainConfig, evaluation_is_due
-from .evaluate import evaluate, sample_images
+from .evaluate import sample_latents, score_latents, score_table
+from .gains import FirstVisits, bar_text, evaluation_metrics
 from .objective import Objective, Weights, loss_weights
 from .prepare import Prepared, chooses_steps, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
 from .prompts import prompt_batch
 from .run import Identity, Run, model_properties, run_sources
+from .samples import Samples
 from .timing import Laps
+from .trackers import send_image
 
 # %% ../../nbs/train/09_trainer.ipynb #5de42129
 FAILED_ELSEWHERE = "the reward failed in another process, which says why"
@@ -51,13 +54,16 @@ def check_trainable(
 def reward_metrics(
     scores:dict, # Name -> (L,) rewards of an iteration's images, of all processes
     weights:dict, # Name -> weight in the sum
-)->dict: # reward/NAME: means, reward_std: of the weighted sum
+    numbers:Tensor, # (L,) number of each image's prompt in the iteration
+)->dict: # reward/NAME: means; of the weighted sum reward_std, and reward_by_prompt: a mean for each of the iteration's prompts
     "Mean rewards of an iteration, and the spread of their sum."
     metrics, weighted = {}, 0
     for name, values in scores.items():
         metrics[f'reward/{name}'] = float(values.mean())
         weighted = weighted + weights[name] * values
     metrics['reward_std'] = float(weighted.std())
+    by_prompt = torch.bincount(numbers, weighted.double()) / torch.bincount(numbers)
+    metrics['reward_by_prompt'] = by_prompt.tolist()
     return metrics
 
 def phase_metrics(
@@ -74,6 +80,17 @@ def iteration_prompts(
     "The prompts of an iteration, of all processes together."
     c = prepared.config
     return prompt_batch(prepared.prompts, c.prompts_per_iteration, iteration, c.seed)
+
+def first_visits(
+    trainer, # A `Trainer`, perhaps resumed
+)->FirstVisits: # Of the iterations that its metrics hold
+    "Rewards of the prompts that were trained on, when they first were."
+    visits = FirstVisits()
+    done = trainer.run.read_metrics() if trainer.run.metrics.exists() else []
+    for metrics in done: # of an older run they lack the prompts' rewards
+        prompts = iteration_prompts(trainer.prepared, metrics['iteration'])
+        visits.gain(prompts, metrics.get('reward_by_prompt', []))
+    return visits
 
 def run_policy(
     prepared:Prepared, # The run
@@ -123,6 +140,7 @@ class Trainer:
         self.settings = plan_settings(config, self.policy.sigmas(config.num_steps, config.shift))
         self.identity = Identity(config.flat(), model_properties(self.policy, self.settings), sources, self.settings)
         self.run = Run(config.out)
+        self.samples = Samples(self.run.samples, config.samples, self.processes)
         self.weights = Weights(self.parameters, config)
         self.optimizer, self.ema = self.weights.optimizer, self.weights.average
         self.objective = Objective(self.policy, config, self.processes)
@@ -148,8 +166,8 @@ class Trainer:
     def sample(self,
         iteration:int, # Number of the iteration, >= 0
         plans:list|None=None, # A plan for each of its prompts; None = those of `plan`
-    )->tuple: # This process's prompts, their conditions, rollout, (L,3,H,W) images, rewards: name -> (L,)
-        "Roll out this process's share of the iteration's prompts and score the images."
+    )->tuple: # This process's prompts, their conditions, rollout, rewards: name -> (L,)
+        "Roll out this process's share of the iteration's prompts and score its images, which are not kept."
         plans = plans or self.plan(iteration)[0]
         ids = self.processes.share(plans)
         batch = self._prompts_of(iteration)
@@ -157,20 +175,17 @@ class Trainer:
         own_plans = [plans[i] for i in ids]
         cond = self.policy.encode(prompts)
         with self.policy.together(): out = rollout(self.policy, cond, own_plans, self.config.seed, iteration, prompt_ids=ids)
+        synchronize(out.latents.device) # what is still to come of the rollout is not the decoder's
         self.laps('sampling')
-        images = self.policy.decode(out.latents)
-        synchronize(images.device) # what is still to come of the rollout is not the reward's
-        self.laps('decoding')
-        rewards = self.score(images, [prompts[i] for i in out.leaf_prompt.tolist()])
-        self.laps('rewards')
-        return prompts, cond, out, images, rewards
+        return prompts, cond, out, self.score(out.latents, [prompts[i] for i in out.leaf_prompt.tolist()])
 
     def score(self,
-        images:Tensor, # (L,3,H,W) images in [0, 1]
+        latents:Tensor, # (L,C,H,W) clean latents
         prompts:list, # Their L prompts
     )->dict: # Name -> (L,) rewards
-        "Score images; a reward that fails in one process fails in all."
-        return self.processes.in_all(lambda: self.reward(images, prompts), RewardError, FAILED_ELSEWHERE)
+        "Decode and score in slices; a reward that fails in one process fails in all."
+        def scored(): return score_latents(self.policy, latents, prompts, self.reward, self.laps)
+        return self.processes.in_all(scored, RewardError, FAILED_ELSEWHERE)
 
     def advantages(self,
         out:Rollout, # The rollout
@@ -210,16 +225,18 @@ class Trainer:
         self.laps = Laps(clock)
         plans, choice = self.plan(iteration)
         began = self.policy.nfe
-        prompts, cond, out, images, rewards = self.sample(iteration, plans)
+        prompts, cond, out, rewards = self.sample(iteration, plans)
+        self.samples.keep_group(prompts, out, rewards, self.reward.weights)
         sampled = self.policy.nfe
         advantages, equal_groups = self.advantages(out, rewards)
         update = self.update(cond, out, advantages, self.processes.share(plans))
-        scores, _ = self.processes.gather(*rewards.values())
+        numbers = torch.tensor(self.processes.share(plans))[out.leaf_prompt.cpu()]
+        (numbers, *scores), _ = self.processes.gather(numbers, *rewards.values())
         self.laps('update')
         nfe = dict(nfe_rollout=sampled - began, nfe_gradient=self.policy.nfe - sampled)
         nfe = {k: int(self.processes.total(n)) for k, n in nfe.items()}
         nfe['nfe_rollout'] += choice.get('nfe_probe', 0)
-        reward = reward_metrics(dict(zip(rewards, scores)), self.reward.weights)
+        reward = reward_metrics(dict(zip(rewards, scores)), self.reward.weights, numbers)
         return dict(iteration=iteration, **reward, zero_variance_groups=equal_groups, **update, **nfe,
                     **phase_metrics(self.laps.seconds), **choice)
 
@@ -227,13 +244,15 @@ class Trainer:
         "Score the evaluation prompts with the averaged weights, or with the weights where there is no average; each process its share."
         places = self.processes.own(range(len(self.eval_prompts)))
         prompts = [self.eval_prompts[i] for i in places]
-        images = None
+        schedule = self.config.num_steps, self.settings['shift']
+        latents = None
         with self.weights.averaged(), self.policy.together():
-            if places: images = sample_images(self.policy, prompts, self.config.num_steps, self.settings['shift'], ids=places)
+            if places: latents = sample_latents(self.policy, prompts, *schedule, ids=places)
+        self.samples.keep(places, latents)
         def scored():
             if not places: return []
-            frame = evaluate(self.policy, prompts, self.eval_reward, images)
-            return [frame.set_axis(places)]
+            scores = score_latents(self.policy, latents, prompts, self.eval_reward)
+            return [score_table(prompts, scores).set_axis(places)]
         own = self.processes.in_all(scored, RewardError, FAILED_ELSEWHERE)
         return pd.concat(gather_object(own)).sort_index()
 
@@ -255,12 +274,6 @@ class Trainer:
     def spent(self)->bool:
         "Return whether the budget of network evaluations is used up."
         return self.config.budget is not None and self.nfe >= self.config.budget
-
-    def scores(self)->dict: # Reward name -> mean over prompts
-        "Means of the last evaluation."
-        frame = pd.DataFrame(self.history)
-        last = frame[frame.iteration == frame.iteration.max()]
-        return last.drop(columns=['prompt', 'iteration']).mean().to_dict()
 
 # %% ../../nbs/train/09_trainer.ipynb #149ed74a
 class Loop:
@@ -304,6 +317,8 @@ class Loop:
         if self.processes.is_main: self.folder.write_config(settings | t.prepared.names)
         shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str))}
         if self.config.tracker: t.accelerator.init_trackers('egrpo', shown)
+        self.visits = first_visits(t)
+        self.evaluated = evaluation_metrics(t.history) if t.history else {}
         if t.iteration == 0: self._try_saving()
 
     def _try_saving(self):
@@ -372,10 +387,13 @@ class Loop:
     def _record_evaluation(self):
         "Evaluate and keep every prompt's scores."
         t = self.trainer
-        rows = t.evaluate().to_dict('records')
-        t.history += [dict(iteration=t.iteration, **row) for row in rows]
-        means = {f'eval/{name}': mean for name, mean in t.scores().items()}
-        if self.config.tracker: t.accelerator.log(means, step=t.iteration)
+        frame = t.evaluate()
+        t.history += [dict(iteration=t.iteration, **row) for row in frame.to_dict('records')]
+        self.evaluated = evaluation_metrics(t.history)
+        if self.processes.is_main: self.folder.write_evaluations(t.history)
+        if self.config.tracker: t.accelerator.log(self.evaluated, step=t.iteration)
+        sheet = t.samples.draw(t.policy, frame, t.iteration)
+        if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
 
     def _log(self,
         metrics:dict, # An iteration's metrics
@@ -384,6 +402,8 @@ class Loop:
         "Append a line to metrics.jsonl, tell the tracker, move the progress bar."
         if not self.processes.is_main: return
         t = self.trainer
+        gain = self.visits.gain(t._prompts_of(metrics['iteration']), metrics['reward_by_prompt'])
+        if gain is not None: metrics['reward_gain'] = gain
         self.folder.append(metrics)
         flat = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.config.tracker: t.accelerator.log(flat, step=t.iteration)
@@ -392,12 +412,10 @@ class Loop:
             warnings.warn(f"ratio_error {error:.1g} is above clip_range {self.config.clip_range:g}: samples are clipped "
                           "before anything has moved (nbs/guides/diagnostics.ipynb says why)", stacklevel=2)
         shown = {k.removeprefix('reward/'): f'{v:.3f}' for k, v in flat.items() if k.startswith('reward/')}
-        shown['eval'] = ' '.join(f'{v:.3f}' for v in t.scores().values())
-        bar.set_postfix(**shown, ratio=f"1±{error:.0e}", refresh=False)
+        bar.set_postfix(**shown, **bar_text(self.evaluated), ratio=f"1±{error:.0e}", refresh=False)
 
     def _close(self):
-        "Write the evaluations and the trained model. The process group stays: there may be more to do together."
-        if self.processes.is_main: self.folder.write_evaluations(self.trainer.history)
+        "Write the trained model. The process group stays: there may be more to do together."
         save_model(self.trainer, self.folder.model)
         for tracker in self.trainer.accelerator.trackers: tracker.finish()
 
