@@ -3,6 +3,8 @@ import json
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from PIL import Image
 from torch.testing import assert_close
 
 from egrpo.core import rollout as rollout_module
@@ -179,8 +181,8 @@ def test_resume_equals_straight(tmp_path, changes):
     for n, p in straight.parameters.items(): assert torch.equal(p, resumed.parameters[n]), n
 
 
-def test_gains_survive_a_resume(tmp_path):
-    "Prompts that come again are compared with their first visit, which a resumed run reads from its metrics."
+def test_gains_and_pictures_survive_a_resume(tmp_path):
+    "A resumed run finds the first visits of prompts in its metrics, and the pictures before training in its folder."
     (tmp_path/'prompts.txt').write_text('\n'.join(PROMPTS))
     settings = dict(prompts=str(tmp_path/'prompts.txt'), eval_every=1, reward='verifier', lr=1e-3)
     straight, metrics = trained(tmp_path, 'straight', iterations=3, **settings)
@@ -194,6 +196,9 @@ def test_gains_survive_a_resume(tmp_path):
     assert len(seen) == 3 and gains[2] == pytest.approx(sum(now[p] - seen[p] for p in now) / 2)
     assert evaluation_metrics(resumed.history) == evaluation_metrics(straight.history)
     assert abs(evaluation_metrics(straight.history)['eval_gain/verifier']) > 0
+    sheets = [(run.run.samples/'3.png').read_bytes() for run in (straight, resumed)]
+    assert sheets[0] == sheets[1]
+    assert {p.name for p in straight.run.samples.iterdir()} == {*'before now group 0.png 1.png 2.png 3.png'.split()}
 
 
 def test_training_cost_is_predicted(tmp_path):
@@ -218,12 +223,36 @@ def test_training_moves_towards_the_reward(tmp_path):
     assert measured() > before + .005
 
 
-def test_tracker_gets_what_the_log_has(tmp_path):
-    "Tensorboard, through accelerate: rewards, ratio and evaluations arrive under the names of metrics.jsonl."
+class Stand(GeneralTracker):
+    "A tracker that stands in for one that is not installed: it keeps what it gets, also pictures."
+    requires_logging_directory = False
+    tracker = None
+    kept = {}
+    def __init__(self, run_name):
+        super().__init__()
+        self.numbers = Stand.kept.setdefault(self.name, {})
+    def store_init_configuration(self, values): self.numbers['lr'] = values['lr']
+    def log(self, values, step=None): self.numbers.update(values)
+    def log_images(self, values, step=None): self.numbers.update(values)
+
+
+def test_three_trackers_get_what_the_log_has(tmp_path, monkeypatch):
+    "Through accelerate, under the names of metrics.jsonl: numbers, gains and pictures."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    _, metrics = trained(tmp_path, 'tracked', iterations=2, tracker='tensorboard')
+    for name in ('first', 'second'): monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, type(name, (Stand,), dict(name=name)))
+    _, metrics = trained(tmp_path, 'tracked', iterations=2, tracker=['tensorboard', 'first', 'second'])
     (events,) = {p.parent for p in tmp_path.rglob('events.out.tfevents.*') if EventAccumulator(str(p.parent)).Reload().Tags()['scalars']}
     log = EventAccumulator(str(events)).Reload()
     assert [e.value for e in log.Scalars('reward/verifier')] == pytest.approx([m['reward/verifier'] for m in metrics])
     names = {'ratio_error', 'grad_norm', 'eval/verifier_strict', 'eval_gain/verifier', 'eval_gain_low/verifier'}
-    assert names <= set(log.Tags()['scalars'])
+    assert names <= set(log.Tags()['scalars']) and [image.step for image in log.Images('samples')] == [0, 2]
+    for name in ('first', 'second'):
+        kept = Stand.kept.pop(name)
+        assert names < kept.keys() and kept['lr'] == TrainConfig.lr and kept['grad_norm'] == metrics[1]['grad_norm']
+        assert kept['samples'][0].tobytes() == Image.open(tmp_path/'tracked/samples/2.png').tobytes()
+
+
+def test_a_tracker_that_is_not_installed_is_named():
+    if 'wandb' in map(str, get_available_trackers()): pytest.skip('it is')
+    with pytest.raises(ValueError, match="tracker 'wandb' is not installed: pip install wandb"):
+        Trainer(TrainConfig(tracker='tensorboard, wandb'))

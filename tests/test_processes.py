@@ -161,6 +161,8 @@ def test_processes_that_share_the_network_with_unequal_work(tmp_path, name):
     model = 'pytorch_lora_weights' if name == 'lora' else 'transformer/diffusion_pytorch_model'
     scores, others = (pd.read_csv(out/'evaluations.csv') for out in outs)
     assert (scores.prompt == others.prompt).all() and (scores.verifier - others.verifier).abs().max() < 1e-4
+    pictures, shown = ({p.relative_to(out).as_posix() for p in (out/'samples').rglob('*.png')} for out in outs)
+    assert pictures == shown and {'samples/0.png', f'samples/now/{len(scores.prompt.unique()) - 1}.png', 'samples/group/best.png'} <= shown
     saved, shared = (load_file(out/f'model/{model}.safetensors') for out in outs)
     assert apart(saved, shared) < LARGEST['weights']
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from ..base.inputs import to_json
 from .entry import COMMANDS, Command
 from .options import Option, Parser, add_fields, add_own
-from .sampling import marks
 from .shared import given, say
 from .tables import category_rows, change_tables, ends, score_names
 from .training import check_run, part, run_folder
@@ -112,6 +111,7 @@ def draw_demo(
     from matplotlib import pyplot as plt
 
     from egrpo.show.plots import load_metrics, plot_before_after, plot_categories, plot_metric, style
+    from egrpo.show.samples import verifier_marks
     before, after = ends(history)
     name = score_names(before)[-1]
     prompts = [before.prompt[i] for i in places]
@@ -120,7 +120,7 @@ def draw_demo(
     plot_metric(Path(out), reward, ax=axes[0]).set_ylabel(f'{reward[7:]}, training samples')
     rows = [interval_rows(*pair, name) for pair in ((before, None), (after, None), (before, after))]
     plot_categories(*rows, xlabel=f'{name}, held-out prompts', ax=axes[1])
-    verdicts = list(zip(*[[mark == '✓' for mark in marks(o, prompts)] for o in images]))
+    verdicts = list(zip(*[[mark == '✓' for mark in verifier_marks(o, prompts)] for o in images]))
     pairs = plot_before_after(*images, prompts, verdicts)[0].figure
     path = stack_pictures([figure, pairs], Path(out)/'demo.png')
     plt.close(figure), plt.close(pairs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from .entry import COMMANDS, Command
 from .options import Option, Parser, add_fields, add_own, config_options, converter
 from .shared import check_device, check_file, check_picture, given, save_picture, say, try_reward
-from .tables import category_rows, category_table
+from .tables import category_table
 from ..train.config import TrainConfig
 
 # %% ../../nbs/cli/06_sampling.ipynb #b77d3591
@@ -46,24 +46,16 @@ def sample_prompts_of(
     else: prompts = args.prompt or [sample_prompts(1, 0, 'held_out', c)[0] for c in CATEGORIES]
     return [p for p in prompts[:args.size] for _ in range(args.images)]
 
-def marks(
-    images, # (N,3,H,W) images in [0, 1]
-    prompts:list, # N prompts
-)->list: # ✓ or ✗ for prompts of the miniature's world, '' for others
-    "The verifier's strict verdicts."
-    from egrpo.miniature.world import verify_batch
-    if len(category_rows(prompts)) == 1: return [''] * len(prompts)
-    return ['✓' if v.strict else '✗' for v in verify_batch(images, prompts)]
-
 def run_sample(
     args, # Parsed arguments
 ):
     "egrpo sample: draw images into a grid."
     from egrpo.show.plots import image_grid
+    from egrpo.show.samples import verifier_marks
     from egrpo.train.evaluate import sample_images
     config, out, prompts = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_picture(args.out, '--out'), sample_prompts_of(args)
     images = sample_images(load_sampler(config, args.lora), prompts, config.num_steps, config.shift, config.seed)
-    titles = [f'{mark} {prompt}'.strip() for mark, prompt in zip(marks(images, prompts), prompts)]
+    titles = [f'{mark} {prompt}'.strip() for mark, prompt in zip(verifier_marks(images, prompts), prompts)]
     axes = image_grid(images, titles, columns=args.images if args.images > 1 else 8)
     say(f'{len(images)} images: {save_picture(axes[0].figure, out)}')
 

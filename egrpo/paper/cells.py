@@ -182,7 +182,8 @@ def run_cell(
     with one_thread_on_cpu(config), tempfile.TemporaryDirectory() as scratch:
         folder = Path(out or scratch)
         resume = find_checkpoint(folder/'checkpoint') is not None
-        where = dict(out=str(folder), checkpoint_every=CHECKPOINT_EVERY if out else 0, resume=resume)
+        every = CHECKPOINT_EVERY if out else 0
+        where = dict(out=str(folder), checkpoint_every=every, samples=0, resume=resume)
         plan = fitting(config.method, config.plan)
         trainer = Trainer(replace(config, plan=plan, **where))
         if len(set(gather_object([cell_key(config)]))) > 1:

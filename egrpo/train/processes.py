@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
+from ..base.inputs import in_notebook
 from ..methods.aegpo import share_work
 from ..models.device import best_device
+from .config import tracker_names
 
 # %% ../../nbs/train/08_processes.ipynb #cfd2e7f3
 UNSHAREABLE = dict(
@@ -68,8 +70,9 @@ def start_accelerator(
     precision = 'no' if first else None
     on_cpu = first and best_device(config.device).type == 'cpu'
     patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    trackers = tracker_names(config.tracker) or None
     with patch_environment(accelerate_use_fsdp='false', accelerate_use_deepspeed='false'):
-        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, log_with=config.tracker, project_dir=config.out,
+        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu, log_with=trackers, project_dir=config.out,
                                   kwargs_handlers=[patient])
     n, processes = config.prompts_per_iteration, accelerator.num_processes
     if processes > n:
@@ -157,7 +160,8 @@ class stop_on_interrupt:
         "Set `asked`; interrupt at the second signal."
         if self.asked: raise KeyboardInterrupt
         self.asked = True
-        tqdm.write('stopping after this iteration, with a checkpoint; Ctrl-C again to stop at once')
+        again = 'press ■ again' if in_notebook() else 'Ctrl-C again'
+        tqdm.write(f'stopping after this iteration, with a checkpoint; {again} to stop at once')
 
     def __exit__(self, *_):
         "Leave all as it was."

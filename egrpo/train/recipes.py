@@ -13,7 +13,7 @@ import yaml
 
 import egrpo
 from ..base.inputs import check_kind, check_readable, quote
-from .config import FIELDS, PLAN_FIELDS, SETTINGS, TrainConfig, kind_of
+from .config import FIELDS, PLAN_FIELDS, SETTINGS, TrainConfig, as_text, kind_of
 
 # %% ../../nbs/train/12_recipes.ipynb #ec1be007
 def recipe_paths()->dict: # Name -> file
@@ -59,6 +59,7 @@ def _as_field(name, value, named):
     "A value of the kind that its field wants: YAML reads 3 as a whole number."
     field = SETTINGS.get(name)
     if field is None: return value
+    value = as_text(name, value)
     try: check_kind(name, value, kind_of(field))
     except ValueError as e: raise ValueError(f"{named}: {e}") from e
     return float(value) if field.type in (float, float|None) and value is not None else value

@@ -175,6 +175,7 @@ class Run:
         self.checkpoint = self.folder/'checkpoint'
         self.model = self.folder/'model'
         self.profiles = self.folder/'profiles' # attention entropies before training
+        self.samples = self.folder/'samples' # pictures of its evaluations
 
     # ---- what there is
     def find_checkpoint(self)->Path|None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..base.files import write_whole
+from ..base.inputs import in_notebook
 from ..core.rollout import Rollout, prune, rollout
 from ..methods.aegpo import AttentionPlanner
 from ..methods.registry import make_plan
@@ -34,7 +35,9 @@ from .prepare import Prepared, chooses_steps, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
 from .prompts import prompt_batch
 from .run import Identity, Run, model_properties, run_sources
+from .samples import Samples
 from .timing import Laps
+from .trackers import send_image
 
 # %% ../../nbs/train/09_trainer.ipynb #5de42129
 FAILED_ELSEWHERE = "the reward failed in another process, which says why"
@@ -137,6 +140,7 @@ class Trainer:
         self.settings = plan_settings(config, self.policy.sigmas(config.num_steps, config.shift))
         self.identity = Identity(config.flat(), model_properties(self.policy, self.settings), sources, self.settings)
         self.run = Run(config.out)
+        self.samples = Samples(self.run.samples, config.samples, self.processes)
         self.weights = Weights(self.parameters, config)
         self.optimizer, self.ema = self.weights.optimizer, self.weights.average
         self.objective = Objective(self.policy, config, self.processes)
@@ -222,6 +226,7 @@ class Trainer:
         plans, choice = self.plan(iteration)
         began = self.policy.nfe
         prompts, cond, out, rewards = self.sample(iteration, plans)
+        self.samples.keep_group(prompts, out, rewards, self.reward.weights)
         sampled = self.policy.nfe
         advantages, equal_groups = self.advantages(out, rewards)
         update = self.update(cond, out, advantages, self.processes.share(plans))
@@ -243,6 +248,7 @@ class Trainer:
         latents = None
         with self.weights.averaged(), self.policy.together():
             if places: latents = sample_latents(self.policy, prompts, *schedule, ids=places)
+        self.samples.keep(places, latents)
         def scored():
             if not places: return []
             scores = score_latents(self.policy, latents, prompts, self.eval_reward)
@@ -251,10 +257,10 @@ class Trainer:
         return pd.concat(gather_object(own)).sort_index()
 
     def fit(self,
-        stop=None, # Function of the trainer, asked after every iteration: true ends the run there, as Ctrl-C does
+        callback=None, # Function of the trainer, called after every iteration; a true answer ends the run there
     )->pd.DataFrame: # Evaluations: a row per iteration and prompt
-        "Run to `config.iterations`. Ctrl-C stops after the current iteration, with a checkpoint."
-        Loop(self).run(stop)
+        "Run to `config.iterations`. Ctrl-C, or Jupyter's stop button, ends it after the current iteration, with a checkpoint."
+        Loop(self).run(callback)
         return pd.DataFrame(self.history)
 
     def save(self)->Path: # The checkpoint's folder
@@ -281,13 +287,14 @@ class Loop:
         self.folder = trainer.run
 
     def run(self,
-        stop=None, # Function of the trainer, asked after every iteration: true ends the run there
+        callback=None, # Function of the trainer, called after every iteration; a true answer ends the run there
     ):
         "Run all iterations that are left, in a folder that is this run's alone."
         with self._alone():
             self._open()
-            self._iterate(stop)
+            interrupted = self._iterate(callback)
             self._close()
+        if interrupted and in_notebook(): raise KeyboardInterrupt(stopped_text(self.trainer))
 
     @contextmanager
     def _alone(self):
@@ -323,23 +330,24 @@ class Loop:
         if self.processes.is_main: shutil.rmtree(trial)
 
     def _iterate(self,
-        stop, # As for `run`
-    ):
+        callback, # As for `run`
+    )->bool: # Did the user end it?
         "Evaluate where that is due, and run the iterations that are left."
         t, bar = self.trainer, self._bar()
         evaluated = any(o['iteration'] == t.iteration for o in t.history)
         if self._evaluation_is_due() and not evaluated: self._record_evaluation()
-        if t.spent(): return # a run that is resumed may be over already
+        if t.spent(): return False # a run that is resumed may be over already
         with stop_on_interrupt() as interrupt:
             for i in bar:
                 metrics = self._step_or_save(i)
                 t.iteration = i + 1
                 t.nfe += metrics['nfe_rollout'] + metrics['nfe_gradient']
-                asked = interrupt.asked or t.spent() or bool(stop and stop(t))
-                stopped = self.processes.total(asked) > 0 # all stop, or none
                 self._log(metrics, bar)
+                asked = interrupt.asked or t.spent() or bool(callback and callback(t))
+                stopped = self.processes.total(asked) > 0 # all stop, or none
                 self._save_and_evaluate(stopped)
                 if stopped: break
+            return interrupt.asked
 
     def _bar(self)->tqdm: # Over the iterations that are left
         "A progress bar, shown by the main process only."
@@ -379,11 +387,13 @@ class Loop:
     def _record_evaluation(self):
         "Evaluate and keep every prompt's scores."
         t = self.trainer
-        rows = t.evaluate().to_dict('records')
-        t.history += [dict(iteration=t.iteration, **row) for row in rows]
+        frame = t.evaluate()
+        t.history += [dict(iteration=t.iteration, **row) for row in frame.to_dict('records')]
         self.evaluated = evaluation_metrics(t.history)
         if self.processes.is_main: self.folder.write_evaluations(t.history)
         if self.config.tracker: t.accelerator.log(self.evaluated, step=t.iteration)
+        sheet = t.samples.draw(t.policy, frame, t.iteration)
+        if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
 
     def _log(self,
         metrics:dict, # An iteration's metrics
@@ -417,6 +427,14 @@ def out_of_memory(
     remedy = "take gradient_checkpointing, a LoRA, or a lower resolution"
     if micro_batch > 1: remedy = f"lower micro_batch to {micro_batch // 2}"
     return f"the device has not enough memory for micro_batch {micro_batch}: {remedy}"
+
+def stopped_text(
+    trainer, # A `Trainer`
+)->str: # A line
+    "Say where a run that was stopped stands, and how it goes on."
+    t = trainer
+    where = f"stopped after iteration {t.iteration} of {t.config.iterations}, with a checkpoint in {str(t.run.folder)!r}"
+    return f"{where}: run this cell again with resume=True to go on"
 
 def save_state(
     trainer, # A `Trainer`
