@@ -121,7 +121,7 @@ def add_own(
 # %% ../../nbs/cli/00_options.ipynb #5e936676
 GROUPS = {
     'model': 'model lora_rank lora_alpha lora_targets lora_from resolution guidance call',
-    'device and memory': 'device dtype micro_batch gradient_checkpointing compiled vae_tiling text_encoders embeddings',
+    'device and memory': 'device dtype micro_batch gradient_checkpointing compiled attention vae_tiling text_encoders embeddings',
     'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length '
               'step_weights noises window slide_every train_share split_every keep pruned_steps',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
@@ -129,7 +129,7 @@ GROUPS = {
     'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr weight_decay adam_beta1 adam_beta2 '
                     'max_grad_norm ema_decay',
     'evaluation': 'eval_prompts eval_size eval_every eval_at eval_rewards',
-    'run': 'out resume checkpoint_every tracker seed',
+    'run': 'out resume checkpoint_every samples tracker seed',
 }
 
 def option_groups()->dict: # Title -> names

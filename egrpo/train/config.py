@@ -138,9 +138,12 @@ class TrainConfig:
     embeddings:str|None = option(None, "Folder that keeps prompts' embeddings for this run and the next; "
                                        'None = the last ones in memory', free=True, loads=True)
     compiled:bool|None = option(None, "Compile the network's blocks: minutes at the start, faster afterwards", loads=True)
+    attention:str|None = option(None, "Attention backend of diffusers, such as flash, _flash_3 or sage; None = torch's own", loads=True)
     checkpoint_every:int = option(50, 'Iterations between checkpoints; 0 = only before evaluations, as always',
                                   where=True, least=0)
-    tracker:str|None = option(None, 'A tracker of accelerate besides metrics.jsonl, e.g. tensorboard', where=True)
+    samples:int = option(8, 'Evaluation prompts that are drawn before and now into `out`/samples, with `out`/report.html; 0 = none',
+                         where=True, least=0)
+    tracker:str|None = option(None, "Trackers of accelerate besides metrics.jsonl, such as 'tensorboard' or 'wandb,trackio'", where=True)
     out:str = option('runs/egrpo', 'Folder of metrics, checkpoints and the trained model', where=True)
     resume:bool = option(False, 'Go on from the last checkpoint in `out`', where=True)
 
@@ -148,10 +151,10 @@ class TrainConfig:
         plan:dict|None=None, # Settings of the method; None leaves one as published
         **settings, # Fields, and settings of published methods
     ):
-        "Paths become strings, as a file of settings has them, and a leading ~ the user's folder."
-        for name, f in FIELDS.items(): setattr(self, name, _as_text(name, settings.pop(name, f.default)))
+        "Paths and lists of trackers become strings, as a file of settings has them, and a leading ~ the user's folder."
+        for name, f in FIELDS.items(): setattr(self, name, as_text(name, settings.pop(name, f.default)))
         self.plan = {**(plan or {}), **settings}
-        self.plan = {k: _as_text(k, v) for k, v in self.plan.items() if v is not None and v != _plan_default(k)}
+        self.plan = {k: as_text(k, v) for k, v in self.plan.items() if v is not None and v != _plan_default(k)}
         _check_names(self.plan, settings, self.method)
 
     @classmethod
@@ -177,9 +180,13 @@ SETTINGS = FIELDS | PLAN_FIELDS
 
 def _plan_default(name): return PLAN_FIELDS[name].default if name in PLAN_FIELDS else None
 
-def _as_text(name, value):
-    "The same; a path as a string."
+def as_text(
+    name:str, # A setting
+    value, # Its value
+): # The same; a path, or a list of trackers, as a string
+    "Turn a value into what a file of settings holds."
     if isinstance(value, os.PathLike): value = os.fspath(value)
+    if name == 'tracker' and isinstance(value, (list, tuple)): value = ','.join(map(str, value))
     return expand(value) if name in PATHS and isinstance(value, str) else value
 
 def _check_names(plan, settings, method):
@@ -235,12 +242,22 @@ def evaluation_is_due(
     if iteration in (0, config.iterations) or str(iteration) in named: return True
     return config.eval_every > 0 and iteration % config.eval_every == 0
 
-def _check_tracker(name):
-    "Refuse a tracker that is not installed."
-    from accelerate.tracking import get_available_trackers
-    known = [getattr(t, 'value', t) for t in get_available_trackers()]
-    if name is None or name in known: return
-    raise ValueError(f"tracker must be one of {', '.join([*known, 'none'])}, got {name!r}: choose one, or install it")
+def tracker_names(
+    tracker:str|None, # As the configuration has it
+)->list: # Names
+    "Names of the trackers that a run writes to."
+    return [name.strip() for name in (tracker or '').split(',') if name.strip()]
+
+def _check_trackers(tracker):
+    "Refuse trackers that are unknown or not installed."
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+    installed = {str(name) for name in get_available_trackers()}
+    for name in tracker_names(tracker):
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"tracker must be one of {', '.join(LOGGER_TYPE_TO_CLASS)}, or several with commas between, got {name!r}")
+        if name in LoggerType.list() and name not in installed:
+            raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
 
 def check_config(
     config:TrainConfig, # The configuration
@@ -251,7 +268,7 @@ def check_config(
     for name in config.plan.keys() & PLAN_FIELDS.keys(): check_value(PLAN_FIELDS[name], config.plan[name])
     if config.seed < 0: raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {config.seed}")
     evaluation_is_due(config, 0)
-    _check_tracker(config.tracker)
+    _check_trackers(config.tracker)
     c = config
     new_lora = c.lora_alpha, c.lora_targets
     check_settings(c.lora_rank, c.micro_batch, c.guidance, c.lora_from, c.text_encoders, c.embeddings, *new_lora)
