@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from parity import FAST, GUIDANCE, PROMPTS, fast_path, general_policy, load_loras, packed, ratio_error, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
@@ -137,6 +139,33 @@ def test_shared(name):
         shared = own_policy(name, lora_rank=2, mesh=init_device_mesh('cpu', (1,)))
         with shared.together(): assert_close(velocity(shared), velocity(own_policy(name)), atol=1e-5, rtol=0)
     finally: torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('name', ['flux-dev', 'flux2-klein', 'qwen-image'])
+def test_a_backend_of_attention(name):
+    "The same in rollout and update; no other model of the process has it."
+    plain, math = (load_policy(small_pipeline(name), 'cpu', lora_rank=2, resolution=32, attention=o) for o in (None, '_native_math'))
+    processors = [m.processor for m in math.transformer.modules() if hasattr(m, 'processor')]
+    assert {o._attention_backend for o in processors} == {'_native_math'}
+    assert _AttentionBackendRegistry.get_active_backend()[0] == 'native'
+    assert_close(velocity(math), velocity(plain), atol=1e-5, rtol=0)
+    assert ratio_error(math) < 1e-6
+
+
+@pytest.mark.parametrize('name, attend, says', [
+    ('qwen-image', lambda query, key, value: own_attention(query, key, value), 'it gives other values'), # drops the mask
+    ('flux2-dev', lambda query, key, value: own_attention(query, key, value).detach(), 'no gradient flows')])
+def test_a_backend_that_would_not_train(name, attend, says, monkeypatch):
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, 'native', attend)
+    monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, 'native', ('query', 'key', 'value'))
+    def load(rank): return own_policy(name, None, rank, attention='native')
+    with pytest.raises(ValueError, match=f"attention 'native' cannot be used here .{says}"): load(2)
+    if name == 'flux2-dev': load(None) # to sample
+
+
+def own_attention(*heads):
+    "Attention in diffusers' order of axes, without a mask."
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads)).transpose(1, 2)
 
 
 def test_a_side_that_has_no_whole_tokens():

@@ -1,16 +1,33 @@
 "Recipes: what a name stands for, what overrides it, and that each can be planned."
+import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
+import torch
+from parity import brightness
 
 from egrpo.cli import training
 from egrpo.cli.commands import main
+from egrpo.models.policy import load_policy
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.config import TrainConfig
 from egrpo.train.recipes import describe_recipe, load_recipe, recipe_paths, to_yaml
+from egrpo.train.trainer import Trainer
 
-FAMILIES = {'FLUX.1': 'flux-dev', 'stable-diffusion-3': 'sd3'}
+FAMILIES = {'FLUX.1-dev': 'flux-dev', 'FLUX.1-schnell': 'flux-schnell', 'FLUX.2-klein': 'flux2-klein', 'Z-Image': 'z-image',
+            'stable-diffusion-3': 'sd3.5'}
+FEW_STEPS = {'flux_schnell': 4, 'flux2_klein': 4, 'z_image_turbo': 8}
+
+
+def small_of(settings):
+    "A small pipeline of a recipe's family; None = the recipe trains the miniature."
+    family = next((small for words, small in FAMILIES.items() if words in settings['model']), None)
+    if family is None: return None
+    pipeline = small_pipeline(family)
+    if family == 'flux2-klein': pipeline.register_to_config(is_distilled=True)
+    return pipeline
 
 
 @pytest.fixture
@@ -25,10 +42,9 @@ def here(tmp_path, monkeypatch):
 def test_every_recipe_is_planned(name, here, capsys):
     "With a small pipeline of its family in place of the model."
     settings = load_recipe(name)
-    family = next((small for words, small in FAMILIES.items() if words in settings['model']), None)
-    small = ''
-    if family:
-        small_pipeline(family).save_pretrained('model')
+    pipeline, small = small_of(settings), ''
+    if pipeline:
+        pipeline.save_pretrained('model')
         (here/'prompts.txt').write_text('a corgi\na red circle\n')
         small = '--model model --resolution 16 --prompts prompts.txt'
     assert main(shlex.split(f'train {name} {small} --device cpu --dry-run')) == 0, capsys.readouterr().err
@@ -40,6 +56,28 @@ def test_every_recipe_says_what_it_is(name, path):
     text = describe_recipe(path)
     assert re.search(r'arXiv \d{4}\.\d{5}', text) and 'Costs' in text
     assert load_recipe(name)['out'] == f'runs/{name}'
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', recipe_paths())
+def test_every_recipe_trains(name, here):
+    "Three iterations of a small pipeline of its family; few-step models as they are sampled."
+    settings = load_recipe(name)
+    (here/'prompts.txt').write_text('a corgi\na red circle and a blue square\n')
+    how = {k: v for k, v in TrainConfig(**settings).policy_settings().items() if v is not None}
+    how |= dict(resolution=16, micro_batch=None)
+    policy = load_policy(small_of(settings) or 'miniature', 'cpu', 'fp32', settings.get('lora_rank', 0), **how)
+    few = dict(iterations=3, prompts_per_iteration=2, num_generations=4, prompts='prompts.txt', eval_size=2, eval_every=0,
+               eval_rewards=None, checkpoint_every=0, resolution=16, micro_batch=None, dtype='fp32', device='cpu', lr=1e-3)
+    trainer = Trainer(TrainConfig(**settings | few), policy, brightness)
+    before = {n: p.detach().clone() for n, p in policy.parameters().items()}
+    trainer.fit()
+    first = json.loads(Path(settings['out'], 'metrics.jsonl').read_text().splitlines()[0])
+    assert first['ratio_error'] < 1e-6 and any(not torch.equal(p, before[n]) for n, p in policy.parameters().items())
+    if name not in FEW_STEPS: return
+    assert settings['num_steps'] == FEW_STEPS[name] and policy.nfe_per_velocity == 1
+    plan = trainer.plan(0)[0][0]
+    assert torch.equal(plan.sigmas, policy.sigmas(FEW_STEPS[name])) and (plan.kernel, plan.noise_level) == ('cps', 1)
 
 
 def configured(words, monkeypatch):

@@ -232,3 +232,9 @@ def open_streams():
     "Let stdout and stderr write plain signs where their encoding lacks ours; a notebook's lack none."
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='egrpo')
+
+# %% ../../nbs/base/00_inputs.ipynb #3e0b7a12
+def in_notebook()->bool:
+    "Return whether a Jupyter kernel runs this."
+    shell = sys.modules.get('IPython')
+    return shell is not None and hasattr(shell.get_ipython(), 'kernel')

@@ -253,8 +253,8 @@ def run_tune(
     say(table([['micro-batch', 'ms a latent', 'with gradient', 'MiB'], *rows]))
     say(f'\nlargest that fits: {tried[-1][0]}; as fast as any: --micro-batch {best_micro_batch(tried)}')
 
-TUNE_OPTIONS = '''model lora_rank lora_from resolution guidance device dtype gradient_checkpointing compiled vae_tiling text_encoders
-embeddings'''.split()
+TUNE_OPTIONS = '''model lora_rank lora_from resolution guidance device dtype gradient_checkpointing compiled attention vae_tiling
+text_encoders embeddings'''.split()
 
 def add_tune(
     parser:Parser, # The command's parser

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..base.files import settle
 from ..core.sigmas import flow_sigmas
+from .backend import use_backend
 from .conditions import Conditions, PromptEncoder
 from .device import check_torch, use_device
 from .lora import choose_trained, save_lora
@@ -24,6 +25,7 @@ from egrpo.models.pipeline import (
     decode_in_slices,
     decode_scaled,
     network_of,
+    networks_of,
     own_resolution,
     place_vae,
     trained_parameters,
@@ -80,6 +82,7 @@ class Policy:
     frames = 1 # of a video
     classifier_free = False # does guidance take a second evaluation?
     negative = '' # prompt of the second evaluation
+    masked = False # are texts padded and masked?
     _own_sigmas = staticmethod(pipeline_sigmas)
 
     def __init__(self,
@@ -97,6 +100,7 @@ class Policy:
         text_encoders:str|None=None, # keep, offload (on the device while embedding), drop (`drop_text_encoders`); None = keep
         embeddings=None, # Folder in which prompts' embeddings are kept; None = the last ones in memory
         compiled:bool|None=None, # Compile the network's blocks: minutes at the start, faster afterwards (`compile_blocks`)
+        attention:str|None=None, # Backend of diffusers' attention, e.g. flash or sage (`use_backend`); None = torch's own
         mesh=None, # Processes that share the network (`torch.distributed` device mesh); None = this one holds it all
         lora_alpha:float|None=None, # A new LoRA's product is scaled by alpha / rank; None = twice the rank
         lora_targets=None, # Layers of a new LoRA: ends of names or classes of blocks (`lora_layers`); None = the usual ones
@@ -112,6 +116,7 @@ class Policy:
         self.resolution = self._check_resolution(resolution or own_resolution(pipeline))
         self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, lora_targets)
         self.lora_rank, self.fingerprint = self.trained.rank, self.trained.fingerprint
+        use_backend(list(networks_of(pipeline).values()), attention, self.dtype, self.device, lora_rank is not None, self.masked)
         compiler = partial(compile_blocks, device=self.device) if compiled else None
         if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()
         if compiler: compiler(self.transformer)

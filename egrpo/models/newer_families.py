@@ -55,7 +55,7 @@ class Flux2Policy(Policy):
 # %% ../../nbs/models/12_newer_families.ipynb #7d26a05b
 class QwenImagePolicy(Policy):
     "Qwen-Image."
-    patch, classifier_free, negative, text_length = 2, True, ' ', 1024
+    patch, classifier_free, negative, text_length, masked = 2, True, ' ', 1024, True
     _own_sigmas = staticmethod(bare_sigmas)
 
     @property
@@ -98,7 +98,7 @@ class QwenImagePolicy(Policy):
 # %% ../../nbs/models/12_newer_families.ipynb #cb920112
 class ZImagePolicy(Policy):
     "Z-Image and Z-Image-Turbo."
-    patch, classifier_free, text_length = 2, True, 512
+    patch, classifier_free, text_length, masked = 2, True, 512, True
     _own_sigmas = staticmethod(bare_sigmas)
 
     def _embed(self, prompt):

@@ -131,6 +131,7 @@ class TrainConfig:
     embeddings:str|None = option(None, "Folder that keeps prompts' embeddings for this run and the next; "
                                        'None = the last ones in memory', free=True, loads=True)
     compiled:bool|None = option(None, "Compile the network's blocks: minutes at the start, faster afterwards", loads=True)
+    attention:str|None = option(None, "Attention backend of diffusers, such as flash, _flash_3 or sage; None = torch's own", loads=True)
     checkpoint_every:int = option(50, 'Iterations between checkpoints; 0 = only before evaluations, as always',
                                   where=True, least=0)
     samples:int = option(8, 'Evaluation prompts that are drawn before and now into `out`/samples, with `out`/report.html; 0 = none',
