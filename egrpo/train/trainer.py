@@ -34,6 +34,7 @@ from .objective import Objective, Weights, loss_weights
 from .prepare import Prepared, chooses_steps, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
 from .prompts import prompt_batch
+from .report import write_report
 from .run import Identity, Run, model_properties, run_sources
 from .samples import Samples
 from .timing import Laps
@@ -392,8 +393,7 @@ class Loop:
         self.evaluated = evaluation_metrics(t.history)
         if self.processes.is_main: self.folder.write_evaluations(t.history)
         if self.config.tracker: t.accelerator.log(self.evaluated, step=t.iteration)
-        sheet = t.samples.draw(t.policy, frame, t.iteration)
-        if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
+        show_evaluation(t, frame)
 
     def _log(self,
         metrics:dict, # An iteration's metrics
@@ -427,6 +427,19 @@ def out_of_memory(
     remedy = "take gradient_checkpointing, a LoRA, or a lower resolution"
     if micro_batch > 1: remedy = f"lower micro_batch to {micro_batch // 2}"
     return f"the device has not enough memory for micro_batch {micro_batch}: {remedy}"
+
+def show_evaluation(
+    trainer, # A `Trainer`
+    frame:pd.DataFrame, # Its evaluation, from `Trainer.evaluate`
+):
+    "Draw an evaluation's pictures and write the report; where that fails, training goes on."
+    t = trainer
+    sheet = t.samples.draw(t.policy, frame, t.iteration)
+    if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
+    if not (t.processes.is_main and t.config.samples): return
+    try: write_report([t.run.folder])
+    except Exception as e:
+        warnings.warn(f"report: {str(t.run.report)!r} could not be written ({e}): training goes on", stacklevel=2)
 
 def stopped_text(
     trainer, # A `Trainer`
