@@ -368,7 +368,7 @@ def decode_in_slices(
     height, width = height_width(resolution)
     fit = 32 if latents.device.type == 'cpu' else max(32, 2**20 // (height * width))
     images = [decode(part).float().cpu() for part in latents.split(min(micro_batch, fit))]
-    return (torch.cat(images) / 2 + .5).clamp(0, 1)
+    return torch.cat(images).div_(2).add_(.5).clamp_(0, 1) # in place: images are large
 
 def own_resolution(
     pipeline, # A pipeline
