@@ -10,7 +10,7 @@ OUT ?= runs/gpu_check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test parity trials gpu-check wheels lab notebooks readme
+.PHONY: help demo test parity trials gpu-check wheels lab docs notebooks readme
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -35,7 +35,10 @@ wheels: ## into .whl, packages for a machine without network (others: make wheel
 	  $(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) --dest .whl $(WHEELS)
 
 lab: $(READY) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
-	$(BIN)/jupyter lab nbs $(ARGS)
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb --LabApp.news_url=None $(ARGS)
+
+docs: $(VENV)/.docs ## the site, into _site/html: notebooks, claims and a page per public name, to be read without a network
+	@$(BIN)/python tests/pages.py
 
 notebooks: $(READY) ## after editing: clean the notebooks, write egrpo/*.py, README.md and PAPERS.md
 	@$(BIN)/python tests/sync.py write
@@ -53,4 +56,8 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV), once: $(TORCH) first, then the rest of constraints.txt (some minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	@touch $@

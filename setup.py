@@ -1,9 +1,11 @@
 "Build the package from settings.ini, the one place where its name, version and requirements stand."
 import shlex
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 root = Path(__file__).parent
 ini = ConfigParser(delimiters=['='])
@@ -15,6 +17,16 @@ pythons = [f'3.{minor}' for minor in range(10, 14) if minor >= int(cfg['min_pyth
 readme = root/'README.md'
 
 def listed(key): return shlex.split(cfg.get(key, ''))
+
+class WithNotebooks(build_py):
+    "The package with its notebooks and their records inside: `egrpo notebooks` copies them."
+    def run(self):
+        super().run()
+        if self.editable_mode: return # a checkout has them beside it
+        inside = Path(self.build_lib)/cfg['lib_path']/'notebooks'
+        skipped = shutil.ignore_patterns('.*', '*.run', '*.lock')
+        for name in ('nbs', 'figures'):
+            if (root/name).is_dir(): shutil.copytree(root/name, inside/name, ignore=skipped, dirs_exist_ok=True)
 
 setup(
     name=cfg['lib_name'],
@@ -36,7 +48,8 @@ setup(
     package_data={'egrpo': ['assets/**/*', 'recipes/*.yaml']},
     include_package_data=False,
     install_requires=listed('requirements'),
-    extras_require={'dev': listed('dev_requirements'), 'hpsv2': listed('hpsv2_requirements'), 'ocr': listed('ocr_requirements')},
+    extras_require={name: listed(f'{name}_requirements') for name in ('dev', 'docs', 'hpsv2', 'ocr')},
     entry_points={'console_scripts': listed('console_scripts'), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+    cmdclass={'build_py': WithNotebooks},
     zip_safe=False,
 )

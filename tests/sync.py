@@ -1,4 +1,5 @@
 "Are the notebooks clean, and do egrpo/*.py, README.md and PAPERS.md say what they should? Looks at a copy; writes only when told to."
+import json
 import os
 import re
 import shutil
@@ -27,6 +28,31 @@ def nbdev(
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
     done = subprocess.run([Path(sys.executable).parent/command], cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f'{command} failed:\n{done.stdout}{done.stderr}')
+
+
+WIDGET = 'application/vnd.jupyter.widget-view+json'
+
+
+def kept(
+    output, # An output of a cell
+): # The same without what needs a running kernel; None where nothing is left
+    "Drop widgets' views, beside which a picture may stay, and whatever libraries print on stderr."
+    if output.get('name') == 'stderr': return None
+    if WIDGET not in output.get('data', {}): return output
+    data = {kind: content for kind, content in output['data'].items() if kind not in (WIDGET, 'text/plain')}
+    return output | {'data': data} if data else None
+
+
+def tidy(
+    path:Path, # A notebook, cleaned by nbdev
+)->None: # It is rewritten where that changes something
+    "Leave in a notebook's outputs what a reader without a kernel can see."
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    outputs = [cell['outputs'] for cell in nb['cells'] if cell['cell_type'] == 'code']
+    before = json.dumps(outputs)
+    for own in outputs: own[:] = filter(None, map(kept, own))
+    if json.dumps(outputs) == before: return
+    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
 
 
 def copy(
@@ -67,7 +93,9 @@ def fresh()->dict: # Name from the top level → bytes
     "The notebooks cleaned and the modules exported from them, in a copy: the working tree is never touched."
     with tempfile.TemporaryDirectory() as tmp:
         folder = copy(Path(tmp).resolve())
-        for command in ('nbdev_clean', 'nbdev_export'): nbdev(command, folder)
+        nbdev('nbdev_clean', folder)
+        for path in notebooks(folder/'nbs'): tidy(path)
+        nbdev('nbdev_export', folder)
         return sources(folder)
 
 
@@ -90,6 +118,16 @@ def relink(
     return re.sub(r'(\]\(|(?:src|href)=")([^)"\s]+)([)"])', move, text)
 
 
+def shown(
+    cell, # A cell
+): # The same, or what it shows where its code is collapsed
+    "The cell as a reader of the page sees it."
+    import nbformat
+    if cell.cell_type == 'markdown' or not cell.metadata.get('jupyter'): return cell
+    texts = [output.data.get('text/markdown', '') for output in cell.outputs]
+    return nbformat.v4.new_markdown_cell(''.join(texts))
+
+
 def readme(
     nb:Path=root/'nbs/index.ipynb', # The front page
 )->str: # Markdown
@@ -99,7 +137,7 @@ def readme(
     page = nbformat.read(nb, 4)
     page.metadata['language_info'] = {'name': 'python'}
     for cell in page.cells: cell.source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
-    page.cells = [c for c in page.cells if c.source.strip() and not c.source.startswith('#|')]
+    page.cells = [shown(c) for c in page.cells if c.source.strip() and not c.source.startswith('#|')]
     text, _ = MarkdownExporter().from_notebook_node(page)
     lines = [line.rstrip() for line in relink(text).strip().split('\n')]
     note = '<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->'

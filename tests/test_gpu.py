@@ -48,7 +48,7 @@ def trained(out, **changes):
 def stopped_and_resumed(out):
     "The same run, stopped after its second iteration."
     config = TrainConfig(**SMALL, out=str(out))
-    Trainer(config).fit(stop=lambda trainer: trainer.iteration == 2)
+    Trainer(config).fit(callback=lambda trainer: trainer.iteration == 2)
     resumed = Trainer(replace(config, resume=True))
     assert resumed.fit() is not None and resumed.iteration == 3
     return resumed

@@ -1,10 +1,12 @@
 "What `pip install` gives a user: every module, every asset byte for byte, and the command."
+import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
+from pathlib import Path
 
 import pytest
 import sync
@@ -20,6 +22,8 @@ def wheel(tmp_path_factory):
     tmp = tmp_path_factory.mktemp('wheel')
     for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(sync.root/f, tmp/f)
     shutil.copytree(sync.root/'egrpo', tmp/'egrpo', ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('nbs', 'figures'):
+        shutil.copytree(sync.root/name, tmp/name, ignore=shutil.ignore_patterns('.*', '*.run', '*.lock'))
     (tmp/'egrpo/assets/deep/er').mkdir(parents=True)
     (tmp/'egrpo/assets/deep/er/any.thing').write_bytes(b'packed')
     build = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '--wheel-dir', tmp/'dist', tmp]
@@ -31,6 +35,30 @@ def wheel(tmp_path_factory):
 def test_holds_every_file(wheel):
     ours = {p for p in (sync.root/'egrpo').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
     for p in ours: assert wheel.get(p.relative_to(sync.root).as_posix()) == p.read_bytes(), f'{p} is not in the wheel as it is here'
+
+
+def test_notebooks_of_the_wheel_find_their_records(wheel, tmp_path):
+    "What is installed knows the claims anywhere, and `egrpo notebooks` copies notebooks and records for one's own use."
+    for name in (n for n in wheel if n.startswith('egrpo/')):
+        path = tmp_path/'site'/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(wheel[name])
+    empty = tmp_path/'empty'
+    empty.mkdir()
+    env = os.environ | {'PYTHONPATH': str(tmp_path/'site'), 'COLUMNS': '200'}
+    def egrpo(*words): return subprocess.run([sys.executable, '-m', 'egrpo', *words], cwd=empty, env=env, capture_output=True, text=True)
+    assert '✓ holds' in egrpo('claims').stdout
+    done = egrpo('notebooks', 'here')
+    assert done.returncode == 0 and 'jupyter lab' in done.stdout, done.stderr
+    copied = sorted(p.relative_to(empty/'here/nbs') for p in (empty/'here/nbs').rglob('*.ipynb'))
+    assert copied == sorted(p.relative_to(sync.root/'nbs') for p in sync.notebooks())
+    code = "from egrpo.paper.records import figures_dir, load_record; print(figures_dir()); load_record('tau')"
+    found = subprocess.run([sys.executable, '-c', code], cwd=empty/'here/nbs/guides', env=env, capture_output=True, text=True)
+    assert Path(found.stdout.strip()).resolve() == (empty/'here/figures').resolve(), found.stderr
+    assert egrpo('notebooks', 'here').returncode == 2
+
+
+def test_is_small(wheel): assert sum(map(len, wheel.values())) < 60 * 2**20
 
 
 def test_holds_assets_of_any_depth_and_name(wheel): assert wheel['egrpo/assets/deep/er/any.thing'] == b'packed'
@@ -48,7 +76,7 @@ def test_names_the_command_and_requirements(wheel):
     needs = re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*$', meta, re.M)
     wanted = 'torch diffusers transformers accelerate peft safetensors numpy scipy scikit-image matplotlib'.split()
     assert sorted(needs) == sorted([*wanted, 'seaborn', 'pandas', 'fastcore', 'tqdm', 'filelock', 'pillow', 'pyyaml'])
-    assert set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) == {'dev', 'hpsv2', 'ocr'}
+    assert set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) == {'dev', 'docs', 'hpsv2', 'ocr'}
 
 
 def test_constraints_pin_every_requirement():
@@ -56,7 +84,7 @@ def test_constraints_pin_every_requirement():
     from packaging.requirements import Requirement
     lines = (sync.root/'constraints.txt').read_text(encoding='utf-8').splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith('#')]
-    for key in ('requirements', 'dev_requirements'):
+    for key in ('requirements', 'dev_requirements', 'docs_requirements'):
         for need in map(Requirement, cfg[key].split()):
             for python in ('3.10', '3.11', '3.13'):
                 here = {'python_version': python}

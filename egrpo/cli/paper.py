@@ -9,6 +9,7 @@ __all__ = []
 import os
 from pathlib import Path
 
+from ..base.inputs import quote
 from .entry import COMMANDS, Command
 from .options import Option, Parser, add_own, converter
 from .shared import check_file, fold, say
@@ -85,3 +86,29 @@ def add_claims(
 
 COMMANDS['claims'] = Command(run_claims, add_claims, "List both papers' claims, their numbers, ours, and whether they hold.",
                              'egrpo claims --json')
+
+# %% ../../nbs/cli/09_paper.ipynb #4c0b7e22
+SKIPPED = '.ipynb_checkpoints', '*.run', '*.lock'
+
+def run_notebooks(
+    args, # Parsed arguments
+):
+    "egrpo notebooks: copy them, with their records."
+    import shutil
+
+    from egrpo.paper.records import shipped
+    folder = Path(args.folder)
+    for name in ('nbs', 'figures'):
+        if (folder/name).exists(): raise ValueError(f"folder: {quote(folder/name)} is there already: name another folder")
+    for name in ('nbs', 'figures'): shutil.copytree(shipped()/name, folder/name, ignore=shutil.ignore_patterns(*SKIPPED))
+    say(fold(f'notebooks and records are in {folder}\nnext: pip install jupyterlab ipywidgets nbdev'))
+    say(f'      jupyter lab {folder/"nbs/index.ipynb"}')
+
+def add_notebooks(
+    parser:Parser, # The command's parser
+):
+    "Options of egrpo notebooks."
+    parser.add_argument('folder', type=converter('str', 'folder'), metavar='FOLDER', help='Where to put them; made if it is not there')
+
+COMMANDS['notebooks'] = Command(run_notebooks, add_notebooks, 'Copy the notebooks and their records to a folder of yours.',
+                                'egrpo notebooks here')

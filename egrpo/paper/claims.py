@@ -19,7 +19,7 @@ from .comparisons import rewards_of, seeds_of
 from .experiments import EXPERIMENTS
 from .intervals import Estimate, holm, judge
 from .measurement import SIZES, size_note
-from .records import SEEDS_NEEDED, load_record, record_path, show_interval, verdict
+from .records import SEEDS_NEEDED, known_record, load_record, show_interval, verdict
 from .registered import RIVALS
 
 # %% ../../nbs/paper/23_claims.ipynb #04ab3f3a
@@ -75,11 +75,11 @@ def records_of(
     "Load the records that judge a claim: registered ones that are complete, then the exploratory one."
     found = []
     for scale in ('confirm', 'gpu'):
-        path = record_path(f'{scale}/{claim.record}')
+        path = known_record(f'{scale}/{claim.record}')
         if not claim.registered or not path.exists(): continue
         record = load_record(path)
         if record['data']['complete']: found.append(record)
-    own = record_path(claim.record)
+    own = known_record(claim.record)
     if own.exists(): found.append(load_record(own))
     return found
 
@@ -206,7 +206,7 @@ def margins_text()->str: # A sentence
     first += f" ({TABLE_1_MARGINS['preference']:g} in Table 1)".replace('0.', '.')
     shares = []
     for name, table in dict(tau='Table 4', methods='Table 1').items():
-        if record_path(name).exists(): shares.append(f'{_share_of_gain(name)} in {table}')
+        if known_record(name).exists(): shares.append(f'{_share_of_gain(name)} in {table}')
     margins = ', '.join([first, *others])
     return f"A difference matters from {margins} on. As shares of what E-GRPO gains: {'; '.join(shares)}."
 
@@ -283,7 +283,7 @@ def _known_before(
 )->dict: # The same, or the exploratory record's data where these are of registered runs
     "Find the gain by which the paper's differences are scaled; registered runs do not choose it."
     is_registered = 'commits' in data
-    return load_record(record)['data'] if is_registered and record_path(record).exists() else data
+    return load_record(record)['data'] if is_registered and known_record(record).exists() else data
 
 def best(
     place:int=0, # By which reward: 0 the one trained on, then the paper's CLIP, PickScore and ImageReward
@@ -680,22 +680,28 @@ def claims_markdown()->str: # A table in Markdown, with links as they work from 
     rows = [_line(_cells(row)) for row in claims_table().itertuples()]
     return '\n'.join([_line(COLUMNS), '|---' * len(COLUMNS) + '|', *rows])
 
+# What stands on the front page: (figure or table, start of the claim)
+HEADLINES = (
+    ('Fig. 1a', 'one early stochastic step'),
+    ('Table 1', 'E-GRPO has the best HPS, trained on HPS and CLIP'),
+    ('Fig. 8', 'training on HPS alone is hacked'),
+    ('AEGPO 6', 'it reaches that score with fewer network evaluations'),
+)
+
+def _headline(
+    row, # A row of `claims_table`
+)->str: # e.g. '✓ holds, Fig. 1a: …'
+    "A claim in a line: verdict, claim, and our first number."
+    ours, *_ = row.ours.split('; ') if row.found.equal is None else row.ours.split('; ')[::-1]
+    return f'{MARKS[row.word]} {row.word} ({row.place}): {row.claim}. Ours: {ours}.'
+
 def claims_summary()->str: # Five items of a list in Markdown, with links as they work from nbs/
-    "The claims in five lines."
+    "The claims in five lines: the count of each verdict, and four of the claims."
     table = claims_table()
-    aegpo = table.place.str.startswith('AEGPO')
-    ours = table.place == 'Ours'
-    egrpo = ~(aegpo | ours)
-    def counts(chosen): return counts_text(table.word[chosen])
-    equal = [found.equal.word for found in table.found if found.equal]
-    known = sum(found.p is not None for found in table.found)
-    tested = known + sum(table.word.isin(UNDECIDED))
-    lines = [f'E-GRPO, {sum(egrpo)} claims: {counts(egrpo)}.',
-             f'AEGPO, {sum(aegpo)} claims: {counts(aegpo)}. Of ours, {sum(ours)}: {counts(ours)}.',
-             f'At equal iterations, as the papers compare, {len(equal)} claims: {counts_text(equal)}.',
-             f'Corrected over all {tested} tested claims (Holm), {sum(table.survives)} of the {known} verdicts with a p-value stand. '
-             f'{sum(table.exploratory)} claims rest on exploratory training runs (seeds below {CONFIRMING}).',
-             f'{margins_text()} Numbers, intervals and notebooks: [PAPERS.md](../PAPERS.md).']
+    lines = [f'{len(table)} claims: {counts_text(table.word)}. All with numbers: [PAPERS.md](../PAPERS.md).']
+    for place, start in HEADLINES:
+        found = table[(table.place == place) & table.claim.str.startswith(start)]
+        lines += [_headline(row) for row in found.itertuples()]
     return '\n'.join(f'- {line}' for line in lines)
 
 PAGE = """# What the papers claim, and what we see
@@ -718,8 +724,26 @@ Every verdict is computed from the records in [figures](../figures) by `egrpo cl
 {table}
 """
 
+def _counts_by_paper(
+    table:pd.DataFrame, # From `claims_table`
+)->str: # Items of a list in Markdown
+    "Counts of each verdict, by paper, at equal iterations, and corrected together."
+    aegpo = table.place.str.startswith('AEGPO')
+    ours = table.place == 'Ours'
+    lines = []
+    for name, chosen in {'E-GRPO': ~(aegpo | ours), 'AEGPO': aegpo, 'Ours': ours}.items():
+        lines.append(f'{name}, {sum(chosen)} claims: {counts_text(table.word[chosen])}.')
+    equal = [found.equal.word for found in table.found if found.equal]
+    lines.append(f'At equal iterations, as the papers compare, {len(equal)} claims: {counts_text(equal)}.')
+    known = sum(found.p is not None for found in table.found)
+    tested = known + sum(table.word.isin(UNDECIDED))
+    lines.append(f'Corrected over all {tested} tested claims (Holm), {sum(table.survives)} of the {known} verdicts with a p-value stand.')
+    lines.append(f'{sum(table.exploratory)} claims rest on exploratory training runs (seeds below {CONFIRMING}).')
+    return '\n'.join(f'- {line}' for line in lines)
+
 def papers_markdown()->str: # Markdown, with links as they work from nbs/
     "The page PAPERS.md."
     table = claims_table()
-    counts = f'{len(table)} claims: {counts_text(table.word)}.'
+    counts = f'{len(table)} claims: {counts_text(table.word)}.\n\n{_counts_by_paper(table)}'
     return PAGE.format(counts=counts, margins=margins_text(), confirming=CONFIRMING, table=claims_markdown())
+

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/paper/19_grids.ipynb #10b4f63e
 from ..methods.registry import PUBLISHED, method_settings
-from .records import load_record, record_path
+from .records import known_record, load_record
 from .registered import LEARNING_RATES as REGISTERED_RATES
 from ..train.prepare import iteration_nfe, training_nfe
 from ..train.trainer import TrainConfig
@@ -106,7 +106,7 @@ def learning_rate(
     "The learning rate that `egrpo reproduce lr` found; at scale smoke the default."
     if scale.name == 'smoke': return TrainConfig.lr
     if scale.registered: return REGISTERED_RATES[method]
-    path = record_path('lr')
+    path = known_record('lr')
     record = load_record(path) if path.exists() else dict(scale=None)
     chosen = record['data']['chosen'] if record['scale'] == scale.name else {}
     if method in chosen: return chosen[method]

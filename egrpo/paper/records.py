@@ -56,13 +56,20 @@ def get_scale(
     return SCALES[name]
 
 # %% ../../nbs/paper/00_records.ipynb #90957f9d
-def figures_dir()->Path: # Folder of records and pictures; it need not exist yet
-    "EGRPO_FIGURES if set; the repository's figures/ when running from a checkout; else ./figures."
+def shipped()->Path: # Folder with `nbs` and `figures`
+    "Where notebooks and records came with the library: its checkout, or inside of an installed package."
     import egrpo
+    package = Path(egrpo.__file__).parent
+    inside = package/'notebooks'
+    return inside if inside.is_dir() else package.parent
+
+def figures_dir()->Path: # Folder of records and pictures; it need not exist yet
+    "EGRPO_FIGURES if set; figures/ of the checkout, or of a copy by `egrpo notebooks` one is in; else ./figures."
     if os.environ.get('EGRPO_FIGURES'): return Path(os.environ['EGRPO_FIGURES'])
     here = Path.cwd()
-    for root in (Path(egrpo.__file__).parent.parent, here, *here.parents):
-        if (root/'settings.ini').exists() and (root/'nbs').is_dir(): return root/'figures'
+    checkout = shipped() if (shipped()/'settings.ini').exists() else here
+    for root in (checkout, here, *here.parents):
+        if (root/'nbs').is_dir() and (root/'nbs/index.ipynb').exists(): return root/'figures'
     return here/'figures'
 
 # %% ../../nbs/paper/00_records.ipynb #24a714d7
@@ -155,6 +162,15 @@ def record_path(
     path = Path(path)
     return path if path.suffix == '.json' else figures_dir()/f'{path}.json'
 
+def known_record(
+    name, # Name of a figure, or a path ending in .json
+)->Path: # Where to read it; it need not exist
+    "The file of a record in `figures_dir()`, or else of the one that came with the package."
+    path = record_path(name)
+    if path.exists() or Path(name).suffix == '.json': return path
+    came = shipped()/'figures'/f'{name}.json'
+    return came if came.exists() else path
+
 # %% ../../nbs/paper/00_records.ipynb #d002e79d
 def save_record(
     path, # Name of the figure ('tau'), or a path ending in .json
@@ -183,7 +199,7 @@ def load_record(
     path, # Name of the figure, or a path ending in .json
 )->dict: # The record, checked
     "Read a record."
-    path = record_path(path)
+    path = known_record(path)
     if not path.exists():
         raise ValueError(f"no record {path.name} in {path.parent}: make it with `egrpo reproduce {path.stem}`, or set EGRPO_FIGURES")
     try: record = json.loads(path.read_text(encoding='utf-8'))
@@ -195,7 +211,7 @@ def find_record(
     name:str, # Name of a figure
 )->dict|None: # The record; None, with a line that says how to make it, where there is none
     "A record that may not have been measured yet."
-    if record_path(name).exists(): return load_record(name)
+    if known_record(name).exists(): return load_record(name)
     print(f'no record of {name} yet: run `egrpo reproduce {name} --scale mini`')
 
 # %% ../../nbs/paper/00_records.ipynb #366d9ffa

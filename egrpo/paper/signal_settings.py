@@ -23,7 +23,7 @@ from .cells import CHECKPOINT_EVERY, one_thread_on_cpu, store_dir
 from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, TABLE_1, TAU, _base
 from .intervals import rank_correlation
 from .pool import alone, is_first_process
-from .records import SCALES, device_name, get_scale, load_record, record_path
+from .records import SCALES, device_name, get_scale, known_record, load_record
 from ..train import signal as gs
 from ..train.checkpoint import find_checkpoint
 from ..train.config import TrainConfig
@@ -149,7 +149,7 @@ def trained_gains(
     "Gains of training in every setting that has a record."
     gains = {}
     for name in _signal_tables():
-        if not record_path(name).exists(): continue
+        if not known_record(name).exists(): continue
         settings = load_record(name)['data']['settings']
         for setting, scores in settings.items(): gains[f'{name}: {setting}'] = scores[reward]['gain']
     return gains

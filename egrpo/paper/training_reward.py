@@ -18,7 +18,7 @@ from ..core.advantage import weighted_sum
 from ..models.policy import load_policy
 from .intervals import difference
 from .measurement import measurement_size, repeat_each, rounded
-from .records import load_record, record_path
+from .records import known_record, load_record
 from ..rewards.reward import get_reward
 from ..train.evaluate import evaluate
 from ..train.prompts import load_prompts, prompt_batch
@@ -70,7 +70,7 @@ def base_reward(
 )->np.ndarray|None: # (I,) per iteration; None where it is not known
     "Mean reward of the untrained model on the prompts of each iteration."
     config = result['config']
-    path = record_path('base_scores')
+    path = known_record('base_scores')
     is_miniature = (config.get('model'), config.get('prompts')) == ('miniature', 'shapes')
     if not is_miniature or not path.exists(): return None
     scores = _base_scores(path, path.stat().st_mtime_ns)

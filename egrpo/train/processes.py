@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
+from ..base.inputs import in_notebook
 from ..methods.aegpo import share_work
 from ..models.device import best_device
 from .config import tracker_names
@@ -159,7 +160,8 @@ class stop_on_interrupt:
         "Set `asked`; interrupt at the second signal."
         if self.asked: raise KeyboardInterrupt
         self.asked = True
-        tqdm.write('stopping after this iteration, with a checkpoint; Ctrl-C again to stop at once')
+        again = 'press ■ again' if in_notebook() else 'Ctrl-C again'
+        tqdm.write(f'stopping after this iteration, with a checkpoint; {again} to stop at once')
 
     def __exit__(self, *_):
         "Leave all as it was."

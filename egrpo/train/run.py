@@ -176,6 +176,7 @@ class Run:
         self.model = self.folder/'model'
         self.profiles = self.folder/'profiles' # attention entropies before training
         self.samples = self.folder/'samples' # pictures of its evaluations
+        self.report = self.folder/'report.html' # a page on it
 
     # ---- what there is
     def find_checkpoint(self)->Path|None:
