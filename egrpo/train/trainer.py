@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..base.files import write_whole
+from ..base.inputs import in_notebook
 from ..core.rollout import Rollout, prune, rollout
 from ..methods.aegpo import AttentionPlanner
 from ..methods.registry import make_plan
@@ -33,6 +34,7 @@ from .objective import Objective, Weights, loss_weights
 from .prepare import Prepared, chooses_steps, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
 from .prompts import prompt_batch
+from .report import write_report
 from .run import Identity, Run, model_properties, run_sources
 from .samples import Samples
 from .timing import Laps
@@ -256,10 +258,10 @@ class Trainer:
         return pd.concat(gather_object(own)).sort_index()
 
     def fit(self,
-        stop=None, # Function of the trainer, asked after every iteration: true ends the run there, as Ctrl-C does
+        callback=None, # Function of the trainer, called after every iteration; a true answer ends the run there
     )->pd.DataFrame: # Evaluations: a row per iteration and prompt
-        "Run to `config.iterations`. Ctrl-C stops after the current iteration, with a checkpoint."
-        Loop(self).run(stop)
+        "Run to `config.iterations`. Ctrl-C, or Jupyter's stop button, ends it after the current iteration, with a checkpoint."
+        Loop(self).run(callback)
         return pd.DataFrame(self.history)
 
     def save(self)->Path: # The checkpoint's folder
@@ -286,13 +288,14 @@ class Loop:
         self.folder = trainer.run
 
     def run(self,
-        stop=None, # Function of the trainer, asked after every iteration: true ends the run there
+        callback=None, # Function of the trainer, called after every iteration; a true answer ends the run there
     ):
         "Run all iterations that are left, in a folder that is this run's alone."
         with self._alone():
             self._open()
-            self._iterate(stop)
+            interrupted = self._iterate(callback)
             self._close()
+        if interrupted and in_notebook(): raise KeyboardInterrupt(stopped_text(self.trainer))
 
     @contextmanager
     def _alone(self):
@@ -328,23 +331,24 @@ class Loop:
         if self.processes.is_main: shutil.rmtree(trial)
 
     def _iterate(self,
-        stop, # As for `run`
-    ):
+        callback, # As for `run`
+    )->bool: # Did the user end it?
         "Evaluate where that is due, and run the iterations that are left."
         t, bar = self.trainer, self._bar()
         evaluated = any(o['iteration'] == t.iteration for o in t.history)
         if self._evaluation_is_due() and not evaluated: self._record_evaluation()
-        if t.spent(): return # a run that is resumed may be over already
+        if t.spent(): return False # a run that is resumed may be over already
         with stop_on_interrupt() as interrupt:
             for i in bar:
                 metrics = self._step_or_save(i)
                 t.iteration = i + 1
                 t.nfe += metrics['nfe_rollout'] + metrics['nfe_gradient']
-                asked = interrupt.asked or t.spent() or bool(stop and stop(t))
-                stopped = self.processes.total(asked) > 0 # all stop, or none
                 self._log(metrics, bar)
+                asked = interrupt.asked or t.spent() or bool(callback and callback(t))
+                stopped = self.processes.total(asked) > 0 # all stop, or none
                 self._save_and_evaluate(stopped)
                 if stopped: break
+            return interrupt.asked
 
     def _bar(self)->tqdm: # Over the iterations that are left
         "A progress bar, shown by the main process only."
@@ -389,8 +393,7 @@ class Loop:
         self.evaluated = evaluation_metrics(t.history)
         if self.processes.is_main: self.folder.write_evaluations(t.history)
         if self.config.tracker: t.accelerator.log(self.evaluated, step=t.iteration)
-        sheet = t.samples.draw(t.policy, frame, t.iteration)
-        if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
+        show_evaluation(t, frame)
 
     def _log(self,
         metrics:dict, # An iteration's metrics
@@ -424,6 +427,27 @@ def out_of_memory(
     remedy = "take gradient_checkpointing, a LoRA, or a lower resolution"
     if micro_batch > 1: remedy = f"lower micro_batch to {micro_batch // 2}"
     return f"the device has not enough memory for micro_batch {micro_batch}: {remedy}"
+
+def show_evaluation(
+    trainer, # A `Trainer`
+    frame:pd.DataFrame, # Its evaluation, from `Trainer.evaluate`
+):
+    "Draw an evaluation's pictures and write the report; where that fails, training goes on."
+    t = trainer
+    sheet = t.samples.draw(t.policy, frame, t.iteration)
+    if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
+    if not (t.processes.is_main and t.config.samples): return
+    try: write_report([t.run.folder])
+    except Exception as e:
+        warnings.warn(f"report: {str(t.run.report)!r} could not be written ({e}): training goes on", stacklevel=2)
+
+def stopped_text(
+    trainer, # A `Trainer`
+)->str: # A line
+    "Say where a run that was stopped stands, and how it goes on."
+    t = trainer
+    where = f"stopped after iteration {t.iteration} of {t.config.iterations}, with a checkpoint in {str(t.run.folder)!r}"
+    return f"{where}: run this cell again with resume=True to go on"
 
 def save_state(
     trainer, # A `Trainer`
