@@ -562,3 +562,13 @@ def test_the_guides_commands_are_understood(tmp_path, monkeypatch, capsys):
             config = TrainConfig(**planning.preset(args.scale) | shared.given(args, options.config_options()))
             check_config(config)
             check_method(config.method, config)
+
+
+def test_tune_names_a_suffix(tmp_path, monkeypatch, capsys):
+    "The cheapest that keeps the order."
+    monkeypatch.chdir(tmp_path)
+    words = 'tune --suffix --device cpu --most 1 --num-steps 4 --probe-prompts 1 --reward preference --agreement -1'
+    assert main(shlex.split(words)) == 0
+    out = capsys.readouterr().out
+    assert 'agreement' in out and re.search(r'saves most and keeps -1: --solver (euler|ab2) --stride 3', out)
+    assert not [*tmp_path.iterdir()]

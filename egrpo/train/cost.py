@@ -475,7 +475,9 @@ def probe(
     def decode(): policy.decode(batch[0])
     try:
         seconds = [_timed(call, policy, clock, repeats) for call in (forward, backward, decode)]
-        return Seconds(*(s / n for s in seconds))
+        forward, backward, image = (s / n for s in seconds)
+        twice = policy.nfe_per_velocity # evaluations of a velocity
+        return Seconds(forward / twice, backward / twice, image)
     finally:
         policy.micro_batch = before
         for p in policy.parameters().values(): p.grad = None # till now they were held, as between two micro-batches
@@ -484,14 +486,15 @@ def iteration_seconds(
     config:TrainConfig, # The configuration
     seconds:Seconds, # Of one latent, on one device
     processes:int=1, # Devices that share an iteration's prompts, >= 1
+    evaluations:int|None=None, # Of the network for one velocity; None = as counted for the model's family
 )->dict: # rollout, decoding, update -> seconds
     "Seconds of an iteration, without rewards other than those in `seconds.image`."
     if processes < 1: raise ValueError(f"processes must be >= 1, got {processes}: 1 is a single device")
     c = config
     plan = first_plan(c)
     share = _ceil_div(c.prompts_per_iteration, processes) # of the device that has most
-    velocity = evaluations_per_velocity(c) * seconds.forward
-    backward = evaluations_per_velocity(c) * seconds.backward
+    each = evaluations or evaluations_per_velocity(c)
+    velocity, backward = each * seconds.forward, each * seconds.backward
     gradient = share * c.inner_epochs * gradient_nfe(plan)
     reference = gradient if c.beta else 0
     rollout = share * iteration_nfe(c) // c.prompts_per_iteration - gradient - reference

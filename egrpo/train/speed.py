@@ -170,7 +170,7 @@ def iteration_together(
     iteration:int=0, # Which iteration, >= 0
 )->dict: # Seconds by phase
     "One iteration as it is trained, timed by processor time."
-    trainer.step(iteration, time.process_time)
+    trainer.step(iteration, Laps())
     return trainer.laps.seconds
 
 # %% ../../nbs/train/11_speed.ipynb #91a463b0
