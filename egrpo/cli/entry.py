@@ -22,7 +22,7 @@ class Command:
     text:str # What it does, in a sentence
     example:str # A line that works
 
-NAMES = 'demo train report evaluate sample methods rewards recipes plan tune signal reproduce claims notebooks serve'
+NAMES = 'demo train report export evaluate sample methods rewards recipes plan tune signal reproduce claims notebooks serve'
 COMMANDS = dict.fromkeys(NAMES.split())
 
 def make_parser()->Parser: # The parser of the whole command line

@@ -126,10 +126,10 @@ GROUPS = {
               'step_weights noises window slide_every train_share split_every keep pruned_steps',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
-    'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr weight_decay adam_beta1 adam_beta2 '
-                    'max_grad_norm ema_decay',
-    'evaluation': 'eval_prompts eval_size eval_every eval_at eval_rewards',
-    'run': 'out resume checkpoint_every samples tracker seed',
+    'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr lr_schedule lr_warmup '
+                    'optimizer weight_decay adam_beta1 adam_beta2 max_grad_norm ema_decay',
+    'evaluation': 'eval_prompts eval_size eval_every eval_at eval_rewards patience',
+    'run': 'out resume resume_from checkpoint_every keep_checkpoints keep_best samples tracker seed',
 }
 
 def option_groups()->dict: # Title -> names

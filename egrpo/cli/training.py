@@ -259,12 +259,19 @@ def sample_command(
     source = c.eval_prompts or c.prompts
     return shlex.join(words + (['--prompts', source] if source != 'shapes' else []))
 
+def spent_option(
+    trainer, # A `Trainer` whose budget or patience is spent
+)->str: # With a space before it
+    "The option by which such a run goes on."
+    c = trainer.config
+    return ' --budget N' if c.budget is not None and trainer.nfe >= c.budget else ' --patience N'
+
 def run_report(
     trainer, # A `Trainer` whose run has ended
 )->str: # Lines
     "List the files of a finished run and their use."
     c, out = trainer.config, Path(trainer.config.out)
-    more = '' if stopped_early(trainer) else ' --budget N' if trainer.spent() else ' --iterations N'
+    more = '' if stopped_early(trainer) else spent_option(trainer) if trainer.spent() else ' --iterations N'
     rows = [('model', f'{out}/model', sample_command(c)),
             ('metrics', f'{out}/metrics.jsonl', 'a line per iteration'),
             ('evaluations', f'{out}/evaluations.csv', 'a row per evaluation and prompt'),
