@@ -136,6 +136,7 @@ def other(field):
     default = field.default
     if field.type is bool: return True, []
     if 'bool' in str(field.type): return False, ['no']
+    if 'dict' in str(field.type): return dict(num_frames=5), ['num_frames=5']
     if 'str' in str(field.type): return 'other', ['other']
     value = default + .25 if field.type is float else (default or 0) + 3
     return value, [str(value)]

@@ -73,12 +73,23 @@ KINDS = dict( # kind -> types, words for it
     float=((int, float), 'a number'),
     str=(str, 'text'),
     bool=(bool, 'true or false'),
+    dict=(dict, 'names with values, such as {num_frames: 17}'),
 )
+
+def _check_names(
+    name:str, # The argument
+    value:dict, # What was given for it
+)->dict: # The same
+    "Refuse names that are no text, and values that no file of settings can hold."
+    try: plain = all(isinstance(key, str) for key in value) and json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError): plain = False
+    if plain: return value
+    raise ValueError(f"{name} must hold numbers, text, true, false or lists by name, got {quote(value)}")
 
 def check_kind(
     name:str, # The argument
     value, # What was given for it
-    kind:str, # int, float, str or bool, perhaps with |None
+    kind:str, # int, float, str, bool or dict, perhaps with |None
 ): # The same; a path is expanded
     "Refuse a value of another kind, a number beyond its limit, a text that cannot be written."
     if value is None and kind.endswith('|None'): return value
@@ -88,6 +99,7 @@ def check_kind(
     if not isinstance(value, types) or is_bool != (kind == 'bool'):
         raise ValueError(f"{name} must be {wanted}, got {quote(value)}")
     if kind == 'bool': return value
+    if kind == 'dict': return _check_names(name, value)
     if kind != 'str': return check_number(name, value, kind)
     return check_path(name, value) if name in PATHS else check_text(name, value)
 

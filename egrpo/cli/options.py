@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from ..base.inputs import check_kind, quote
+from ..base.inputs import check_kind, from_json, quote
 from ..train.config import SETTINGS, kind_of
 
 # %% ../../nbs/cli/00_options.ipynb #775dc02d
@@ -19,7 +19,7 @@ from ..train.config import SETTINGS, kind_of
 class Option:
     "A field of `TrainConfig`, or a command's own setting, as an option."
     name:str # The field's name, such as num_steps; the option is --num-steps
-    kind:str # Its annotation: int, float, str or bool, perhaps with |None
+    kind:str # Its annotation: int, float, str, bool or dict, perhaps with |None
     default:object # Its default
     text:str # What it is: the field's comment
     shown:str='' # What stands for its value in the help; N, X or TEXT by its kind if not given
@@ -36,14 +36,29 @@ def yes_or_no(
     if word not in ('yes', 'no'): raise ValueError(f'{word!r} is neither yes nor no')
     return word == 'yes'
 
+def named_value(
+    word:str, # name=value
+)->dict: # name -> value: a number, true, false, a list in JSON, else text
+    "Read a value with its name."
+    name, equals, value = word.partition('=')
+    if not equals or not name.isidentifier(): raise ValueError(f'{word!r} is not of the form name=value')
+    try: return {name: from_json(value)}
+    except ValueError: return {name: value}
+
+class Join(argparse.Action):
+    "An option that may be repeated: its values are put together by name; none forgets them."
+    def __call__(self, parser, namespace, values, option_string=None):
+        known = getattr(namespace, self.dest, None) or {}
+        setattr(namespace, self.dest, known | values if values else None)
+
 def converter(
     kind:str, # An annotation as in `Option`
     name:str='it', # The option's name, which may have a limit of its own
 ):
     "The function that reads a word of the command line as a value of `kind`."
     plain = kind.removesuffix('|None')
-    read = dict(int=int, float=float, str=str, bool=yes_or_no)[plain]
-    wanted = dict(int='whole number', float='number', str='text', bool='yes or no')[plain]
+    read = dict(int=int, float=float, str=str, bool=yes_or_no, dict=named_value)[plain]
+    wanted = dict(int='whole number', float='number', str='text', bool='yes or no', dict='name=value')[plain]
     def convert(word):
         if kind.endswith('|None') and word.lower() == 'none': return None
         try: value = read(word)
@@ -69,11 +84,14 @@ def add_option(
     "Give a parser an option."
     flag, text = '--' + option.name.replace('_', '-'), option.text.replace('%', '%%').replace('None', 'none')
     if option.kind == 'bool': return parser.add_argument(flag, action='store_true', default=default, help=text)
-    shown = option.shown or {'int': 'N', 'float': 'X', 'str': 'TEXT', 'bool': 'yes|no'}[option.kind.removesuffix('|None')]
+    plain = option.kind.removesuffix('|None')
+    shown = option.shown or {'int': 'N', 'float': 'X', 'str': 'TEXT', 'bool': 'yes|no', 'dict': 'NAME=VALUE'}[plain]
+    if plain == 'dict': text += '; may be repeated'
     if option.default is not None or '|None' in option.kind: text += f' (default: {show_default(option.default)})'
-    alone = dict(nargs='?', const=True) if option.kind == 'bool|None' else {} # the flag by itself is a yes
+    more = dict(action=Join) if plain == 'dict' else {}
+    if option.kind == 'bool|None': more = dict(nargs='?', const=True) # the flag by itself is a yes
     read = converter(option.kind, option.name)
-    parser.add_argument(flag, type=read, default=default, metavar=shown, help=text, **alone)
+    parser.add_argument(flag, type=read, default=default, metavar=shown, help=text, **more)
 
 def add_fields(
     parser, # A parser or a group of options
@@ -91,7 +109,7 @@ def add_own(
 
 # %% ../../nbs/cli/00_options.ipynb #5e936676
 GROUPS = {
-    'model': 'model lora_rank lora_from resolution guidance',
+    'model': 'model lora_rank lora_alpha lora_targets lora_from resolution guidance call',
     'device and memory': 'device dtype micro_batch gradient_checkpointing compiled attention vae_tiling text_encoders embeddings',
     'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length '
               'step_weights noises window slide_every train_share split_every keep pruned_steps',

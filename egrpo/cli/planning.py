@@ -89,7 +89,7 @@ def plan_cost(
     return (f'{images} images of a prompt take {nfe:,} network evaluations ({images * plan.num_steps:,} if each were sampled on its own), '
             f'an update {gradient_nfe(plan)} with gradient')
 
-COST_OPTIONS = '''model lora_rank resolution guidance device dtype micro_batch gradient_checkpointing text_encoders embeddings
+COST_OPTIONS = '''model lora_rank lora_targets resolution guidance device dtype micro_batch gradient_checkpointing text_encoders embeddings
 prompts_per_iteration iterations inner_epochs beta ema_decay'''.split()
 SECONDS = dict(forward='Seconds of an evaluation of one latent, as measured on the device',
                backward='Seconds of an evaluation with gradient and its backward pass', image='Seconds of decoding and scoring an image')
@@ -253,8 +253,8 @@ def run_tune(
     say(table([['micro-batch', 'ms a latent', 'with gradient', 'MiB'], *rows]))
     say(f'\nlargest that fits: {tried[-1][0]}; as fast as any: --micro-batch {best_micro_batch(tried)}')
 
-TUNE_OPTIONS = '''model lora_rank lora_from resolution guidance device dtype gradient_checkpointing compiled attention vae_tiling
-text_encoders embeddings'''.split()
+TUNE_OPTIONS = '''model lora_rank lora_targets lora_from resolution guidance call device dtype gradient_checkpointing compiled attention
+vae_tiling text_encoders embeddings'''.split()
 
 def add_tune(
     parser:Parser, # The command's parser

@@ -15,7 +15,8 @@ from .tables import category_table
 from ..train.config import TrainConfig
 
 # %% ../../nbs/cli/06_sampling.ipynb #b77d3591
-SAMPLE_OPTIONS = 'model resolution guidance num_steps shift device dtype micro_batch vae_tiling text_encoders embeddings seed'.split()
+SAMPLE_OPTIONS = '''model resolution guidance call num_steps shift device dtype micro_batch vae_tiling text_encoders embeddings
+seed'''.split()
 
 def load_sampler(
     config, # A `TrainConfig`

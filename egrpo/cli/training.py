@@ -233,6 +233,18 @@ def is_own_schedule(
     if own is None: return False
     return same_schedule(dict(config=config.flat()), dict(num_steps=config.num_steps, shift=own))
 
+def option_words(
+    name:str, # A field of `TrainConfig`
+    value, # Its value
+)->list: # Words of a command line
+    "An option as it is typed."
+    flag = '--' + name.replace('_', '-')
+    if isinstance(value, bool): return [flag, ('no', 'yes')[value]]
+    if not isinstance(value, dict): return [flag, str(value)]
+    words = []
+    for key, o in value.items(): words += [flag, f'{key}={o if isinstance(o, str) else to_json(o)}']
+    return words
+
 def sample_command(
     config, # A `TrainConfig`
 )->str: # A line for the shell
@@ -242,8 +254,8 @@ def sample_command(
     words = ['egrpo', 'sample', '--model', *([c.model, '--lora', f'{Path(c.out)}/model'] if lora else [f'{Path(c.out)}/model'])]
     silent = {'shift'} if is_own_schedule(c) else set()
     for name in (o for o in SAMPLE_OPTIONS[1:-1] if o not in silent): # evaluations are on the noise of seed 0
-        value, flag = getattr(c, name), '--' + name.replace('_', '-')
-        if value != default[name].default: words += [flag, ('no', 'yes')[value] if isinstance(value, bool) else str(value)]
+        value = getattr(c, name)
+        if value != default[name].default: words += option_words(name, value)
     source = c.eval_prompts or c.prompts
     return shlex.join(words + (['--prompts', source] if source != 'shapes' else []))
 

@@ -209,7 +209,8 @@ class Entrance:
         "Say the guidance as this pipeline wants it."
         true = self.takes.get('true_cfg_scale')
         if true is None or true.default <= 1: return dict(guidance_scale=guidance) if 'guidance_scale' in self.takes else {}
-        negative = dict(negative_prompt=[' '] * rows) if guidance > 1 else {}
+        unwanted = self.asked.get('negative_prompt', ' ')
+        negative = dict(negative_prompt=[unwanted] * rows) if guidance > 1 else {}
         return dict(true_cfg_scale=guidance) | negative
 
     # ---- methods in place of the pipeline's

@@ -49,6 +49,23 @@ def check_enterable(
     name = pipeline.config.get('_name_or_path') or type(pipeline).__name__
     raise ValueError(f"model {str(name)!r} is a {type(pipeline).__name__}, which {obstacle}: name a text-to-image flow pipeline")
 
+# %% ../../nbs/models/12_general.ipynb #6302607e
+OWN = dict(prompt='prompts', height='resolution', width='resolution', num_inference_steps='num_steps', guidance_scale='guidance',
+           true_cfg_scale='guidance', sigmas='shift', timesteps='shift', latents='seed', generator='seed')
+FIXED = ('output_type', 'return_dict', 'prompt_embeds', 'num_images_per_prompt', 'num_videos_per_prompt', 'callback_on_step_end')
+
+def check_call(
+    pipeline, # A pipeline
+    call:dict, # Further arguments of its call
+):
+    "Refuse arguments that its call does not take, or that other settings give."
+    kind = type(pipeline).__name__
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    for name in sorted(call):
+        if name not in takes: raise ValueError(f"call: {name} is no argument of a {kind}'s call: leave it out")
+        if name in OWN: raise ValueError(f"call: {name} has a setting of its own: give {OWN[name]}")
+        if name in FIXED: raise ValueError(f"call: {name} cannot be changed: leave it out")
+
 # %% ../../nbs/models/12_general.ipynb #f4c7250d
 class GeneralPolicy(Policy):
     "A flow pipeline of diffusers without a class of its own, by its own call."
@@ -69,8 +86,7 @@ class GeneralPolicy(Policy):
         if low is not None and kwargs.get('lora_from'):
             raise ValueError("lora_from: a model of two networks starts from no LoRA: leave it out")
         self.call, self._counts = dict(call or {}), {}
-        unknown = sorted(self.call.keys() - inspect.signature(type(pipeline).__call__).parameters.keys())
-        if unknown: raise ValueError(f"call: {unknown[0]} is no argument of a {type(pipeline).__name__}'s call: leave it out")
+        check_call(pipeline, self.call)
         super().__init__(pipeline, lora_rank, resolution or own_resolution(pipeline), **kwargs)
         known = json.dumps(self.call, sort_keys=True, default=str)
         kept = self.prompts.embeddings

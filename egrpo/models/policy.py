@@ -51,13 +51,22 @@ def _cast(
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
+# %% ../../nbs/models/13_policy.ipynb #84b67291
+def called_policy(
+    kind:type, # A pipeline's class of policies
+    pipeline, # The pipeline
+)->type: # `GeneralPolicy`: the others do not use the pipeline's call
+    "The class of a policy that uses the pipeline's call. Refuses diffusion models, which have no flow to enter."
+    if kind is not UNetPolicy: return GeneralPolicy
+    raise ValueError(f"call: a {type(pipeline).__name__} is not trained through its own call: leave it out")
+
 # %% ../../nbs/models/13_policy.ipynb #989da148
 def load_policy(
     model='miniature', # 'miniature', a folder, a .safetensors file, a hub id, or a pipeline, which is changed in place
     device=None, # A device or its name; None = the best there is
     dtype:str|None=None, # 'fp32', 'bf16' or 'fp16'; None = `default_dtype`
     lora_rank:int|None=0, # Rank of the LoRA that is trained; 0 = the whole network, None = nothing, to sample only
-    **kwargs, # `resolution`, `guidance`, `micro_batch`, `seed`, `lora_from` and the other settings of `Policy`
+    **kwargs, # `resolution`, `guidance`, `micro_batch`, `seed`, `lora_from` and others of `Policy`, `call` of `GeneralPolicy`
 )->Policy: # The policy
     "Load a pipeline as a policy. A network trained whole is kept in fp32 and autocast to `dtype`; all else is stored in `dtype`."
     check_torch()
@@ -67,7 +76,8 @@ def load_policy(
     network = torch.float32 if whole else None
     pipeline = load(model, torch_dtype(dtype, device), network)
     kind = POLICIES.get(type(pipeline), GeneralPolicy)
-    if kwargs.get('call'): kind = GeneralPolicy # the others do not use the pipeline's call
+    if kwargs.get('call'): kind = called_policy(kind, pipeline)
+    else: kwargs.pop('call', None)
     return kind(pipeline, lora_rank, device=device, dtype=dtype, **kwargs)
 
 # %% ../../nbs/models/13_policy.ipynb #5c1ed018

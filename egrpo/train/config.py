@@ -28,7 +28,7 @@ def option(
 
 def kind_of(
     field:Field, # Of a dataclass
-)->str: # int, float, str or bool, perhaps with |None
+)->str: # int, float, str, bool or dict, perhaps with |None
     "A field's annotation as a word."
     return getattr(field.type, '__name__', None) or str(field.type).replace(' ', '')
 
@@ -105,6 +105,10 @@ class TrainConfig:
     ema_decay:float = option(0.9, 'Decay per optimiser step of the averaged weights that are evaluated and saved; '
                                   '0 = no average', least=0, below=1, remedy='0.99 averages over about 100 iterations')
     lora_rank:int = option(0, 'Rank of the LoRA that is trained; 0 = the whole transformer')
+    lora_alpha:float|None = option(None, 'Scale of a new LoRA: its product is scaled by alpha / rank; None = twice the rank',
+                                   above=0, loads=True)
+    lora_targets:str|None = option(None, 'Layers of a new LoRA, between commas: ends of names or classes of blocks, '
+                                         'such as to_q,to_v; None = the usual ones', loads=True)
     lora_from:str|None = option(None, 'A LoRA to train on: a folder, a .safetensors file or a hub id; it keeps its rank',
                                 loads=True)
     resolution:int|None = option(None, 'Side of the images in pixels; None = what the VAE was made for', above=0, loads=True)
@@ -117,6 +121,8 @@ class TrainConfig:
     eval_at:str|None = option(None, "Iterations after which is evaluated, too, such as '59 100'", free=True)
     eval_rewards:str|None = option(None, 'What an evaluation measures; None = verifier + verifier_strict '
                                          "in the miniature's world, else the reward")
+    call:dict|None = option(None, "Further arguments of the pipeline's call, such as num_frames, of a model "
+                                  'that is trained through it', loads=True)
     seed:int = option(0, 'Addresses all noise and the order of the prompts, 0 to 2**64 - 1', loads=True)
     device:str|None = option(None, 'cuda, mps or cpu; None = the best there is', where=True)
     dtype:str|None = option(None, 'Network dtype fp32, bf16 or fp16; None = bf16 on a CUDA GPU that has it, else fp32',
@@ -263,7 +269,8 @@ def check_config(
     evaluation_is_due(config, 0)
     _check_trackers(config.tracker)
     c = config
-    check_settings(c.lora_rank, c.micro_batch, c.guidance, c.lora_from, c.text_encoders, c.embeddings)
+    new_lora = c.lora_alpha, c.lora_targets
+    check_settings(c.lora_rank, c.micro_batch, c.guidance, c.lora_from, c.text_encoders, c.embeddings, *new_lora)
     updates, prompts = c.updates_per_iteration, c.prompts_per_iteration
     if updates <= prompts: return
     limit = f"must not exceed prompts_per_iteration ({prompts})"

@@ -128,21 +128,24 @@ def _count(module): return sum(p.numel() for p in module.parameters())
 def _lora_parameters(
     network, # A transformer on the meta device
     rank:int, # Rank of the LoRA
+    targets:str|None=None, # As for `lora_layers`
 )->int: # Parameters of the LoRA that egrpo adds
-    "Number of parameters of a LoRA on egrpo's targets."
-    return sum(rank * (m.in_features + m.out_features) for m in lora_layers(network).values())
+    "Number of parameters of a LoRA."
+    layers = lora_layers(network, targets).values() if rank else ()
+    return sum(rank * (m.in_features + m.out_features) for m in layers)
 
 @lru_cache(maxsize=8)
 def count_parameters(
     model:str, # As for `architecture`
     lora_rank:int=0, # Rank of a LoRA; 0 = none
+    lora_targets:str|None=None, # Its layers; None = the usual ones
 )->dict: # network, text, vae, lora -> parameters
     "Parameters of a model's parts."
     a = architecture(model)
     network = build_part(*a.network)
     text = sum(_count(build_part(*part)) for part in a.text)
     vae = _count(build_part(*a.vae))
-    return dict(network=_count(network), text=text, vae=vae, lora=_lora_parameters(network, lora_rank))
+    return dict(network=_count(network), text=text, vae=vae, lora=_lora_parameters(network, lora_rank, lora_targets))
 
 # %% ../../nbs/train/10_cost.ipynb #b83355b2
 def _empty_like(network, batch):
@@ -333,7 +336,7 @@ def _weights_memory(
     share:int, # Devices that share the network
 )->dict: # Part -> bytes
     "Bytes of weights, gradients and moments on one device."
-    n = count_parameters(config.model, config.lora_rank)
+    n = count_parameters(config.model, config.lora_rank, config.lora_targets)
     lora = _file_parameters(config.lora_from) if config.lora_from else n['lora']
     shared = share > 1
     part = lora or _ceil_div(n['network'], share) # a LoRA is not shared
@@ -393,7 +396,7 @@ def run_memory(
 )->dict: # Part -> bytes
     "Memory of a run on one device, by part."
     if share < 1: raise ValueError(f"share must be >= 1 devices, got {share}: 1 holds the whole network")
-    n = count_parameters(config.model, config.lora_rank)
+    n = count_parameters(config.model, config.lora_rank, config.lora_targets)
     dtype = network_dtype(config)
     small = DTYPES[dtype].itemsize
     parts = _weights_memory(config, small, share)
