@@ -23,8 +23,8 @@ RUN = [ # notebooks that are run from top to bottom and saved
 ]
 STOP = '''from egrpo import TrainConfig, Trainer
 import tempfile
-config = TrainConfig(num_generations=2, active_steps=1, num_steps=6, prompts_per_iteration=1, iterations=10000, eval_size=1, out=tempfile.mkdtemp())
-Trainer(config).fit()'''
+small = dict(num_generations=2, active_steps=1, num_steps=6, prompts_per_iteration=1, eval_size=1)
+Trainer(TrainConfig(**small, iterations=10000, out=tempfile.mkdtemp())).fit()'''
 
 
 def copied(
@@ -82,8 +82,8 @@ def run_all(
     "Run All, and wait for the end."
     page.click('text=Run >> nth=0')
     page.click('.lm-Menu-itemLabel >> text=/^Run All Cells$/')
-    page.wait_for_function("document.querySelectorAll('.jp-InputPrompt').length > 0 && "
-                           "![...document.querySelectorAll('.jp-InputPrompt')].some(o => o.textContent.includes('[*]'))", timeout=LONG)
+    busy = "[...document.querySelectorAll('.jp-InputPrompt')].some(o => o.textContent.includes('[*]'))"
+    page.wait_for_function(f"!{busy}", timeout=LONG)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=LONG)
 
 
@@ -103,16 +103,16 @@ def landing(page, address, shots):
     time.sleep(2)
     page.screenshot(path=shots/'landing.png')
     assert page.url.endswith('/lab/tree/nbs/index.ipynb'), page.url
-    assert not page.query_selector('text=Would you like to receive official Jupyter news?')
+    assert not page.query_selector('text=/Jupyter news/'), 'JupyterLab asks about news'
     assert not errors(page), errors(page)
     links = page.eval_on_selector_all('.jp-RenderedMarkdown a[href]', "all => all.map(o => o.getAttribute('href'))")
-    paths = [link for link in links if '/files/' in link or link.startswith(('/', address)) and '#' not in link]
     return f'{len(links)} links, picture shown'
 
 
 def dark(page, address, shots):
     "The same in the dark theme."
-    page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    page.goto(address)
+    page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=LONG)
     page.click('text=Settings >> nth=0')
     page.hover('.lm-Menu-itemLabel >> text=Theme')
     page.click('.lm-Menu-itemLabel >> text=JupyterLab Dark')
@@ -125,17 +125,18 @@ def stop(page, address, shots):
     "The stop button ends Run All: the training cell fails with where its checkpoint is, the next cell does not run."
     import nbformat
     cells = [nbformat.v4.new_code_cell(STOP), nbformat.v4.new_code_cell("print('went on')")]
-    nb = nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
+    nb = nbformat.v4.new_notebook(cells=cells, metadata=sync.METADATA)
     nbformat.write(nb, page.folder/'nbs/stop.ipynb')
     open_notebook(page, address, 'nbs/stop.ipynb')
     page.click('text=Run >> nth=0')
     page.click('.lm-Menu-itemLabel >> text=/^Run All Cells$/')
-    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(o => /[2-9]\\/10000/.test(o.innerText))", timeout=LONG)
+    printed = "[...document.querySelectorAll('.jp-OutputArea-output')].map(o => o.innerText).join(' ')"
+    page.wait_for_function(f"/[2-9]\\/10000/.test({printed})", timeout=LONG)
     page.click('[data-command="notebook:interrupt-kernel"], [title^="Interrupt the kernel"] >> nth=0')
-    page.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(o => o.innerText.includes('resume=True'))", timeout=LONG)
+    page.wait_for_function(f"{printed}.includes('resume=True')", timeout=LONG)
     page.wait_for_timeout(1000)
     page.screenshot(path=shots/'stop.png')
-    said = ' '.join(page.eval_on_selector_all('.jp-OutputArea-output', 'all => all.map(o => o.innerText)'))
+    said = page.evaluate(printed)
     (page.folder/'nbs/stop.ipynb').unlink()
     assert 'went on' not in said
     return re.search(r'stopped after iteration \d+', said)[0]
@@ -176,7 +177,15 @@ def widgets(page, address, shots):
     return f'redrawn in {time.monotonic() - began:.2f} s'
 
 
-CHECKS = dict(landing=landing, dark=dark, widgets=widgets, stop=stop, clean=clean)
+def opened(page, address, shots):
+    "A notebook that is only opened is not modified; its metadata are what JupyterLab would write, for our version of Python."
+    open_notebook(page, address, 'nbs/core/00_sigmas.ipynb')
+    page.wait_for_timeout(3000)
+    assert not page.query_selector('.jp-mod-dirty'), 'JupyterLab shows it as modified'
+    return 'not modified'
+
+
+CHECKS = dict(landing=landing, dark=dark, opened=opened, widgets=widgets, stop=stop, clean=clean)
 
 
 def main(
