@@ -18,7 +18,7 @@ root = sync.root
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 LONG = 300_000 # ms that a notebook may take
 RUN = [ # notebooks that are run from top to bottom and saved
-    'nbs/index.ipynb', 'nbs/guides/start_here.ipynb', 'nbs/core/02_entropy.ipynb', 'nbs/show/01_widgets.ipynb',
+    'nbs/index.ipynb', 'nbs/core/02_entropy.ipynb', 'nbs/core/03_plan.ipynb', 'nbs/show/01_widgets.ipynb',
     'nbs/figures/egrpo/fig1b_entropy.ipynb',
 ]
 STOP = '''from egrpo import TrainConfig, Trainer
@@ -156,7 +156,7 @@ def clean(page, address, shots):
         page.wait_for_timeout(1500)
     subprocess.check_call([sys.executable, page.folder/'tests/sync.py', 'write'], cwd=page.folder)
     changed = subprocess.check_output(['git', 'status', '--porcelain'], cwd=page.folder, text=True).strip()
-    if changed: subprocess.call(['git', '--no-pager', 'diff', '--stat'], cwd=page.folder)
+    if changed: subprocess.call(['git', '--no-pager', 'diff', '--stat', '-p'], cwd=page.folder)
     assert not faults and not changed, '\n'.join([*faults, changed])
     return f'{len(RUN)} notebooks'
 
@@ -165,6 +165,8 @@ def widgets(page, address, shots):
     "Controls redraw the picture."
     open_notebook(page, address, 'nbs/guides/start_here.ipynb')
     run_all(page)
+    assert not errors(page), errors(page)
+    page.screenshot(path=shots/'start_here.png')
     image = page.locator('.widget-image, img.jupyter-widgets').first
     before = image.get_attribute('src')
     slider = page.locator('.widget-readout').first
