@@ -45,7 +45,7 @@ browser: $(READY) ## JupyterLab driven in a real browser: links, Stop, clean sav
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
 	@$(BIN)/python tests/browser.py $(ARGS)
 
-docs: $(VENV)/.docs ## the site, into _site/html: notebooks, claims and a page per public name, to be read without a network
+docs: $(READY) ## the site, into _site/html: notebooks, claims and a page per public name, to be read without a network
 	@$(BIN)/python tests/pages.py
 
 notebooks: $(READY) ## after editing: clean the notebooks, write egrpo/*.py, README.md and PAPERS.md
@@ -64,8 +64,4 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV), once: $(TORCH) first, then the rest of constraints.txt (some minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	@touch $@
-
-$(VENV)/.docs: $(READY)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	@touch $@

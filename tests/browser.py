@@ -82,8 +82,9 @@ def run_all(
     "Run All, and wait for the end."
     page.click('text=Run >> nth=0')
     page.click('.lm-Menu-itemLabel >> text=/^Run All Cells$/')
-    busy = "[...document.querySelectorAll('.jp-InputPrompt')].some(o => o.textContent.includes('[*]'))"
-    page.wait_for_function(f"!{busy}", timeout=LONG)
+    asked = "[...document.querySelectorAll('.jp-InputPrompt')].some(o => o.textContent.includes('[*]'))"
+    page.wait_for_function(asked, timeout=LONG)
+    page.wait_for_function(f'!{asked}', timeout=LONG)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=LONG)
 
 
