@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 
 from egrpo.cli import demo, entry, options, paper, planning, sampling, shared, tables, training
 from egrpo.cli.commands import COMMANDS, main
@@ -28,6 +29,7 @@ from egrpo.paper.claims import CLAIMS
 from egrpo.paper.experiments import EXPERIMENTS
 from egrpo.paper.records import SCALES, load_record
 from egrpo.show import plots
+from egrpo.show.samples import to_image
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.config import SETTINGS, TrainConfig, check_config
 from egrpo.train.evaluate import sample_images
@@ -105,7 +107,8 @@ def actions(name):
 def test_every_option_has_help_and_default(name):
     for action in actions(name):
         assert action.help, action.dest
-        known = '(default: ' in action.help or action.nargs == 0 or action.dest in ('lora', 'prompts', 'picture', 'out', 'name', 'recipe')
+        none = 'lora', 'prompts', 'picture', 'out', 'name', 'recipe', 'folder'
+        known = '(default: ' in action.help or action.nargs == 0 or action.dest in none
         assert known, f'{name} --{action.dest}: {action.help}'
 
 
@@ -136,6 +139,7 @@ def other(field):
     default = field.default
     if field.type is bool: return True, []
     if 'bool' in str(field.type): return False, ['no']
+    if 'int | str' in str(field.type): return '768x1344', ['768x1344']
     if 'dict' in str(field.type): return dict(num_frames=5), ['num_frames=5']
     if 'str' in str(field.type): return 'other', ['other']
     value = default + .25 if field.type is float else (default or 0) + 3
@@ -328,12 +332,18 @@ def test_dropout_of_a_lora_sleeps(tmp_path):
 def test_sample(here, monkeypatch):
     drawn, grid = [], plots.image_grid
     monkeypatch.setattr(plots, 'image_grid', lambda *args, columns: drawn.append((*args, columns)) or grid(*args, columns))
-    words = "sample --prompt 'a red circle' --prompt 'a cat' --images 3 --num-steps 4 --device cpu --out new/grid.png"
+    words = "sample --prompt 'a red circle' --prompt 'a cat' --images 3 --num-steps 4 --device cpu --out new/grid.png --each"
     assert main(shlex.split(words)) == 0
     images, titles, columns = drawn[0]
     assert len(images) == 6 and columns == 3 and titles == ['a red circle'] * 3 + ['a cat'] * 3
     assert min((images[i] - images[j]).abs().max() for i in range(3) for j in range(i)) > .01
     assert (here/'new/grid.png').stat().st_size > 5_000
+    each = sorted((here/'new/grid').iterdir())
+    assert [p.name for p in each] == [*(f'000{i}_a_red_circle.png' for i in range(3)), *(f'000{i}_a_cat.png' for i in range(3, 6))]
+    with Image.open(each[4]) as picture:
+        about = {name: picture.text[name] for name in ('prompt', 'seed', 'place', 'model', 'steps')}
+        assert about == dict(prompt='a cat', seed='0', place='4', model='miniature', steps='4')
+        assert to_image(images[4]).tobytes() == picture.tobytes()
     assert main(shlex.split("sample --prompt 'a red circle' --num-steps 4 --device cpu --seed 1")) == 0
     assert (drawn[1][0][0] - images[0]).abs().max() > .01 and drawn[1][1][0][0] in '✓✗'
 
@@ -554,3 +564,13 @@ def test_the_guides_commands_are_understood(tmp_path, monkeypatch, capsys):
             config = TrainConfig(**planning.preset(args.scale) | shared.given(args, options.config_options()))
             check_config(config)
             check_method(config.method, config)
+
+
+def test_tune_names_a_suffix(tmp_path, monkeypatch, capsys):
+    "The cheapest that keeps the order."
+    monkeypatch.chdir(tmp_path)
+    words = 'tune --suffix --device cpu --most 1 --num-steps 4 --probe-prompts 1 --reward preference --agreement -1'
+    assert main(shlex.split(words)) == 0
+    out = capsys.readouterr().out
+    assert 'agreement' in out and re.search(r'saves most and keeps -1: --solver (euler|ab2) --stride 3', out)
+    assert not [*tmp_path.iterdir()]

@@ -196,6 +196,7 @@ def test_gains_and_pictures_survive_a_resume(tmp_path):
     assert len(seen) == 3 and gains[2] == pytest.approx(sum(now[p] - seen[p] for p in now) / 2)
     assert evaluation_metrics(resumed.history) == evaluation_metrics(straight.history)
     assert abs(evaluation_metrics(straight.history)['eval_gain/verifier']) > 0
+    assert resumed.run.report.read_text(encoding='utf-8').count("<figure") == 3 * 2 + 3
     sheets = [(run.run.samples/'3.png').read_bytes() for run in (straight, resumed)]
     assert sheets[0] == sheets[1]
     assert {p.name for p in straight.run.samples.iterdir()} == {*'before now group 0.png 1.png 2.png 3.png'.split()}

@@ -6,9 +6,9 @@
 __all__ = ['main']
 
 # %% ../../nbs/cli/11_commands.ipynb #c110b003
-from egrpo.cli import demo, entry, lists, paper, planning, sampling, serving, training
+from egrpo.cli import demo, entry, exporting, lists, paper, planning, reporting, sampling, serving, training
 
-MODULES = demo, lists, paper, planning, sampling, serving, training
+MODULES = demo, exporting, lists, paper, planning, reporting, sampling, serving, training
 COMMANDS = entry.COMMANDS
 
 # %% ../../nbs/cli/11_commands.ipynb #e6cf53f5

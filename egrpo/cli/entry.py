@@ -22,7 +22,8 @@ class Command:
     text:str # What it does, in a sentence
     example:str # A line that works
 
-COMMANDS = dict.fromkeys('demo train evaluate sample methods rewards recipes plan tune signal reproduce claims notebooks serve'.split())
+NAMES = 'demo train report export evaluate sample methods rewards recipes plan tune signal reproduce claims notebooks serve'
+COMMANDS = dict.fromkeys(NAMES.split())
 
 def make_parser()->Parser: # The parser of the whole command line
     "All commands with their options."

@@ -242,8 +242,10 @@ def run_tune(
     "egrpo tune: try micro-batches, print a line to use."
     from egrpo.train.config import check_config
     from egrpo.train.cost import best_micro_batch, free_bytes, policy_of, tune
-    config = TrainConfig(**(preset(args.scale) if args.scale else {}) | given(args, TUNE_OPTIONS))
+    from egrpo.train.prepare import prepare
+    config = TrainConfig(**(preset(args.scale) if args.scale else {}) | given(args, TUNE_OPTIONS + SUFFIX_OPTIONS))
     check_config(config)
+    prepared = prepare(replace(config, plan=dict(active_steps=config.num_steps // 2))) if args.suffix else None
     if args.most < 1: raise ValueError(f"most must be >= 1, got {args.most}: the largest micro-batch to try")
     check_device(config.device)
     policy = policy_of(config)
@@ -252,6 +254,26 @@ def run_tune(
     rows = [[str(n), f'{1000 * s.forward:.4g}', f'{1000 * s.backward:.4g}', f'{b / 2**20:,.0f}'] for n, s, b in tried]
     say(table([['micro-batch', 'ms a latent', 'with gradient', 'MiB'], *rows]))
     say(f'\nlargest that fits: {tried[-1][0]}; as fast as any: --micro-batch {best_micro_batch(tried)}')
+    policy.micro_batch = best_micro_batch(tried)
+    if prepared: say(suffix_text(policy, prepared, args.probe_prompts, args.agreement))
+
+SUFFIX_OPTIONS = 'num_steps prompts reward'.split()
+
+def suffix_text(
+    policy, # A policy
+    prepared, # From `egrpo.train.prepare.prepare`
+    prompts:int, # How many are asked
+    least:float, # Agreement that must be kept
+)->str: # Lines
+    "Table of approximate suffixes, and the one to use."
+    from egrpo.paper.suffix import best_suffix, try_suffixes
+    if prompts < 1: raise ValueError(f"probe-prompts must be >= 1, got {prompts}: 8 give a first answer")
+    tried = try_suffixes(policy, prepared.prompts[:prompts], prepared.reward, prepared.config.num_steps)
+    rows = [[o.solver, str(o.stride), f'{o.agreement:.3f}', f'{o.saved:.0%}'] for o in tried]
+    best = best_suffix(tried, least)
+    answer = f'none keeps {least:g}: leave solver and stride out'
+    if best: answer = f'saves most and keeps {least:g}: --solver {best.solver} --stride {best.stride}'
+    return f"\n{table([['solver', 'stride', 'agreement', 'saved'], *rows])}\n\n{answer}"
 
 TUNE_OPTIONS = '''model lora_rank lora_targets lora_from resolution guidance call device dtype gradient_checkpointing compiled attention
 vae_tiling text_encoders embeddings'''.split()
@@ -265,5 +287,11 @@ def add_tune(
     add_fields(group, TUNE_OPTIONS)
     add_own(group, Option('limit', 'float|None', None, 'GiB a micro-batch may take; none = what is free, half of it on a CPU'),
             Option('most', 'int', 256, 'Largest micro-batch to try'))
+    group = parser.add_argument_group('solver and stride of the ODE after a stochastic step')
+    add_own(group, Option('suffix', 'bool', False, "Try which suffix saves evaluations and keeps the order of a group's rewards"),
+            Option('probe_prompts', 'int', 8, 'Prompts that are asked'),
+            Option('agreement', 'float', .98, 'Rank correlation of rewards that must be kept'))
+    add_fields(group, SUFFIX_OPTIONS)
 
-COMMANDS['tune'] = Command(run_tune, add_tune, 'Find the largest micro-batch that fits and the one to use.', 'egrpo tune --lora-rank 8')
+COMMANDS['tune'] = Command(run_tune, add_tune, 'Find the micro-batch to use; with --suffix solver and stride, too.',
+                           'egrpo tune --lora-rank 8')

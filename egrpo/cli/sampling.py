@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/cli/06_sampling.ipynb #c1106003
+import re
 from pathlib import Path
 
 from .entry import COMMANDS, Command
@@ -46,6 +47,26 @@ def sample_prompts_of(
     else: prompts = args.prompt or [sample_prompts(1, 0, 'held_out', c)[0] for c in CATEGORIES]
     return [p for p in prompts[:args.size] for _ in range(args.images)]
 
+def file_name(
+    place:int, # Of the image among all
+    prompt:str, # Its prompt
+)->str: # Letters, digits and _ alone
+    "A name for an image's file, the same in every call and safe on every system."
+    words = re.sub('[^a-z0-9]+', '_', prompt.lower()).strip('_')
+    return f'{place:04}_{words[:48]}'.rstrip('_') + '.png'
+
+def write_each(
+    images, # (N,3,H,W) images in [0, 1]
+    prompts:list, # N prompts
+    folder, # Where
+    **about, # What else is to be known of all: model, seed, steps
+):
+    "Write a PNG file per image, with prompt, place and settings among its texts."
+    from egrpo.show.samples import to_image, verifier_marks, write_png
+    for place, (image, prompt, mark) in enumerate(zip(images, prompts, verifier_marks(images, prompts))):
+        path = Path(folder)/file_name(place, prompt)
+        write_png(to_image(image), path, prompt=prompt, place=place, mark=mark, **about)
+
 def run_sample(
     args, # Parsed arguments
 ):
@@ -58,6 +79,11 @@ def run_sample(
     titles = [f'{mark} {prompt}'.strip() for mark, prompt in zip(verifier_marks(images, prompts), prompts)]
     axes = image_grid(images, titles, columns=args.images if args.images > 1 else 8)
     say(f'{len(images)} images: {save_picture(axes[0].figure, out)}')
+    if not args.each: return
+    folder = out.with_suffix('')
+    about = {name: getattr(config, name) for name in ('model', 'seed', 'guidance', 'resolution', 'shift')}
+    write_each(images, prompts, folder, steps=config.num_steps, lora=args.lora, **about)
+    say(f'one by one: {folder}')
 
 def add_model_options(
     parser:Parser, # The command's parser
@@ -80,7 +106,8 @@ def add_sample(
     add_own(group, Option('prompts', 'str', None, "Text file with one prompt a line, 'shapes' or 'hpd'", 'FILE'),
             Option('size', 'int', 48, 'Most prompts to draw'),
             Option('images', 'int', 1, 'Images per prompt, each from its own noise'),
-            Option('out', 'str', 'samples.png', 'Picture to write, a grid', 'FILE'))
+            Option('out', 'str', 'samples.png', 'Picture to write, a grid', 'FILE'),
+            Option('each', 'bool', False, 'Write each image, too, into a folder named as the picture, with its prompt and settings inside'))
 
 COMMANDS['sample'] = Command(run_sample, add_sample, 'Draw images from a model, as it is or with a trained LoRA.',
                              "egrpo sample --prompt 'three purple crosses' --prompt 'a red circle' --images 4")

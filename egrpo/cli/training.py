@@ -259,12 +259,19 @@ def sample_command(
     source = c.eval_prompts or c.prompts
     return shlex.join(words + (['--prompts', source] if source != 'shapes' else []))
 
+def spent_option(
+    trainer, # A `Trainer` whose budget or patience is spent
+)->str: # With a space before it
+    "The option by which such a run goes on."
+    c = trainer.config
+    return ' --budget N' if c.budget is not None and trainer.nfe >= c.budget else ' --patience N'
+
 def run_report(
     trainer, # A `Trainer` whose run has ended
 )->str: # Lines
     "List the files of a finished run and their use."
     c, out = trainer.config, Path(trainer.config.out)
-    more = '' if stopped_early(trainer) else ' --budget N' if trainer.spent() else ' --iterations N'
+    more = '' if stopped_early(trainer) else spent_option(trainer) if trainer.spent() else ' --iterations N'
     rows = [('model', f'{out}/model', sample_command(c)),
             ('metrics', f'{out}/metrics.jsonl', 'a line per iteration'),
             ('evaluations', f'{out}/evaluations.csv', 'a row per evaluation and prompt'),
@@ -329,3 +336,62 @@ def add_signal(
 
 COMMANDS['signal'] = Command(run_signal, add_signal, 'Measure how much of the gradient is signal: which steps to train, how large a batch.',
                              'egrpo signal --reward preference --batches 32 --out signal.json')
+
+# %% ../../nbs/cli/07_training.ipynb #e8960d7b
+def phase_rows(
+    report, # From `egrpo.train.phases.measure_phases`
+)->list: # Rows of a table
+    "A row per phase, and one of all."
+    seconds = sum(o.seconds for o in report.phases)
+    def row(name, took, predicted, flops, held):
+        "Cells of a phase."
+        known = '' if predicted is None else f'{predicted:.3g}'
+        reached = flops / took / report.peak
+        return [name, f'{took:.3g}', known, f'{took / seconds:.0%}', f'{flops / 1e12:.3g}', f'{reached:.1%}', f'{held / 2**30:.2f}']
+    rows = [row(o.name, o.seconds, o.predicted, o.flops, o.bytes) for o in report.phases]
+    held, predicted = max(o.bytes for o in report.phases), sum(o.predicted or 0. for o in report.phases)
+    head = ['', 'seconds', 'predicted', 'of all', 'Tflop', 'of peak', 'GiB at most']
+    return [head, *rows, row('iteration', seconds, predicted, sum(o.flops for o in report.phases), held)]
+
+def phase_text(
+    report, # From `egrpo.train.phases.measure_phases`
+)->str: # Lines
+    "What else was measured."
+    count = f'an iteration takes {report.nfe:,} network evaluations'
+    peak = f'a product of large matrices reaches {report.peak / 1e12:.3g} Tflop/s here'
+    counted = report.predicted_bytes
+    if counted is None: return f'{count}; {peak}; memory is not counted for this family'
+    return f'{count}; {peak}; {counted / 2**30:.2f} GiB by the cost model, and what decoding and rewards need'
+
+def run_speed(
+    args, # Parsed arguments
+):
+    "egrpo speed: measure the phases of an iteration and print the table; nothing is saved."
+    from egrpo.train.phases import measure_phases
+    from egrpo.train.prepare import describe_run
+    from egrpo.train.trainer import Trainer
+    if args.rounds < 1: raise ValueError(f"rounds must be >= 1, got {args.rounds}: 3 give a median worth having")
+    for name in ('out', 'resume'): vars(args).pop(name, None)
+    with tempfile.TemporaryDirectory() as folder:
+        short = dict(iterations=args.rounds + 1, out=f'{folder}/run', profile_cache=None, tracker=None)
+        prepared = check_run(replace(train_config(args), **short))
+        if not args.json: say(describe_run(prepared))
+        report = measure_phases(Trainer(prepared), args.rounds)
+    if args.json: return say(to_json(report.as_dict(), indent=1))
+    say(f'\n{table(phase_rows(report))}\n')
+    say(fold(phase_text(report)))
+
+def add_speed(
+    parser:Parser, # The command's parser
+):
+    "Options of egrpo speed: those of a training."
+    add_recipe(parser)
+    scale = 'Settings of a scale, smoke, mini, confirm, gpu or flux (default: EGRPO_SCALE, else none)'
+    add_own(parser.add_argument_group('measurement'),
+            Option('rounds', 'int', 3, 'Iterations that are timed, after one that is not; the median counts'),
+            Option('json', 'bool', False, 'Print all numbers as JSON'),
+            Option('scale', 'str', None, scale, 'NAME'))
+    for title, names in option_groups().items(): add_fields(parser.add_argument_group(title), names)
+
+COMMANDS['speed'] = Command(run_speed, add_speed, 'Measure where an iteration spends its time and memory; nothing is saved.',
+                            'egrpo speed flux_lora_80gb --rounds 2')

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -282,3 +283,18 @@ def save_lora(
         settings = {f'{first}.{n}': x for n, x in settings.items()}
         write_lora(place/LORA_FILES[0], tensors, settings)
 
+
+# %% ../../nbs/models/06_lora.ipynb #09befc6c
+def merge_lora(
+    pipeline, # A pipeline, changed in place
+)->list: # Names of the parts that had a LoRA
+    "Add LoRAs to the weights they belong to, and take them out."
+    parts = _lora_parts(pipeline)
+    for part in parts:
+        model = getattr(pipeline, part)
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer): module.merge(safe_merge=True)
+        recurse_remove_peft_layers(model)
+        del model.peft_config
+        model._hf_peft_config_loaded = False
+    return parts

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/paper/09_suffix.ipynb #9031ce20
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -51,9 +51,11 @@ def suffix_plan(
     num_steps:int=16, # T, denoising steps; half of them are active
     groups:int=4, # How many of the active steps have a group, evenly spread
     num_generations:int=12, # G, samples of each
+    shift:float|Tensor=3., # A shift, or (T+1,) noise levels
 )->Plan: # The plan of one prompt
     "E-GRPO's plan with some of its groups."
-    plan = make_plan('egrpo', num_steps=num_steps, active_steps=num_steps // 2, num_generations=num_generations)
+    counts = dict(num_steps=num_steps, active_steps=num_steps // 2, num_generations=num_generations)
+    plan = make_plan('egrpo', shift=shift, **counts)
     every = max(1, len(plan.branches) // groups)
     return replace(plan, branches=plan.branches[::every])
 
@@ -94,6 +96,50 @@ def suffix_costs(
     runs = {name: partial(sample, p) for name, p in plans.items()}
     seconds = time_in_turns(runs, rounds, policy.device)
     return dict(seconds=seconds, nfe={name: rollout_nfe(p) for name, p in plans.items()})
+
+# %% ../../nbs/paper/09_suffix.ipynb #c1365876
+@dataclass
+class Suffix:
+    "A solver and stride for the ODE after a stochastic step."
+    solver:str # euler or ab2
+    stride:int # Schedule steps per ODE step
+    agreement:float # Mean rank correlation within groups with the whole suffix, of the reward that has least
+    saved:float # Share of a rollout's network evaluations
+
+def try_suffixes(
+    policy, # A policy
+    prompts:list, # P prompts
+    rewards, # A `RewardSet`
+    num_steps:int=16, # T, denoising steps
+    num_generations:int=8, # G, samples of a group
+    strides:tuple=(2, 3), # To be tried, >= 2
+)->list: # A `Suffix` each
+    "Measure the agreement of rewards, and the saving, of approximate suffixes."
+    plan = suffix_plan(num_steps, 4, num_generations, policy.sigmas(num_steps))
+    exact, found = None, []
+    for solver in SOLVERS:
+        own, *scores = suffix_scores(policy, prompts, plan, rewards, solver, (1, *strides))
+        exact = exact or own # Euler's, the first
+        for stride, values in zip(strides, scores):
+            cheap = replace(plan, strides=(stride,), solver=solver)
+            saved = 1 - rollout_nfe(cheap) / rollout_nfe(plan)
+            found.append(Suffix(solver, stride, _least_agreement(values, exact), saved))
+    return found
+
+def _least_agreement(scores, exact):
+    "Mean rank correlation of the reward that has least; of rewards that differ within groups."
+    each = [group_agreement(scores[name], exact[name], ranks=True) for name in exact]
+    means = [float(values.mean()) for values in each if len(values)]
+    if means: return min(means)
+    raise ValueError("suffix: no group has rewards that differ: take more prompts, or another reward")
+
+def best_suffix(
+    tried:list, # From `try_suffixes`
+    least:float=.98, # Agreement that must be kept
+)->Suffix|None: # None = none keeps it
+    "Find the suffix that saves most among those that keep the agreement."
+    good = [o for o in tried if o.agreement >= least]
+    return max(good, key=lambda o: (o.saved, o.agreement), default=None)
 
 # %% ../../nbs/paper/09_suffix.ipynb #10fba22d
 @torch.no_grad()

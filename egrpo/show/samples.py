@@ -68,6 +68,21 @@ def read_picture(
     scores, iteration = json.loads(text['scores']), int(text['iteration'])
     return Picture(pixels, text['prompt'], scores, text['mark'], iteration, text['label'])
 
+def write_pictures(
+    folder, # Replaced, whole or not at all
+    pictures:dict, # Name -> `Picture`
+):
+    "Write pictures into a folder."
+    with write_whole(folder, folder=True) as draft:
+        for name, picture in pictures.items(): write_picture(picture, draft/f'{name}.png')
+
+def read_pictures(
+    folder, # One that `write_pictures` wrote, or none
+)->dict: # Name -> `Picture`, numbers in order
+    "Read the pictures of a folder."
+    found = {path.stem: read_picture(path) for path in Path(folder).glob('*.png')}
+    return {name: found[name] for name in sorted(found, key=lambda name: (len(name), name))}
+
 # %% ../../nbs/show/01_samples.ipynb #07e99ea1
 def verifier_marks(
     images:Tensor, # (N,3,H,W) images in [0, 1]

@@ -19,6 +19,18 @@ from safetensors.torch import load_file, save_file
 from ..base.files import digest, file_digest, find_whole, read_object, write_whole
 
 # %% ../../nbs/train/04_checkpoint.ipynb #6ca325d7
+def _entries(state):
+    "A parameter's state as tensors; bitsandbytes puts some into a dictionary, and shares them among parameters."
+    entries = {}
+    for key, value in state.items():
+        if isinstance(value, dict): entries |= {k: v.clone() for k, v in value.items()}
+        else: entries[key] = torch.as_tensor(value)
+    return entries
+
+def _as_it_was(value):
+    "A tensor, or the whole number that it was before: a count of steps."
+    return value.item() if value.dtype == torch.int64 and not value.ndim else value
+
 def optimizer_tensors(
     optimizer, # An AdamW (or any optimiser whose state per parameter is tensors)
     names:list, # Names of its parameters, in order
@@ -27,7 +39,11 @@ def optimizer_tensors(
     state = optimizer.state_dict()['state']
     tensors = {}
     for i, name in enumerate(names):
-        for key, value in state.get(i, {}).items(): tensors[f'{name}|{key}'] = torch.as_tensor(value)
+        for key, value in _entries(state.get(i, {})).items(): tensors[f'{name}|{key}'] = value
+    for key, value in optimizer.param_groups[0].items(): # what an optimiser such as Prodigy has found for all
+        default = optimizer.defaults.get(key)
+        is_found = isinstance(default, (int, float)) and key != 'lr' and value != default
+        if is_found: tensors[f'|{key}'] = torch.tensor(float(value), dtype=torch.float64)
     return tensors
 
 def load_optimizer_tensors(
@@ -39,9 +55,12 @@ def load_optimizer_tensors(
     state = {name: {} for name in names}
     for full, value in tensors.items():
         name, key = full.rsplit('|', 1)
-        if name in state: state[name][key] = value
+        if name in state: state[name][key] = _as_it_was(value)
     numbered = {i: state[name] for i, name in enumerate(names) if state[name]}
     groups = optimizer.state_dict()['param_groups']
+    for full, value in tensors.items():
+        name, key = full.rsplit('|', 1)
+        if not name: groups[0][key] = type(optimizer.defaults[key])(value.item())
     optimizer.load_state_dict(dict(state=numbered, param_groups=groups))
 
 # %% ../../nbs/train/04_checkpoint.ipynb #a74fdc81

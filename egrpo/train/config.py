@@ -10,6 +10,7 @@ import operator
 import os
 from dataclasses import Field, dataclass, field, fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from inspect import Parameter, Signature
 
 from ..base.inputs import PATHS, check_kind, expand
@@ -28,7 +29,7 @@ def option(
 
 def kind_of(
     field:Field, # Of a dataclass
-)->str: # int, float, str, bool or dict, perhaps with |None
+)->str: # int, float, str, bool, dict or int|str, perhaps with |None
     "A field's annotation as a word."
     return getattr(field.type, '__name__', None) or str(field.type).replace(' ', '')
 
@@ -97,7 +98,12 @@ class TrainConfig:
     updates_per_iteration:int = option(1, "Optimiser steps an iteration's prompts are split into", least=1)
     inner_epochs:int = option(1, "Passes over an iteration's samples; more than 1 leaves the policy that sampled, "
                                  'within the clip range', least=1)
-    lr:float = option(1e-4, 'Learning rate, constant', above=0)
+    lr:float = option(1e-4, 'Learning rate', free=True, above=0)
+    lr_schedule:str = option('constant', 'Learning rate over the iterations: constant, constant_with_warmup, linear or cosine', free=True,
+                             choices=('constant', 'constant_with_warmup', 'linear', 'cosine'))
+    lr_warmup:int = option(0, 'Iterations in which the learning rate rises to lr', free=True, least=0)
+    optimizer:str = option('adamw', 'Optimiser: adamw, adamw8bit (with bitsandbytes) or prodigy (with prodigyopt; lr 1)',
+                           choices=('adamw', 'adamw8bit', 'prodigy'))
     weight_decay:float = option(1e-4, "AdamW's weight decay", least=0)
     adam_beta1:float = option(0.9, "AdamW's beta1", least=0, below=1)
     adam_beta2:float = option(0.999, "AdamW's beta2", least=0, below=1)
@@ -111,7 +117,8 @@ class TrainConfig:
                                          'such as to_q,to_v; None = the usual ones', loads=True)
     lora_from:str|None = option(None, 'A LoRA to train on: a folder, a .safetensors file or a hub id; it keeps its rank',
                                 loads=True)
-    resolution:int|None = option(None, 'Side of the images in pixels; None = what the VAE was made for', above=0, loads=True)
+    resolution:int|str|None = option(None, 'Side of the images in pixels, or HEIGHTxWIDTH such as 768x1344; '
+                                           'None = what the VAE was made for', above=0, loads=True)
     guidance:float = option(3.5, "Guidance: an input of FLUX.1-dev, the scale of Stable Diffusion's "
                                  '(two evaluations; 1 = without, one)', loads=True)
     eval_prompts:str|None = option(None, 'As prompts, shapes_tuning or hpd_tuning; None = held-out shapes or hpd prompts, '
@@ -142,9 +149,15 @@ class TrainConfig:
                                   where=True, least=0)
     samples:int = option(8, 'Evaluation prompts that are drawn before and now into `out`/samples, with `out`/report.html; 0 = none',
                          where=True, least=0)
+    keep_checkpoints:int = option(0, 'Checkpoints that stay in `out`/checkpoints beside the newest one', where=True, least=0)
+    keep_best:bool = option(False, 'Keep the checkpoint of the best evaluation, by the first of its rewards', where=True)
+    patience:int|None = option(None, 'Evaluations in a row without a better one, by the first reward, after which the run ends',
+                               free=True, least=1)
     tracker:str|None = option(None, "Trackers of accelerate besides metrics.jsonl, such as 'tensorboard' or 'wandb,trackio'", where=True)
     out:str = option('runs/egrpo', 'Folder of metrics, checkpoints and the trained model', where=True)
     resume:bool = option(False, 'Go on from the last checkpoint in `out`', where=True)
+    resume_from:int|None = option(None, 'With resume: the iteration of a kept checkpoint to go on from instead; later metrics are dropped',
+                                  where=True, least=0)
 
     def __init__(self,
         plan:dict|None=None, # Settings of the method; None leaves one as published
@@ -225,7 +238,7 @@ def check_value(
     if 'choices' in known and value not in known['choices']:
         words = ', '.join(str(o or 'none') for o in known['choices'])
         raise ValueError(f"{name} must be one of {words}, got {value!r}: choose one")
-    if value is None: return
+    if value is None or isinstance(value, str): return
     broken = [k for k, (_, holds) in LIMITS.items() if k in known and not holds(value, known[k])]
     remedy = f": {known['remedy']}" if 'remedy' in known else ''
     if broken: raise ValueError(f"{name} must be {_limits_text(field)}, got {value}{remedy}")
@@ -258,6 +271,16 @@ def _check_trackers(tracker):
         if name in LoggerType.list() and name not in installed:
             raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
 
+PACKAGES = dict(adamw8bit='bitsandbytes', prodigy='prodigyopt')
+
+def _check_optimizer(config):
+    "Refuse an optimiser that is not installed, and a warm-up that nothing would do."
+    package = PACKAGES.get(config.optimizer)
+    if package and find_spec(package) is None:
+        raise ValueError(f"optimizer {config.optimizer!r} needs the package {package}: pip install {package}")
+    if config.lr_warmup and config.lr_schedule == 'constant':
+        raise ValueError("lr_warmup needs a schedule that warms up: set lr_schedule to constant_with_warmup, linear or cosine")
+
 def check_config(
     config:TrainConfig, # The configuration
 ):
@@ -268,6 +291,8 @@ def check_config(
     if config.seed < 0: raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {config.seed}")
     evaluation_is_due(config, 0)
     _check_trackers(config.tracker)
+    _check_optimizer(config)
+    if config.resume_from is not None and not config.resume: raise ValueError("resume_from goes with resume: set it, too")
     c = config
     new_lora = c.lora_alpha, c.lora_targets
     check_settings(c.lora_rank, c.micro_batch, c.guidance, c.lora_from, c.text_encoders, c.embeddings, *new_lora)

@@ -21,6 +21,7 @@ def _scores_at(
 
 def eval_gains(
     evaluations, # Rows of `Trainer.history` or of a run's evaluations.csv: iteration, prompt, rewards
+    n:int=2000, # Resamples of the bootstrap
 )->dict: # Reward -> (mean, low, high), low and high None where there is one prompt; empty after a single evaluation
     "Gain of the last evaluation over the first one with its 95 % interval, paired by prompt."
     frame = pd.DataFrame(evaluations)
@@ -33,7 +34,7 @@ def eval_gains(
     for name in first.columns.drop('prompt'):
         change = last[name] - first[name]
         several = first.prompt.nunique() > 1
-        gains[name] = bootstrap_interval(change, first.prompt) if several else (float(change.mean()), None, None)
+        gains[name] = bootstrap_interval(change, first.prompt, n) if several else (float(change.mean()), None, None)
     return gains
 
 # %% ../../nbs/train/06_gains.ipynb #720b1b16

@@ -19,6 +19,7 @@ from ..core.sde import gaussian_kl
 from ..models.reference import swapped
 from ..models.sharing import own_part, whole_tensor, whole_tensors
 from .checkpoint import check_tensors, load_optimizer_tensors, optimizer_tensors
+from .optimizer import Schedule, make_optimizer
 
 # %% ../../nbs/train/07_objective.ipynb #03a41699
 def stride_values(
@@ -210,13 +211,15 @@ class Weights:
     "The weights that are trained, their average, and the optimiser."
     def __init__(self,
         parameters:dict, # Name -> parameter
-        config, # Gives lr, weight_decay, adam_beta1, adam_beta2, max_grad_norm, ema_decay
+        config, # Gives optimizer and learning rate, max_grad_norm, ema_decay
     ):
         self.parameters = parameters
         self.config = config
         self.steps = 0 # optimiser steps begun, one that failed half-way among them
-        betas = config.adam_beta1, config.adam_beta2
-        self.optimizer = torch.optim.AdamW(parameters.values(), config.lr, betas, weight_decay=config.weight_decay)
+        if config.optimizer != 'adamw' and any(isinstance(p, DTensor) for p in parameters.values()):
+            raise ValueError(f"optimizer {config.optimizer!r} trains no network that processes share: take adamw")
+        self.optimizer = make_optimizer(parameters.values(), config)
+        self.schedule = Schedule(config)
         self.average = {}
         if config.ema_decay: self.average = {name: p.detach().clone() for name, p in parameters.items()}
 
@@ -226,7 +229,7 @@ class Weights:
 
     def step(self,
         processes, # `egrpo.train.processes.Processes`
-        iteration:int=0, # Number of the iteration, for an error
+        iteration:int=0, # Number of the iteration
     )->float: # Norm of the gradient before clipping
         "Sum the gradients over the processes, clip them, take an optimiser step, average the weights."
         apart = [p for p in self.parameters.values() if not isinstance(p, DTensor)] # those of shared parameters are sums already
@@ -237,6 +240,7 @@ class Weights:
             remedy = f"lower lr (now {self.config.lr:g}) or use dtype bf16; the last checkpoint is kept"
             raise FloatingPointError(f"the gradient is {norm} in iteration {iteration}: {remedy}")
         self.steps += 1
+        for group in self.optimizer.param_groups: group['lr'] = self.schedule(iteration)
         self.optimizer.step()
         with torch.no_grad():
             for name, average in self.average.items(): average.lerp_(self.parameters[name], 1 - self.config.ema_decay)
@@ -260,7 +264,8 @@ class Weights:
         like = {}
         for key, moment in moments.items():
             name, _ = key.rsplit('|', 1)
-            if moment.ndim and name in self.parameters: like[key] = self.parameters[name]
+            own = self.config.optimizer != 'adamw' and moment.shape != self.parameters.get(name, moment).shape
+            if moment.ndim and name in self.parameters and not own: like[key] = self.parameters[name]
         check_tensors(moments, like, folder, 'optimizer')
         for section, own in dict(weights=self.parameters, ema=self.average).items():
             tensors = check_tensors(saved.get(section, {}), own, folder, section)

@@ -173,9 +173,11 @@ class Run:
         self.metrics = self.folder/'metrics.jsonl' # a line per iteration
         self.evaluations = self.folder/'evaluations.csv' # a row per evaluation and prompt
         self.checkpoint = self.folder/'checkpoint'
+        self.kept = self.folder/'checkpoints' # earlier ones, by iteration
         self.model = self.folder/'model'
         self.profiles = self.folder/'profiles' # attention entropies before training
         self.samples = self.folder/'samples' # pictures of its evaluations
+        self.report = self.folder/'report.html' # a page on it
 
     # ---- what there is
     def find_checkpoint(self)->Path|None:

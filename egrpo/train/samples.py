@@ -13,7 +13,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..base.files import write_whole
 from ..core.rollout import Rollout
 
 # %% ../../nbs/train/08_samples.ipynb #cb1f866f
@@ -37,23 +36,6 @@ def _pictures(policy, latents, prompts, scores, iteration, labels=None):
     labels = labels or [''] * len(prompts)
     rows = zip(images, prompts, scores, marks, labels)
     return [Picture(to_image(image), prompt, own, mark, iteration, label) for image, prompt, own, mark, label in rows]
-
-def write_pictures(
-    folder, # Replaced, whole or not at all
-    pictures:dict, # Name -> `Picture`
-):
-    "Write pictures into a folder."
-    from egrpo.show.samples import write_picture
-    with write_whole(folder, folder=True) as draft:
-        for name, picture in pictures.items(): write_picture(picture, draft/f'{name}.png')
-
-def read_pictures(
-    folder, # One that `write_pictures` wrote, or none
-)->dict: # Name -> `Picture`, numbers in order
-    "Read the pictures of a folder."
-    from egrpo.show.samples import read_picture
-    found = {path.stem: read_picture(path) for path in Path(folder).glob('*.png')}
-    return {name: found[name] for name in sorted(found, key=lambda name: (len(name), name))}
 
 # %% ../../nbs/train/08_samples.ipynb #cccb5cbc
 class Samples:
@@ -106,7 +88,7 @@ class Samples:
 
     def _draw(self, policy, latents, frame, iteration):
         "Decode, write, and put together."
-        from egrpo.show.samples import draw_samples, write_png
+        from egrpo.show.samples import draw_samples, read_pictures, write_pictures, write_png
         rows = frame.loc[list(latents)]
         scores = rows.drop(columns='prompt').to_dict('records')
         pictures = _pictures(policy, list(latents.values()), list(rows.prompt), scores, iteration)

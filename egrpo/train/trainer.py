@@ -30,10 +30,12 @@ from ..rewards.reward import RewardError
 from .config import TrainConfig, evaluation_is_due
 from .evaluate import sample_latents, score_latents, score_table
 from .gains import FirstVisits, bar_text, evaluation_metrics
+from .kept import Kept, is_stale
 from .objective import Objective, Weights, loss_weights
 from .prepare import Prepared, chooses_steps, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
 from .prompts import prompt_batch
+from .report import write_report
 from .run import Identity, Run, model_properties, run_sources
 from .samples import Samples
 from .timing import Laps
@@ -215,14 +217,15 @@ class Trainer:
             rows = trained[torch.isin(number, share)]
             updates.append(self.objective.gradient(cond, out, rows, advantages, weights))
             norms.append(self.weights.step(self.processes, self.iteration))
-        return dict(self.objective.metrics(out, updates), grad_norm=sum(norms) / len(norms))
+        rate = self.weights.schedule(self.iteration)
+        return dict(self.objective.metrics(out, updates), grad_norm=sum(norms) / len(norms), lr=rate)
 
     def step(self,
         iteration:int, # Number of the iteration, >= 0
-        clock=time.perf_counter, # () -> seconds
+        laps:Laps|None=None, # Counts its seconds; None = those on the wall
     )->dict: # Metrics, see the table below
         "One iteration: plan, rollout, rewards, advantages, update."
-        self.laps = Laps(clock)
+        self.laps = laps or Laps(time.perf_counter)
         plans, choice = self.plan(iteration)
         began = self.policy.nfe
         prompts, cond, out, rewards = self.sample(iteration, plans)
@@ -272,8 +275,10 @@ class Trainer:
         load_state(self)
 
     def spent(self)->bool:
-        "Return whether the budget of network evaluations is used up."
-        return self.config.budget is not None and self.nfe >= self.config.budget
+        "Return whether the budget of network evaluations, or the patience with evaluations, is used up."
+        c = self.config
+        over = c.budget is not None and self.nfe >= c.budget
+        return over or is_stale(self.history, c.patience)
 
 # %% ../../nbs/train/09_trainer.ipynb #149ed74a
 class Loop:
@@ -285,6 +290,7 @@ class Loop:
         self.config = trainer.config
         self.processes = trainer.processes
         self.folder = trainer.run
+        self.kept = Kept(trainer.run, trainer.config)
 
     def run(self,
         callback=None, # Function of the trainer, called after every iteration; a true answer ends the run there
@@ -309,17 +315,25 @@ class Loop:
         "Resume or start, and prove before anything is computed that all can be saved."
         check_torch()
         t = self.trainer
+        if self.config.resume_from is not None: self._restore()
         if self.config.resume: t.load()
         elements = sum(p.numel() for p in t.parameters.values())
         state = 4 * (4 if t.ema else 3) # fp32 weights, two moments, the average
-        self.folder.check_writable(elements * (2 * state + 4)) # old checkpoint, new one, the model
-        settings = self.config.flat()
+        copies = 2 + self.config.keep_checkpoints + self.config.keep_best # of the checkpoint: old, new, kept
+        self.folder.check_writable(elements * (copies * state + 4)) # and the model
+        settings = self.config.flat() | dict(resume_from=None) # once
         if self.processes.is_main: self.folder.write_config(settings | t.prepared.names)
         shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str))}
         if self.config.tracker: t.accelerator.init_trackers('egrpo', shown)
         self.visits = first_visits(t)
         self.evaluated = evaluation_metrics(t.history) if t.history else {}
         if t.iteration == 0: self._try_saving()
+
+    def _restore(self):
+        "Put a kept checkpoint in the newest one's place, by the first process."
+        def put():
+            if self.processes.is_main: self.kept.restore(self.config.resume_from)
+        self.processes.in_all(put, ValueError, "resume_from: there is no such checkpoint: the first process says which there are")
 
     def _try_saving(self):
         "Save a checkpoint and the model: what cannot be saved shows now, not after days."
@@ -346,7 +360,7 @@ class Loop:
                 asked = interrupt.asked or t.spent() or bool(callback and callback(t))
                 stopped = self.processes.total(asked) > 0 # all stop, or none
                 self._save_and_evaluate(stopped)
-                if stopped: break
+                if stopped or t.spent(): break
             return interrupt.asked
 
     def _bar(self)->tqdm: # Over the iterations that are left
@@ -381,8 +395,10 @@ class Loop:
         "Write a checkpoint and evaluate, each where it is due, both at the end; an evaluation that does not end is due when resumed."
         every = self.config.checkpoint_every
         evaluated = stopped or self._evaluation_is_due()
-        if evaluated or (every and self.trainer.iteration % every == 0): self.trainer.save()
+        saved = evaluated or (every and self.trainer.iteration % every == 0)
+        if saved: self.trainer.save()
         if evaluated: self._record_evaluation()
+        if saved and self.processes.is_main: self.kept.keep(self.trainer.iteration, self.trainer.history)
 
     def _record_evaluation(self):
         "Evaluate and keep every prompt's scores."
@@ -392,8 +408,7 @@ class Loop:
         self.evaluated = evaluation_metrics(t.history)
         if self.processes.is_main: self.folder.write_evaluations(t.history)
         if self.config.tracker: t.accelerator.log(self.evaluated, step=t.iteration)
-        sheet = t.samples.draw(t.policy, frame, t.iteration)
-        if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
+        show_evaluation(t, frame)
 
     def _log(self,
         metrics:dict, # An iteration's metrics
@@ -427,6 +442,19 @@ def out_of_memory(
     remedy = "take gradient_checkpointing, a LoRA, or a lower resolution"
     if micro_batch > 1: remedy = f"lower micro_batch to {micro_batch // 2}"
     return f"the device has not enough memory for micro_batch {micro_batch}: {remedy}"
+
+def show_evaluation(
+    trainer, # A `Trainer`
+    frame:pd.DataFrame, # Its evaluation, from `Trainer.evaluate`
+):
+    "Draw an evaluation's pictures and write the report; where that fails, training goes on."
+    t = trainer
+    sheet = t.samples.draw(t.policy, frame, t.iteration)
+    if sheet: send_image(t.accelerator.trackers, 'samples', sheet, t.iteration)
+    if not (t.processes.is_main and t.config.samples): return
+    try: write_report([t.run.folder])
+    except Exception as e:
+        warnings.warn(f"report: {str(t.run.report)!r} could not be written ({e}): training goes on", stacklevel=2)
 
 def stopped_text(
     trainer, # A `Trainer`
