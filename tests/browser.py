@@ -82,10 +82,11 @@ def run_all(
     "Run All, and wait for the end."
     page.click('text=Run >> nth=0')
     page.click('.lm-Menu-itemLabel >> text=/^Run All Cells$/')
-    asked = "[...document.querySelectorAll('.jp-InputPrompt')].some(o => o.textContent.includes('[*]'))"
-    page.wait_for_function(asked, timeout=LONG)
-    page.wait_for_function(f'!{asked}', timeout=LONG)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=LONG)
+    def shows(status): page.wait_for_selector(f'.jp-Notebook-ExecutionIndicator[data-status="{status}"]', timeout=LONG)
+    shows('busy')
+    for _ in range(3): # between two cells it is idle for a moment
+        shows('idle')
+        page.wait_for_timeout(700)
 
 
 def errors(page)->list: # Lines

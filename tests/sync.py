@@ -98,13 +98,20 @@ def differences(
     return say + [f'{f}: {"not clean" if f.endswith(".ipynb") else "not what its notebook says"}: {remedy}' for f in changed]
 
 
+def rewrite(
+    folder:Path, # A project's top level
+)->None: # Its notebooks and modules are rewritten
+    "Clean the notebooks and export the modules."
+    nbdev('nbdev_clean', folder)
+    for path in notebooks(folder/'nbs'): tidy(path)
+    nbdev('nbdev_export', folder)
+
+
 def fresh()->dict: # Name from the top level → bytes
     "The notebooks cleaned and the modules exported from them, in a copy: the working tree is never touched."
     with tempfile.TemporaryDirectory() as tmp:
         folder = copy(Path(tmp).resolve())
-        nbdev('nbdev_clean', folder)
-        for path in notebooks(folder/'nbs'): tidy(path)
-        nbdev('nbdev_export', folder)
+        rewrite(folder)
         return sources(folder)
 
 
