@@ -65,6 +65,18 @@ def lab(
         server.wait(30)
 
 
+def wait_until_idle(
+    page, # A page that shows a notebook
+):
+    "Wait for the kernel; between two cells, and before it is connected, it looks idle for a moment."
+    idle = "document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
+    steady, end = 0, time.monotonic() + LONG / 1000
+    while steady < 6:
+        if time.monotonic() > end: raise TimeoutError('the kernel is not idle')
+        steady = steady + 1 if page.evaluate(idle) else 0
+        page.wait_for_timeout(300)
+
+
 def open_notebook(
     page, # A page of the browser
     address:str, # The server's
@@ -73,20 +85,17 @@ def open_notebook(
     "Open one notebook alone, with its kernel."
     page.goto(f'{address}/lab/tree/{path}?reset')
     page.wait_for_selector('.jp-Notebook .jp-Cell', timeout=LONG)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=LONG)
+    wait_until_idle(page)
 
 
 def run_all(
     page, # A page that shows a notebook
 ):
     "Run All, and wait for the end."
-    page.click('text=Run >> nth=0')
+    page.click('.lm-MenuBar-itemLabel >> text=/^Run$/')
     page.click('.lm-Menu-itemLabel >> text=/^Run All Cells$/')
-    def shows(status): page.wait_for_selector(f'.jp-Notebook-ExecutionIndicator[data-status="{status}"]', timeout=LONG)
-    shows('busy')
-    for _ in range(3): # between two cells it is idle for a moment
-        shows('idle')
-        page.wait_for_timeout(700)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="busy"]', state='attached', timeout=LONG)
+    wait_until_idle(page)
 
 
 def errors(page)->list: # Lines
@@ -130,7 +139,7 @@ def stop(page, address, shots):
     nb = nbformat.v4.new_notebook(cells=cells, metadata=sync.METADATA)
     nbformat.write(nb, page.folder/'nbs/stop.ipynb')
     open_notebook(page, address, 'nbs/stop.ipynb')
-    page.click('text=Run >> nth=0')
+    page.click('.lm-MenuBar-itemLabel >> text=/^Run$/')
     page.click('.lm-Menu-itemLabel >> text=/^Run All Cells$/')
     printed = "[...document.querySelectorAll('.jp-OutputArea-output')].map(o => o.innerText).join(' ')"
     page.wait_for_function(f"/[2-9]\\/10000/.test({printed})", timeout=LONG)
