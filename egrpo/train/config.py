@@ -118,7 +118,7 @@ class TrainConfig:
     lora_from:str|None = option(None, 'A LoRA to train on: a folder, a .safetensors file or a hub id; it keeps its rank',
                                 loads=True)
     resolution:int|None = option(None, 'Side of the images in pixels; None = what the VAE was made for', above=0, loads=True)
-    guidance:float = option(3.5, "Guidance: an input of FLUX.1-dev, the scale of Stable Diffusion's "
+    guidance:float = option(3.5, "Guidance: an input of FLUX.1-dev and FLUX.2-dev, else a scale "
                                  '(two evaluations; 1 = without, one)', loads=True)
     eval_prompts:str|None = option(None, 'As prompts, shapes_tuning or hpd_tuning; None = held-out shapes or hpd prompts, '
                                          "or the training file's")
