@@ -10,7 +10,7 @@ OUT ?= runs/gpu_check
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test parity trials gpu-check wheels lab docs notebooks readme
+.PHONY: help demo test parity trials gpu-check wheels lab browser docs notebooks readme
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -34,10 +34,18 @@ wheels: ## into .whl, packages for a machine without network (others: make wheel
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  $(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) --dest .whl $(WHEELS)
 
+# in a virtual environment of one's own JupyterLab need not ask about news
 lab: $(READY) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb --LabApp.news_url=None $(ARGS)
+	@mkdir -p $(VENV)/share/jupyter/lab/settings
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
+	  > $(VENV)/share/jupyter/lab/settings/overrides.json
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
-docs: $(VENV)/.docs ## the site, into _site/html: notebooks, claims and a page per public name, to be read without a network
+browser: $(READY) ## JupyterLab driven in a real browser: links, Stop, clean saves, widgets (needs Chromium: apt-get install chromium)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
+	@$(BIN)/python tests/browser.py $(ARGS)
+
+docs: $(READY) ## the site, into _site/html: notebooks, claims and a page per public name, to be read without a network
 	@$(BIN)/python tests/pages.py
 
 notebooks: $(READY) ## after editing: clean the notebooks, write egrpo/*.py, README.md and PAPERS.md
@@ -56,8 +64,4 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV), once: $(TORCH) first, then the rest of constraints.txt (some minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	@touch $@
-
-$(VENV)/.docs: $(READY)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
 	@touch $@

@@ -159,10 +159,10 @@ def timed(policy, latents, repeats):
     return v, min(times)
 
 
-def fast_path(name, repeats=5):
+def fast_path(name, repeats=5, resolution=32):
     "The class of its own against the general one: largest difference of velocities and images, and how much faster it is."
-    fast = load_policy(small_pipeline(name), 'cpu', lora_rank=None, guidance=GUIDANCE, resolution=32)
-    general = general_policy(name, call=dict(max_sequence_length=fast.text_length))
+    fast = load_policy(small_pipeline(name), 'cpu', lora_rank=None, guidance=GUIDANCE, resolution=resolution)
+    general = general_policy(name, resolution=resolution, call=dict(max_sequence_length=fast.text_length))
     assert torch.equal(fast.sigmas(STEPS), general.sigmas(STEPS))
     noise = torch.randn(4, *fast.latent_shape, generator=torch.Generator().manual_seed(0))
     (ours, short), (theirs, long) = timed(fast, noise, repeats), timed(general, packed(fast, noise), repeats)

@@ -30,6 +30,14 @@ def nbdev(
     if done.returncode: raise RuntimeError(f'{command} failed:\n{done.stdout}{done.stderr}')
 
 
+# what JupyterLab writes into a notebook that it opens: with it, a notebook that is only looked at is not modified
+METADATA = {
+    'kernelspec': {'display_name': 'Python 3 (ipykernel)', 'language': 'python', 'name': 'python3'},
+    'language_info': {
+        'codemirror_mode': {'name': 'ipython', 'version': 3}, 'file_extension': '.py', 'mimetype': 'text/x-python', 'name': 'python',
+        'nbconvert_exporter': 'python', 'pygments_lexer': 'ipython3', 'version': '3.11.7',
+    },
+}
 WIDGET = 'application/vnd.jupyter.widget-view+json'
 
 
@@ -46,12 +54,13 @@ def kept(
 def tidy(
     path:Path, # A notebook, cleaned by nbdev
 )->None: # It is rewritten where that changes something
-    "Leave in a notebook's outputs what a reader without a kernel can see."
+    "Leave in a notebook's outputs what a reader without a kernel can see, and give it complete metadata."
     nb = json.loads(path.read_text(encoding='utf-8'))
     outputs = [cell['outputs'] for cell in nb['cells'] if cell['cell_type'] == 'code']
-    before = json.dumps(outputs)
+    before = json.dumps(nb)
     for own in outputs: own[:] = filter(None, map(kept, own))
-    if json.dumps(outputs) == before: return
+    nb['metadata'] = METADATA
+    if json.dumps(nb) == before: return
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
 
 
@@ -89,13 +98,20 @@ def differences(
     return say + [f'{f}: {"not clean" if f.endswith(".ipynb") else "not what its notebook says"}: {remedy}' for f in changed]
 
 
+def rewrite(
+    folder:Path, # A project's top level
+)->None: # Its notebooks and modules are rewritten
+    "Clean the notebooks and export the modules."
+    nbdev('nbdev_clean', folder)
+    for path in notebooks(folder/'nbs'): tidy(path)
+    nbdev('nbdev_export', folder)
+
+
 def fresh()->dict: # Name from the top level → bytes
     "The notebooks cleaned and the modules exported from them, in a copy: the working tree is never touched."
     with tempfile.TemporaryDirectory() as tmp:
         folder = copy(Path(tmp).resolve())
-        nbdev('nbdev_clean', folder)
-        for path in notebooks(folder/'nbs'): tidy(path)
-        nbdev('nbdev_export', folder)
+        rewrite(folder)
         return sources(folder)
 
 

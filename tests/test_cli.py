@@ -107,7 +107,8 @@ def actions(name):
 def test_every_option_has_help_and_default(name):
     for action in actions(name):
         assert action.help, action.dest
-        known = '(default: ' in action.help or action.nargs == 0 or action.dest in ('lora', 'prompts', 'picture', 'out', 'name', 'recipe')
+        none = 'lora', 'prompts', 'picture', 'out', 'name', 'recipe', 'folder'
+        known = '(default: ' in action.help or action.nargs == 0 or action.dest in none
         assert known, f'{name} --{action.dest}: {action.help}'
 
 
@@ -138,6 +139,7 @@ def other(field):
     default = field.default
     if field.type is bool: return True, []
     if 'bool' in str(field.type): return False, ['no']
+    if 'int | str' in str(field.type): return '768x1344', ['768x1344']
     if 'dict' in str(field.type): return dict(num_frames=5), ['num_frames=5']
     if 'str' in str(field.type): return 'other', ['other']
     value = default + .25 if field.type is float else (default or 0) + 3

@@ -176,7 +176,8 @@ def test_egrpo_unmerged_is_g2rpo_with_one_stride(policy):
     assert same_bits(ours, update_of(policy, g2rpo(**few, strides=(1,)), brightness))
     merged, strides = (update_of(policy, p, brightness) for p in (egrpo(**few, merge_length=2), g2rpo(**few)))
     assert torch.equal(merged[0].parents, ours[0].parents) and not torch.equal(merged[0].children, ours[0].children)
-    assert torch.equal(strides[0].children, ours[0].children) and not torch.equal(strides[1], ours[1])
+    children = strides[0].children, ours[0].children # the second stride's walkers share batches, which are rounded otherwise
+    assert torch.allclose(*children, rtol=0, atol=1e-5) and not torch.equal(strides[1], ours[1])
 
 
 def dance_by_hand(policy, cond, T, G, level):

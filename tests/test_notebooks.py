@@ -27,7 +27,7 @@ def test_in_sync():
 def project(tmp_path):
     "A copy to spoil, as `sync` sees the repository."
     folder = sync.copy(tmp_path)
-    for command in ('nbdev_clean', 'nbdev_export'): sync.nbdev(command, folder)
+    sync.rewrite(folder)
     return folder
 
 

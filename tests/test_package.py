@@ -76,7 +76,7 @@ def test_names_the_command_and_requirements(wheel):
     needs = re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*$', meta, re.M)
     wanted = 'torch diffusers transformers accelerate peft safetensors numpy scipy scikit-image matplotlib'.split()
     assert sorted(needs) == sorted([*wanted, 'seaborn', 'pandas', 'fastcore', 'tqdm', 'filelock', 'pillow', 'pyyaml'])
-    assert set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) == {'dev', 'docs', 'hpsv2', 'ocr'}
+    assert set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) == {'dev', 'hpsv2', 'ocr'}
 
 
 def test_constraints_pin_every_requirement():
@@ -84,7 +84,7 @@ def test_constraints_pin_every_requirement():
     from packaging.requirements import Requirement
     lines = (sync.root/'constraints.txt').read_text(encoding='utf-8').splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith('#')]
-    for key in ('requirements', 'dev_requirements', 'docs_requirements'):
+    for key in ('requirements', 'dev_requirements'):
         for need in map(Requirement, cfg[key].split()):
             for python in ('3.10', '3.11', '3.13'):
                 here = {'python_version': python}

@@ -91,7 +91,7 @@ def test_a_late_slice_may_fail(tmp_path, policy, alive):
     for name, p in trainer.parameters.items(): assert torch.equal(p, before[name])
 
 
-@pytest.mark.parametrize('frames, resolution, images', [(1, 64, 2730), (1, 720, 21), (81, 720, 1)])
+@pytest.mark.parametrize('frames, resolution, images', [(1, 64, 2730), (1, 720, 21), (1, '720x1440', 10), (81, 720, 1)])
 def test_slices_are_of_128_mib(frames, resolution, images):
     "And of one image or video at least."
     class Sizes: pass

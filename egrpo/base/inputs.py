@@ -74,7 +74,16 @@ KINDS = dict( # kind -> types, words for it
     str=(str, 'text'),
     bool=(bool, 'true or false'),
     dict=(dict, 'names with values, such as {num_frames: 17}'),
-)
+) | {'int|str': ((int, str), 'a whole number of pixels, or HEIGHTxWIDTH such as 768x1344')}
+
+def height_width(
+    resolution, # A side in pixels, or 'HEIGHTxWIDTH'
+)->tuple: # Both in pixels
+    "Height and width of images."
+    if isinstance(resolution, int): return resolution, resolution
+    found = re.fullmatch(r'([1-9]\d{0,4})x([1-9]\d{0,4})', resolution)
+    if found: return int(found[1]), int(found[2])
+    raise ValueError(f"resolution must be {KINDS['int|str'][1]}, got {quote(resolution)}")
 
 def _check_names(
     name:str, # The argument
@@ -89,7 +98,7 @@ def _check_names(
 def check_kind(
     name:str, # The argument
     value, # What was given for it
-    kind:str, # int, float, str, bool or dict, perhaps with |None
+    kind:str, # int, float, str, bool, dict or int|str (a resolution), perhaps with |None
 ): # The same; a path is expanded
     "Refuse a value of another kind, a number beyond its limit, a text that cannot be written."
     if value is None and kind.endswith('|None'): return value
@@ -100,6 +109,9 @@ def check_kind(
         raise ValueError(f"{name} must be {wanted}, got {quote(value)}")
     if kind == 'bool': return value
     if kind == 'dict': return _check_names(name, value)
+    if kind == 'int|str':
+        for side in height_width(value): check_number(name, side, 'int')
+        return value
     if kind != 'str': return check_number(name, value, kind)
     return check_path(name, value) if name in PATHS else check_text(name, value)
 

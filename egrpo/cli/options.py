@@ -7,11 +7,12 @@ __all__ = []
 
 # %% ../../nbs/cli/00_options.ipynb #c1100003
 import argparse
+import re
 import shutil
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from ..base.inputs import check_kind, from_json, quote
+from ..base.inputs import check_kind, from_json, height_width, quote
 from ..train.config import SETTINGS, kind_of
 
 # %% ../../nbs/cli/00_options.ipynb #775dc02d
@@ -45,6 +46,14 @@ def named_value(
     try: return {name: from_json(value)}
     except ValueError: return {name: value}
 
+def pixels(
+    word:str, # A whole number, or HEIGHTxWIDTH
+): # The number, or the text
+    "Read a resolution."
+    if re.fullmatch(r'-?\d+', word): return int(word)
+    height_width(word)
+    return word
+
 class Join(argparse.Action):
     "An option that may be repeated: its values are put together by name; none forgets them."
     def __call__(self, parser, namespace, values, option_string=None):
@@ -57,13 +66,13 @@ def converter(
 ):
     "The function that reads a word of the command line as a value of `kind`."
     plain = kind.removesuffix('|None')
-    read = dict(int=int, float=float, str=str, bool=yes_or_no, dict=named_value)[plain]
-    wanted = dict(int='whole number', float='number', str='text', bool='yes or no', dict='name=value')[plain]
+    read = {'int': int, 'float': float, 'str': str, 'bool': yes_or_no, 'dict': named_value, 'int|str': pixels}[plain]
+    wanted = {'int': 'whole number', 'float': 'number', 'bool': 'yes or no', 'dict': 'name=value', 'int|str': 'number or HEIGHTxWIDTH'}
     def convert(word):
         if kind.endswith('|None') and word.lower() == 'none': return None
         try: value = read(word)
         except ValueError:
-            raise argparse.ArgumentTypeError(f'invalid {wanted} value: {quote(word)}') from None
+            raise argparse.ArgumentTypeError(f'invalid {wanted[plain]} value: {quote(word)}') from None
         try: return check_kind(name, value, plain)
         except ValueError as e: # argparse says the name
             fault = str(e).removeprefix(name).lstrip(' :')
@@ -76,6 +85,8 @@ def show_default(
     "A default as text."
     return 'none' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
 
+SHOWN = {'int': 'N', 'float': 'X', 'str': 'TEXT', 'bool': 'yes|no', 'dict': 'NAME=VALUE', 'int|str': 'N'}
+
 def add_option(
     parser, # A parser or a group of options
     option:Option, # The option
@@ -85,7 +96,7 @@ def add_option(
     flag, text = '--' + option.name.replace('_', '-'), option.text.replace('%', '%%').replace('None', 'none')
     if option.kind == 'bool': return parser.add_argument(flag, action='store_true', default=default, help=text)
     plain = option.kind.removesuffix('|None')
-    shown = option.shown or {'int': 'N', 'float': 'X', 'str': 'TEXT', 'bool': 'yes|no', 'dict': 'NAME=VALUE'}[plain]
+    shown = option.shown or SHOWN[plain]
     if plain == 'dict': text += '; may be repeated'
     if option.default is not None or '|None' in option.kind: text += f' (default: {show_default(option.default)})'
     more = dict(action=Join) if plain == 'dict' else {}

@@ -13,6 +13,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+from ..base.inputs import height_width
 from ..train.config import PLAN_FIELDS
 
 # %% ../../nbs/cli/03_shared.ipynb #a7ddbd72
@@ -73,11 +74,11 @@ def save_picture(
 def try_reward(
     reward, # A `RewardSet`
     prompts:list, # Prompts; two are used
-    side:int, # Side of the images in pixels
+    resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
 ):
     "Score images of noise: a reward that cannot says so now."
     import torch
-    reward(torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)), (prompts * 2)[:2])
+    reward(torch.rand(2, 3, *height_width(resolution), generator=torch.Generator().manual_seed(0)), (prompts * 2)[:2])
 
 def check_device(
     name, # cuda, mps, cpu, cuda:1, …; None is fine

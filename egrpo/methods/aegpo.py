@@ -18,7 +18,7 @@ from scipy.signal import find_peaks
 from torch import Tensor
 
 from ..base.files import load_whole, save_whole
-from ..base.inputs import one_of
+from ..base.inputs import height_width, one_of
 from ..core.noise import random_order
 from ..core.plan import Branch, Plan, gradient_nfe, rollout_nfe
 from ..core.rollout import rollout
@@ -33,7 +33,8 @@ def query_share(
     policy, # A policy
 )->int: # 1 = every image query, 16 = one in sixteen
     "Stride of the image queries of a probe: all up to a thousand, then one in sixteen."
-    return 16 if policy.resolution**2 > 1000 * TOKEN_PIXELS else 1
+    height, width = height_width(policy.resolution)
+    return 16 if height * width > 1000 * TOKEN_PIXELS else 1
 
 @torch.no_grad()
 def entropy_profiles(

@@ -10,6 +10,7 @@ import inspect
 import math
 from dataclasses import replace
 from difflib import get_close_matches
+from functools import lru_cache
 
 from ..base.functions import find_function
 from ..base.inputs import SettingError, check_kind
@@ -167,7 +168,10 @@ def method_name(
     "Name of a method."
     return method if isinstance(method, str) else getattr(method, '__name__', type(method).__name__)
 
-def _parameters(method): return inspect.signature(find_method(method)).parameters
+@lru_cache(maxsize=64)
+def _signature(function): return inspect.signature(function) # a plan is made thousands of times
+
+def _parameters(method): return _signature(find_method(method)).parameters
 
 def _passes_on(parameters): return any(p.kind == p.VAR_KEYWORD for p in parameters.values())
 
@@ -192,7 +196,7 @@ def make_plan(
     "The plan of a method."
     function, name = find_method(method), method_name(method)
     chosen = method_settings(method, iteration=iteration, **settings)
-    try: inspect.signature(function).bind(**chosen)
+    try: _signature(function).bind(**chosen)
     except TypeError as e: raise ValueError(f"method {name}: {e}, which nothing sets: give it a default") from e
     try: plan = function(**chosen)
     except SettingError as e:

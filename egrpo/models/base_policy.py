@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.files import settle
+from ..base.inputs import height_width
 from ..core.sigmas import flow_sigmas
 from .backend import use_backend
 from .conditions import Conditions, PromptEncoder
@@ -88,7 +89,7 @@ class Policy:
     def __init__(self,
         pipeline, # The pipeline; it is moved to `device` and changed in place
         lora_rank:int|None=0, # Rank of the LoRA that is trained, >= 0; 0 = train the whole network, None = train nothing
-        resolution:int|None=None, # Side of the images in pixels, a multiple of 16 (UNets: 8); None = what the VAE was made for
+        resolution:int|str|None=None, # Side in pixels, a multiple of 16 (UNets: 8), or 'HEIGHTxWIDTH'; None = what the VAE was made for
         guidance:float=3.5, # >= 0: an input of FLUX.1-dev, a scale of Stable Diffusion's two answers; 1 = one answer, unguided
         device=None, # A device or its name; None = the best there is
         dtype:str|None=None, # 'fp32', 'bf16' or 'fp16' of the network; None = `default_dtype`
@@ -149,8 +150,9 @@ class Policy:
     @property
     def latent_shape(self)->tuple: # (C,H,W)
         "Shape of one image's latents."
-        side = self.resolution // self.pipeline.vae_scale_factor
-        return self.pipeline.vae.config.latent_channels, side, side
+        return self.pipeline.vae.config.latent_channels, *self._sides(self.pipeline.vae_scale_factor)
+
+    def _sides(self, unit): return [side // unit for side in height_width(self.resolution)]
 
     @property
     def nfe_per_velocity(self)->int: # 1, or 2 with classifier-free guidance
@@ -264,11 +266,12 @@ class Policy:
 
 # %% ../../nbs/models/09_base_policy.ipynb #095b188e
 def check_side(
-    resolution:int, # Side of the images in pixels
+    resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
     unit:int, # Pixels of a latent or token
-)->int: # The same
-    "Refuse a side that does not divide into latents and tokens."
-    if resolution % unit: raise ValueError(f"resolution must be a multiple of {unit}, got {resolution}")
+)->int|str: # The same
+    "Refuse sides that do not divide into latents and tokens."
+    if any(side % unit for side in height_width(resolution)):
+        raise ValueError(f"resolution must be a multiple of {unit}, got {resolution}")
     return resolution
 
 def _empty_pass(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.inputs import height_width
 from ..core.sigmas import flow_sigmas
 from .conditions import Embeddings
 from .schedule import _whole_levels
@@ -336,10 +337,11 @@ def _blank_answer(
 def bare_sigmas(
     pipeline, # A flow pipeline; its networks need no numbers, text encoders may be missing
     num_steps:int, # T, denoising steps, >= 1
-    resolution:int, # Side of the images in pixels
+    resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
 )->Tensor: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU
     "Noise levels that the pipeline's own call would use."
     flow_sigmas(num_steps) # refuses what is no count
-    entrance = Entrance(pipeline, torch.device('cpu'), dict(height=resolution, width=resolution))
+    height, width = height_width(resolution)
+    entrance = Entrance(pipeline, torch.device('cpu'), dict(height=height, width=width))
     entrance.layout = [None] * 9 # one for each call that there may be
     return _whole_levels(entrance.schedule(num_steps, [_blank_answer(pipeline)] * 9)[0], num_steps)

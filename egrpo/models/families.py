@@ -9,6 +9,7 @@ __all__ = ['FluxPolicy', 'SD3Policy', 'UNetPolicy']
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from ..base.inputs import height_width
 from ..core.diffusion import angle_timestep, chord, chord_velocity, ddpm_angles
 from ..core.sigmas import flow_sigmas
 from .base_policy import Policy
@@ -40,8 +41,7 @@ class FluxPolicy(Policy):
         txt_ids = latents.new_zeros(cond.embeds.shape[1], 3)
         out = self._run(hidden_states=packed, timestep=sigma, guidance=guidance, pooled_projections=cond.pooled,
                         encoder_hidden_states=cond.embeds, txt_ids=txt_ids, img_ids=img_ids)
-        return pipe._unpack_latents(out, self.resolution, self.resolution, pipe.vae_scale_factor)
-
+        return pipe._unpack_latents(out, *height_width(self.resolution), pipe.vae_scale_factor)
 
 # %% ../../nbs/models/10_families.ipynb #47d6145a
 class SD3Policy(Policy):
@@ -51,7 +51,7 @@ class SD3Policy(Policy):
     def _check_resolution(self, resolution):
         "Refuse a side that the network has no positions for, too."
         most = self.transformer.config.pos_embed_max_size * self.patch * self.pipeline.vae_scale_factor
-        if resolution > most:
+        if max(height_width(resolution)) > most:
             raise ValueError(f"resolution must be at most {most}, got {resolution}: this model has no more positions")
         return super()._check_resolution(resolution)
 
@@ -70,7 +70,6 @@ class SD3Policy(Policy):
         "One forward pass."
         text = dict(encoder_hidden_states=cond.embeds, pooled_projections=cond.pooled)
         return self._run(hidden_states=latents, timestep=1000 * sigma, **text)
-
 
 # %% ../../nbs/models/10_families.ipynb #5c1ed010
 def _diffusion_sigmas(pipeline, num_steps, resolution): return flow_sigmas(num_steps)
@@ -117,7 +116,6 @@ class UNetPolicy(Policy):
 
     def _size_and_text(self, cond):
         "What XL is told beside the prompt's tokens: pooled text, the image's size, and that it is not cropped."
-        side = self.resolution
-        size = torch.tensor([side, side, 0., 0., side, side], device=self.device)
+        height, width = height_width(self.resolution)
+        size = torch.tensor([height, width, 0., 0., height, width], device=self.device)
         return dict(text_embeds=cond.pooled, time_ids=size.expand(len(cond), 6))
-

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .base_policy import Policy
+from ..base.inputs import height_width
+from .base_policy import Policy, check_side
 from .device import is_out_of_memory
 from .entrance import Entrance, RecordedConditions, RecordedEmbeddings, bare_sigmas, row_kind, row_layout
 from .pipeline import networks_of, own_resolution
@@ -74,7 +75,7 @@ class GeneralPolicy(Policy):
     def __init__(self,
         pipeline, # A flow pipeline; it is moved to `device` and changed in place
         lora_rank:int|None=0, # Rank of the LoRA that is trained; 0 = the whole network, None = nothing
-        resolution:int|None=None, # Side of the images in pixels; None = the pipeline's own
+        resolution:int|str|None=None, # Side of the images in pixels, or 'HEIGHTxWIDTH'; None = the pipeline's own
         call:dict|None=None, # Further arguments of the pipeline's call, such as num_frames or max_sequence_length
         mesh=None, # Refused: sharing a network needs a class of its own
         **kwargs, # As for `Policy`
@@ -130,13 +131,12 @@ class GeneralPolicy(Policy):
 
     # ---- set up
     def _check_resolution(self,
-        resolution:int, # Side of the images in pixels
-    )->int: # The same
-        "Refuse a side that the pipeline would change."
+        resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
+    )->int|str: # The same
+        "Refuse sides that the pipeline would change."
         processor = getattr(self.pipeline, 'image_processor', None) or getattr(self.pipeline, 'video_processor', None)
         unit = processor.config.vae_scale_factor if processor else 1
-        if resolution % unit: raise ValueError(f"resolution must be a multiple of {unit}, got {resolution}")
-        return resolution
+        return check_side(resolution, unit)
 
     def _explore(self):
         "Find out what the pipeline does not say."
@@ -151,8 +151,9 @@ class GeneralPolicy(Policy):
     def _arguments(self)->dict: # Arguments of the pipeline's call
         "Say the size, which some pipelines would round to one that they know."
         takes = inspect.signature(type(self.pipeline).__call__).parameters
-        plain = dict(height=self.resolution, width=self.resolution)
-        exact = dict(use_resolution_binning=False, max_area=self.resolution**2)
+        height, width = height_width(self.resolution)
+        plain = dict(height=height, width=width)
+        exact = dict(use_resolution_binning=False, max_area=height * width)
         return plain | {name: value for name, value in exact.items() if name in takes} | self.call
 
     def _try_call(self):

@@ -9,6 +9,7 @@ __all__ = []
 import torch
 from diffusers import Flux2KleinPipeline
 
+from ..base.inputs import height_width
 from .base_policy import Policy
 from .conditions import Conditions
 from .entrance import bare_sigmas
@@ -27,8 +28,7 @@ class Flux2Policy(Policy):
     @property
     def latent_shape(self)->tuple: # (C,H,W)
         "Shape of one image's latents, a latent per token."
-        side = self.resolution // (self.patch * self.pipeline.vae_scale_factor)
-        return self.transformer.config.in_channels, side, side
+        return self.transformer.config.in_channels, *self._sides(self.patch * self.pipeline.vae_scale_factor)
 
     def _embed(self, prompt):
         "Embed a prompt."
@@ -61,8 +61,7 @@ class QwenImagePolicy(Policy):
     @property
     def latent_shape(self)->tuple: # (C,H,W)
         "Shape of one image's latents."
-        side = self.resolution // self.pipeline.vae_scale_factor
-        return self.pipeline.vae.config.z_dim, side, side
+        return self.pipeline.vae.config.z_dim, *self._sides(self.pipeline.vae_scale_factor)
 
     def _embed(self, prompt):
         "Embed a prompt."
@@ -72,8 +71,8 @@ class QwenImagePolicy(Policy):
 
     def _unpack(self, tokens):
         "Tokens back to latents."
-        side = self.resolution
-        return self.pipeline._unpack_latents(tokens, side, side, self.pipeline.vae_scale_factor)[:, :, 0]
+        sides = height_width(self.resolution)
+        return self.pipeline._unpack_latents(tokens, *sides, self.pipeline.vae_scale_factor)[:, :, 0]
 
     def _forward(self, latents, sigma, cond):
         "One forward pass: pack 2×2 latents into tokens, run the network, unpack."

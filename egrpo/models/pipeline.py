@@ -26,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import egrpo
+from ..base.inputs import height_width
 
 # %% ../../nbs/models/02_pipeline.ipynb #0b57457e
 def assets_path(
@@ -361,12 +362,13 @@ def decode_in_slices(
     decode, # Latents -> images in [-1, 1]
     latents:Tensor, # (B,C,H,W) clean latents
     micro_batch:int, # Most latents at a time
-    resolution:int, # Side of the images in pixels
+    resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
 )->Tensor: # (B,3,H,W) images in [0, 1], fp32, on the CPU
     "Decode latents to images, some at a time."
-    fit = 32 if latents.device.type == 'cpu' else max(32, 2**20 // resolution**2)
+    height, width = height_width(resolution)
+    fit = 32 if latents.device.type == 'cpu' else max(32, 2**20 // (height * width))
     images = [decode(part).float().cpu() for part in latents.split(min(micro_batch, fit))]
-    return (torch.cat(images) / 2 + .5).clamp(0, 1)
+    return torch.cat(images).div_(2).add_(.5).clamp_(0, 1) # in place: images are large
 
 def own_resolution(
     pipeline, # A pipeline

@@ -85,7 +85,7 @@ def load_policy(
 def model_sigmas(
     model:str='miniature', # 'miniature', a folder, or a hub id
     num_steps:int=16, # T, denoising steps, >= 1
-    resolution:int|None=None, # Side of the images in pixels; None = what the VAE was made for
+    resolution:int|str|None=None, # Side of the images in pixels, or 'HEIGHTxWIDTH'; None = what the VAE was made for
 )->Tensor|None: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU; None = the files cannot be read here
     "A model's own schedule, from its configuration files."
     try: pipeline = bare_pipeline(model)

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from ..base.inputs import height_width
 from ..core.sigmas import flow_sigmas
 
 # %% ../../nbs/models/03_schedule.ipynb #5c1ed012
@@ -34,7 +35,7 @@ def _whole_levels(
 def pipeline_sigmas(
     pipeline, # Of FLUX or Stable Diffusion 3; its networks need no numbers, text encoders may be missing
     num_steps:int, # T, denoising steps, >= 1
-    resolution:int, # Side of the images in pixels
+    resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
 )->Tensor: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU
     "Noise levels that the pipeline's own call would use."
     flow_sigmas(num_steps) # refuses what is no count
@@ -45,7 +46,8 @@ def pipeline_sigmas(
         raise _Scheduled
     prompt = torch.zeros(1, 1, network.joint_attention_dim)
     pooled = torch.zeros(1, network.pooled_projection_dim)
-    asked = dict(num_inference_steps=num_steps, guidance_scale=1., height=resolution, width=resolution)
+    height, width = height_width(resolution)
+    asked = dict(num_inference_steps=num_steps, guidance_scale=1., height=height, width=width)
     with patch.object(pipeline.scheduler, 'set_timesteps', set_and_leave):
         try: pipeline(prompt_embeds=prompt, pooled_prompt_embeds=pooled, generator=torch.Generator(), **asked)
         except _Scheduled: return _whole_levels(pipeline.scheduler.sigmas, num_steps)

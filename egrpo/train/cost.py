@@ -20,6 +20,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from ..base.inputs import height_width
 from ..core.plan import count_leaves, gradient_nfe
 from ..methods.aegpo import signal_needed
 from ..models.base_policy import MICRO_BATCH_ELEMENTS
@@ -258,25 +259,26 @@ def kept_bytes(
 @lru_cache(maxsize=8)
 def activation_bytes(
     model:str, # As for `architecture`
-    side:int, # Side of the latents: an eighth of the images'
+    side:int|tuple, # Side of the latents, an eighth of the images', or (height, width)
     dtype:str='bf16', # Of the network
 )->tuple: # Bytes: all, with gradient checkpointing
     "Bytes that the backward pass keeps of one latent's forward pass."
     a = architecture(model)
     network = build_part(*a.network, DTYPES[dtype])
     channels = a.vae[1].get('latent_channels', 4)
-    return kept_bytes(network, network_inputs(a, network, (channels, side, side)))
+    sides = side if isinstance(side, tuple) else (side, side)
+    return kept_bytes(network, network_inputs(a, network, (channels, *sides)))
 
 # %% ../../nbs/train/10_cost.ipynb #986c3b86
-def _side(
+def _sides(
     config:TrainConfig, # The configuration
     a:Architecture, # Its model's
-)->int: # Side of the latents
-    "Side of an image's latents."
+)->tuple: # Height and width of the latents
+    "Sides of an image's latents."
     _, vae = a.vae
     pixels = config.resolution or vae.get('sample_size', 1024)
     halvings = len(vae.get('block_out_channels', (0,) * 4)) - 1
-    return pixels // 2**halvings
+    return tuple(side // 2**halvings for side in height_width(pixels))
 
 def evaluations_per_velocity(
     config:TrainConfig, # The configuration
@@ -291,7 +293,8 @@ def default_micro_batch(
     if config.micro_batch: return config.micro_batch
     a = architecture(config.model)
     _, vae = a.vae
-    size = vae.get('latent_channels', 4) * _side(config, a)**2
+    height, width = _sides(config, a)
+    size = vae.get('latent_channels', 4) * height * width
     return max(1, MICRO_BATCH_ELEMENTS // (size * evaluations_per_velocity(config)))
 
 def planned_device(
@@ -402,8 +405,8 @@ def run_memory(
     parts = _weights_memory(config, small, share)
     if config.text_encoders in (None, 'keep'): parts['text encoders'] = n['text'] * small
     parts['decoder'] = n['vae'] * small
-    side = _side(config, architecture(config.model))
-    whole, checkpointed = activation_bytes(config.model, side, dtype)
+    sides = _sides(config, architecture(config.model))
+    whole, checkpointed = activation_bytes(config.model, sides, dtype)
     kept = checkpointed if config.gradient_checkpointing else whole
     plan = first_plan(config)
     rows = config.prompts_per_iteration * gradient_nfe(plan) # no update has more

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..base.inputs import height_width
 from ..core.plan import Branch, Plan
 from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
@@ -65,7 +66,8 @@ def images_per_slice(
     policy, # A policy
 )->int: # At least one
     "Number of images that are decoded and scored together."
-    numbers = 3 * policy.frames * policy.resolution**2
+    height, width = height_width(policy.resolution)
+    numbers = 3 * policy.frames * height * width
     return max(1, SLICE_BYTES // (4 * numbers))
 
 def _no_laps(phase): pass

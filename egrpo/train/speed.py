@@ -13,6 +13,7 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor
 
+from ..base.inputs import height_width
 from ..core.advantage import combine_advantages
 from ..core.loss import policy_loss
 from ..core.noise import addressed_noise
@@ -194,15 +195,16 @@ def plain_sampling(
     num_steps:int=16, # Denoising steps
 )->dict: # Seconds by phase
     "Sample images by the pipeline's own call, and decode them."
-    pipeline, size, laps = policy.pipeline, policy.resolution, Laps()
+    pipeline, laps = policy.pipeline, Laps()
+    height, width = height_width(policy.resolution)
     sigmas = torch.linspace(1, 1 / num_steps, num_steps).tolist()
-    fixed = dict(num_inference_steps=num_steps, sigmas=sigmas, height=size, width=size, guidance_scale=policy.guidance,
+    fixed = dict(num_inference_steps=num_steps, sigmas=sigmas, height=height, width=width, guidance_scale=policy.guidance,
                  max_sequence_length=pipeline.tokenizer_2.model_max_length, output_type='latent')
     for first in range(0, n, batch):
         count = min(batch, n - first)
         packed = pipeline(prompt, num_images_per_prompt=count, **fixed).images
         laps('sampling')
-        policy.decode(pipeline._unpack_latents(packed, size, size, pipeline.vae_scale_factor))
+        policy.decode(pipeline._unpack_latents(packed, height, width, pipeline.vae_scale_factor))
         laps('decoding')
     return laps.seconds
 
