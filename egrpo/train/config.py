@@ -29,7 +29,7 @@ def option(
 
 def kind_of(
     field:Field, # Of a dataclass
-)->str: # int, float, str, bool or dict, perhaps with |None
+)->str: # int, float, str, bool, dict or int|str, perhaps with |None
     "A field's annotation as a word."
     return getattr(field.type, '__name__', None) or str(field.type).replace(' ', '')
 
@@ -117,7 +117,8 @@ class TrainConfig:
                                          'such as to_q,to_v; None = the usual ones', loads=True)
     lora_from:str|None = option(None, 'A LoRA to train on: a folder, a .safetensors file or a hub id; it keeps its rank',
                                 loads=True)
-    resolution:int|None = option(None, 'Side of the images in pixels; None = what the VAE was made for', above=0, loads=True)
+    resolution:int|str|None = option(None, 'Side of the images in pixels, or HEIGHTxWIDTH such as 768x1344; '
+                                           'None = what the VAE was made for', above=0, loads=True)
     guidance:float = option(3.5, "Guidance: an input of FLUX.1-dev and FLUX.2-dev, else a scale "
                                  '(two evaluations; 1 = without, one)', loads=True)
     eval_prompts:str|None = option(None, 'As prompts, shapes_tuning or hpd_tuning; None = held-out shapes or hpd prompts, '
@@ -237,7 +238,7 @@ def check_value(
     if 'choices' in known and value not in known['choices']:
         words = ', '.join(str(o or 'none') for o in known['choices'])
         raise ValueError(f"{name} must be one of {words}, got {value!r}: choose one")
-    if value is None: return
+    if value is None or isinstance(value, str): return
     broken = [k for k, (_, holds) in LIMITS.items() if k in known and not holds(value, known[k])]
     remedy = f": {known['remedy']}" if 'remedy' in known else ''
     if broken: raise ValueError(f"{name} must be {_limits_text(field)}, got {value}{remedy}")
