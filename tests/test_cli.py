@@ -107,7 +107,7 @@ def actions(name):
 def test_every_option_has_help_and_default(name):
     for action in actions(name):
         assert action.help, action.dest
-        none = 'lora', 'prompts', 'picture', 'out', 'name', 'recipe', 'folder'
+        none = 'lora', 'prompts', 'picture', 'out', 'name', 'recipe', 'folder', 'run'
         known = '(default: ' in action.help or action.nargs == 0 or action.dest in none
         assert known, f'{name} --{action.dest}: {action.help}'
 

@@ -12,6 +12,7 @@ from egrpo.rewards.reward import BUILT_IN, RewardError, get_reward
 from egrpo.train import evaluate as evaluate_module
 from egrpo.train.evaluate import evaluate, images_per_slice, sample_latents, score_latents
 from egrpo.train.prepare import first_plan
+from egrpo.train.timing import Laps
 from egrpo.train.trainer import TrainConfig, Trainer
 
 PROMPTS = ['a red circle', 'two blue squares', 'a green cross left of a yellow triangle']
@@ -48,7 +49,7 @@ def test_few_images_are_alive(tmp_path, policy, alive):
     "Those of a slice: in training, in its evaluation, and in one outside of it. The phases' times add up."
     trainer = Trainer(TrainConfig(**SMALL, out=str(tmp_path/'run')), policy, reward=brightness)
     ticks = itertools.count()
-    metrics = trainer.step(0, clock=lambda: next(ticks))
+    metrics = trainer.step(0, Laps(lambda: next(ticks)))
     slices = len(alive)
     assert slices == count_leaves(first_plan(trainer.prepared)) # two prompts, two images in a slice
     assert metrics['seconds_reward'] == slices

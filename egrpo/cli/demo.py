@@ -177,6 +177,7 @@ def report_demo(
     took = f'{seconds:.0f} seconds' if seconds < 90 else f'{seconds / 60:.1f} minutes'
     say(f'\n{change_tables(history)}\n\nin {took}, everything included\n')
     say(f'picture  {out}/demo.png  the reward, and images before and after on the same noise')
+    say(f'report   {out}/report.html')
     say(f'model    {out}/model     for plain diffusers: FluxPipeline.from_pretrained({str(out/"model")!r})\n\nnext:')
     for line in NEXT: say('  ' + line.format(out=out))
 

@@ -9,7 +9,6 @@ __all__ = []
 import shutil
 from pathlib import Path
 
-from ..base.files import write_whole
 from .entry import COMMANDS, Command
 from .options import Option, Parser, add_own, converter
 from .shared import say
@@ -31,6 +30,7 @@ def write_merged(
     out:Path, # Folder
 ):
     "Load a model, merge a LoRA into it, and write the pipeline."
+    from egrpo.base.files import write_whole
     from egrpo.models.lora import merge_lora
     from egrpo.models.policy import load_policy
     policy = load_policy(model, 'cpu', dtype or 'fp32', None, lora_from=str(lora))
@@ -41,6 +41,7 @@ def run_export(
     args, # Parsed arguments
 ):
     "egrpo export: write a trained model."
+    from egrpo.base.files import write_whole
     from egrpo.train.run import Run
     run, out = Run(args.run), check_new_folder(args.out)
     if not run.model.is_dir(): raise ValueError(f"run: {args.run!r} holds no trained model: name the `out` of a run that has ended")

@@ -276,6 +276,7 @@ def run_report(
             ('metrics', f'{out}/metrics.jsonl', 'a line per iteration'),
             ('evaluations', f'{out}/evaluations.csv', 'a row per evaluation and prompt'),
             ('checkpoint', f'{out}/checkpoint', shlex.join(['egrpo', 'train', '--resume', '--out', str(out)]) + more)]
+    if c.samples: rows.insert(0, ('report', f'{out}/report.html', 'a page to look at, with curves and pictures'))
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     lines = [f'{name:<{widths[0]}}  {place:<{widths[1]}}  {what}' for name, place, what in rows]
     short = trainer.iteration < c.iterations

@@ -59,6 +59,7 @@ class Series:
     points:list # (x, y, low, high); low and high may be None
     dots:list = field(default_factory=list) # (x, y), drawn pale
     base:float|None = None # Height of a dashed line
+    color:int = 0 # Number of its colour: that of its run
 
 def short(
     number:float, # Any
@@ -155,11 +156,12 @@ def line_chart(
     x = _Scale(first, max(last, first + 1), LEFT, RIGHT)
     y = _Scale(*_extent(heights), BOTTOM, TOP)
     parts, keys = _axes(x, y), []
-    for i, own in enumerate(series):
-        color = f'var(--c{i % 6})'
+    for own in series:
+        color = f'var(--c{own.color % 6})'
         parts += _curve(own, color, x, y)
         keys.append(f'<span><i style="background: {color}"></i>{escape(own.name)}</span>')
-    legend = f'<div class="legend">{"".join(keys)}</div>' if len(series) > 1 else ''
+    alone = len(series) == 1 and series[0].color == 0
+    legend = '' if alone else f'<div class="legend">{"".join(keys)}</div>'
     svg = f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
     return f'<div class="chart"><h3>{escape(title)}</h3>{legend}{svg}</div>'
 
@@ -170,28 +172,29 @@ def score_series(
 )->list: # `Series`
     "Curves of an evaluated reward."
     found = []
-    for run in runs:
+    for i, run in enumerate(runs):
         points = run.scores.get(reward)
-        if points: found.append(Series(run.name, points, base=points[0][1]))
+        if points: found.append(Series(run.name, points, base=points[0][1], color=i))
     return found
 
 def training_series(
     runs:list, # `RunData`
     metric:str, # Name of a metric
     window:int=20, # Iterations of the running mean
-)->list: # `Series`
+    base:float|None=None, # Height of a dashed line
+)->list: # `Series`, of runs with five values and more
     "Curves of a metric of the iterations."
     found = []
-    for run in runs:
+    for number, run in enumerate(runs):
         dots = [(m['iteration'], m[metric]) for m in run.metrics if metric in m]
-        if len(dots) < 2: continue
+        if len(dots) < 5: continue
         sums = np.cumsum([0, *[value for _, value in dots]])
         points = []
         for i, (at, _) in enumerate(dots):
             begin = max(0, i + 1 - window)
             points.append((at, float((sums[i + 1] - sums[begin]) / (i + 1 - begin)), None, None))
         step = max(1, len(dots) // 1000) # a line needs no more
-        found.append(Series(run.name, points[::step], dots[::step]))
+        found.append(Series(run.name, points[::step], dots[::step], base, number))
     return found
 
 # %% ../../nbs/show/02_report.ipynb #e057fff8
@@ -365,7 +368,7 @@ def _charts(runs, rewards):
     names = ['reward_gain', *[f'reward/{name}' for run in runs for name in run.trained]]
     titles = dict(reward_gain="training reward minus the prompt's first visit")
     for name in dict.fromkeys(names):
-        series = training_series(runs, name)
+        series = training_series(runs, name, base=0 if name == 'reward_gain' else None)
         if series: charts.append(line_chart(series, titles.get(name) or f'{name.removeprefix("reward/")}, training samples'))
     if not charts: return ''
     note = ('Held-out prompts: the dashed line is the first evaluation, the band the 95 % interval of the gain over it, prompt by prompt. '

@@ -69,6 +69,8 @@ def load_run(
     trained = [name.removeprefix('reward/') for name in (metrics[-1] if metrics else ()) if name.startswith('reward/')]
     prompts = int((evaluations.iteration == evaluations.iteration.max()).sum())
     pictures = {name: read_pictures(run.samples/name) for name in ('before', 'now', 'group')}
+    ranked = [label for label in ('best', 'median', 'worst') if label in pictures['group']]
+    pictures['group'] = {label: pictures['group'][label] for label in ranked}
     return RunData(Path(folder).resolve().name, settings, defaults, trained, score_curves(evaluations), eval_gains(evaluations),
                    metrics, prompts, **pictures)
 
