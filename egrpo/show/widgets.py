@@ -51,6 +51,7 @@ class Picture:
     ):
         self.png = png
 
+    def __repr__(self): return 'Picture()'
     def _repr_png_(self): return self.png
 
 def _explorer(
@@ -222,6 +223,7 @@ class Page:
     ):
         self.text = text
 
+    def __repr__(self): return 'Page()'
     def _repr_html_(self): return self.text
 
 FIGURE = '<figure style="display:inline-block;width:{width}px;margin:4px;vertical-align:top;font-size:11px;line-height:1.25">'

@@ -119,7 +119,7 @@ class TrainConfig:
                                 loads=True)
     resolution:int|str|None = option(None, 'Side of the images in pixels, or HEIGHTxWIDTH such as 768x1344; '
                                            'None = what the VAE was made for', above=0, loads=True)
-    guidance:float = option(3.5, "Guidance: an input of FLUX.1-dev, the scale of Stable Diffusion's "
+    guidance:float = option(3.5, "Guidance: an input of FLUX.1-dev and FLUX.2-dev, else a scale "
                                  '(two evaluations; 1 = without, one)', loads=True)
     eval_prompts:str|None = option(None, 'As prompts, shapes_tuning or hpd_tuning; None = held-out shapes or hpd prompts, '
                                          "or the training file's")
