@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/cli/08_exporting.ipynb #73be11f4
+import os
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,14 @@ from .shared import say
 def check_new_folder(
     path, # A folder that will be written
 )->Path: # The same
-    "Refuse a folder that holds something."
+    "Refuse a folder that holds something, or whose place for drafts is taken."
     path = Path(path)
     if path.is_file(): raise ValueError(f"--out: {str(path)!r} is a file: name a folder")
     if path.is_dir() and any(path.iterdir()): raise ValueError(f"--out: {str(path)!r} is not empty: name another folder")
+    place = Path(os.path.realpath(path))
+    for end in ('.old', '.new'): # where a folder is written before it gets its name
+        beside = place.with_name(place.name + end)
+        if beside.exists(): raise ValueError(f"--out: {str(beside)!r} is in the way: move it, or name another folder")
     return path
 
 def write_merged(
@@ -43,6 +48,7 @@ def run_export(
     "egrpo export: write a trained model."
     from egrpo.base.files import write_whole
     from egrpo.train.run import Run
+    if args.dtype and not args.merge: raise ValueError("--dtype is that of merged weights: add --merge, or take it out")
     run, out = Run(args.run), check_new_folder(args.out)
     if not run.model.is_dir(): raise ValueError(f"run: {args.run!r} holds no trained model: name the `out` of a run that has ended")
     is_pipeline = (run.model/'model_index.json').exists()

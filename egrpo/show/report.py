@@ -34,11 +34,17 @@ class RunData:
     before:dict = field(default_factory=dict) # Place -> `Picture` before training
     now:dict = field(default_factory=dict) # Place -> `Picture` at the last evaluation
     group:dict = field(default_factory=dict) # best, median, worst -> `Picture`
+    held_out:bool = True # Are the evaluation prompts others than the training ones?
 
     @property
     def iterations(self)->int:
         "Iterations done."
         return self.metrics[-1]['iteration'] + 1 if self.metrics else 0
+
+    @property
+    def evaluated(self)->str:
+        "The kind of its evaluation prompts."
+        return 'held-out prompts' if self.held_out else 'training prompts'
 
     def get(self, name):
         "A setting's value."
@@ -236,9 +242,10 @@ def claims(
     "Say what a run has changed."
     said, changes = [], {}
     for name, gain in run.gains.items():
+        if gain[1] is None: continue # of one prompt
         kind = verdict(gain)
         changes[name] = kind
-        where = f'over {run.prompts} held-out prompts, on the same noise'
+        where = f'over {run.prompts} {run.evaluated}, on the same noise'
         said.append((kind, f'{name} {WORDS[kind]} {interval_text(gain)} {where}'))
     for name in run.trained:
         change = None if name in changes else training_change(run.metrics, f'reward/{name}')
@@ -364,14 +371,16 @@ def _claims_list(run, named):
 
 def _charts(runs, rewards):
     "All curves."
-    charts = [line_chart(score_series(runs, reward), f'{reward}, held-out prompts') for reward in rewards]
+    evaluated = ' or '.join(dict.fromkeys(run.evaluated for run in runs))
+    charts = [line_chart(score_series(runs, reward), f'{reward}, {evaluated}') for reward in rewards]
     names = ['reward_gain', *[f'reward/{name}' for run in runs for name in run.trained]]
     titles = dict(reward_gain="training reward minus the prompt's first visit")
     for name in dict.fromkeys(names):
         series = training_series(runs, name, base=0 if name == 'reward_gain' else None)
         if series: charts.append(line_chart(series, titles.get(name) or f'{name.removeprefix("reward/")}, training samples'))
     if not charts: return ''
-    note = ('Held-out prompts: the dashed line is the first evaluation, the band the 95 % interval of the gain over it, prompt by prompt. '
+    note = (f'{evaluated.capitalize()}: the dashed line is the first evaluation, '
+            'the band the 95 % interval of the gain over it, prompt by prompt. '
             'Training samples: a dot for each iteration, and the mean of the last 20.')
     return f'<h2>Curves</h2><p class="note">{note}</p><div class="charts">{"".join(charts)}</div>'
 

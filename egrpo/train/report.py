@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.files import write_text
+from ..rewards.server import public_address
 from .config import SETTINGS, names_of
 from .gains import eval_gains
 from .run import Run
@@ -34,6 +35,21 @@ def _own_settings(config):
     defaults = {name: f.default for name, f in SETTINGS.items()}
     own = {name: value for name, value in config.items() if value != defaults.get(name) and name not in silent}
     return own, defaults
+
+def _public(settings):
+    "Settings whose addresses hold no password or key."
+    shown = dict(settings)
+    for name in ('reward', 'eval_rewards'):
+        if isinstance(shown.get(name), str): shown[name] = public_address(shown[name])
+    return shown
+
+def is_held_out(
+    config:dict, # Field -> value; what it lacks is the default
+)->bool: # Built-in sets are apart; a file is held out only from another source
+    "Return whether evaluation prompts are others than the training ones."
+    prompts = config.get('prompts', SETTINGS['prompts'].default)
+    source = config.get('eval_prompts') or prompts
+    return source != prompts or source in ('shapes', 'hpd')
 
 def score_curves(
     evaluations:pd.DataFrame, # Columns iteration, prompt, rewards
@@ -63,7 +79,7 @@ def load_run(
     if not run.evaluations.exists():
         raise ValueError(f"report: {str(folder)!r} holds no evaluations.csv: name the folder of a run that has been evaluated")
     config = run.read_config() if run.config.exists() else {}
-    settings, defaults = _own_settings(config)
+    settings, defaults = _own_settings(_public(config))
     evaluations = pd.read_csv(run.evaluations, keep_default_na=False)
     metrics = _metrics(run)
     trained = [name.removeprefix('reward/') for name in (metrics[-1] if metrics else ()) if name.startswith('reward/')]
@@ -72,7 +88,7 @@ def load_run(
     ranked = [label for label in ('best', 'median', 'worst') if label in pictures['group']]
     pictures['group'] = {label: pictures['group'][label] for label in ranked}
     return RunData(Path(folder).resolve().name, settings, defaults, trained, score_curves(evaluations), eval_gains(evaluations),
-                   metrics, prompts, **pictures)
+                   metrics, prompts, held_out=is_held_out(config), **pictures)
 
 def write_report(
     folders:list, # Of runs

@@ -67,6 +67,13 @@ class Samples:
     ):
         "Keep three latents of an iteration's first group."
         if not (self.count and self.processes.is_main): return
+        try: self._keep_group(prompts, out, rewards, weights)
+        except Exception as e:
+            self.group = None
+            warnings.warn(f"samples: no group was kept ({e}): training goes on", stacklevel=2)
+
+    def _keep_group(self, prompts, out, rewards, weights):
+        "Pick the images, and note their scores."
         total = sum(weights[name] * values for name, values in rewards.items())
         leaves = group_leaves(out, total)
         chosen = list(leaves.values())
