@@ -26,7 +26,7 @@ class WithNotebooks(build_py):
         inside = Path(self.build_lib)/cfg['lib_path']/'notebooks'
         skipped = shutil.ignore_patterns('.*', '*.run', '*.lock')
         for name in ('nbs', 'figures'):
-            if (root/name).is_dir(): shutil.copytree(root/name, inside/name, ignore=skipped, dirs_exist_ok=True)
+            shutil.copytree(root/name, inside/name, ignore=skipped, dirs_exist_ok=True)
 
 setup(
     name=cfg['lib_name'],

@@ -1,10 +1,13 @@
 "What trainers of this kind offer: schedules, optimisers, kept checkpoints, patience; each survives a resume."
 import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from egrpo.rewards.reward import RewardError
+from egrpo.train.checkpoint import load_checkpoint, save_checkpoint
 from egrpo.train.config import TrainConfig, check_config
 from egrpo.train.trainer import Trainer
 
@@ -94,12 +97,68 @@ def test_kept_checkpoints_are_gone_on_from(tmp_path):
     again, others = run(tmp_path/'straight', iterations=3, resume=True, resume_from=2, **settings)
     assert_same_weights(straight, again)
     assert [m['grad_norm'] for m in others] == [m['grad_norm'] for m in metrics]
-    other, changed = run(tmp_path/'straight', iterations=4, resume=True, resume_from=2, lr=1e-3, **settings)
-    assert [m['lr'] for m in changed] == [1e-4, 1e-4, 1e-3, 1e-3] and sorted(p.name for p in kept.iterdir()) == ['3', '4']
-    resumed, _ = run(tmp_path/'straight', iterations=4, lr=1e-3, resume=True, **settings) # from the newest again
+    further, changed = run(tmp_path/'straight', iterations=4, resume=True, resume_from=2, lr=1e-3, **settings)
+    assert [m['lr'] for m in changed] == [1e-4, 1e-4, 1e-4, 1e-3], 'what came from 2 is not run again'
+    assert sorted(p.name for p in kept.iterdir()) == ['3', '4']
+    other, changed = run(tmp_path/'straight', iterations=5, resume=True, resume_from=3, lr=1e-3, **settings)
+    assert [m['lr'] for m in changed] == [1e-4] * 3 + [1e-3] * 2 and sorted(p.name for p in kept.iterdir()) == ['4', '5']
+    resumed, _ = run(tmp_path/'straight', iterations=5, lr=1e-3, resume=True, **settings) # from the newest again
     assert_same_weights(other, resumed)
-    with pytest.raises(ValueError, match='no checkpoint of iteration 7 in .*: there are 3, 4'):
+    assert resumed.resumed_from == 3
+    with pytest.raises(ValueError, match='no checkpoint of iteration 7 in .*: there are 4, 5'):
         run(tmp_path/'straight', iterations=9, resume=True, resume_from=7)
+
+
+def test_a_kept_checkpoint_that_does_not_fit_replaces_nothing(tmp_path):
+    "It is checked first: damaged weights, metrics that are not its own. A lost newest one asks for a kept one."
+    settings = dict(iterations=2, checkpoint_every=1, keep_checkpoints=2)
+    run(tmp_path/'run', **settings)
+    newest, kept = tmp_path/'run/checkpoint', tmp_path/'run/checkpoints/1'
+    before = (newest/'state.json').read_bytes()
+    def refused(why, **changes):
+        with pytest.raises(ValueError, match=why): run(tmp_path/'run', resume=True, **settings | changes)
+    metrics = tmp_path/'run/metrics.jsonl'
+    text = metrics.read_text()
+    metrics.write_text(text.replace('"iteration":', '"iteration" :', 1))
+    refused('is not what the checkpoint knows', resume_from=1)
+    metrics.write_text(text)
+    weights = kept/'weights.safetensors'
+    data = weights.read_bytes()
+    weights.unlink() # it may be a hard link
+    weights.write_bytes(data[:-1])
+    refused('damaged', resume_from=1)
+    assert (newest/'state.json').read_bytes() == before
+    weights.write_bytes(data)
+    shutil.rmtree(newest)
+    refused('set resume_from to one of 1, 2')
+    _, lines = run(tmp_path/'run', resume=True, resume_from=1, **settings)
+    assert len(lines) == 2
+
+
+def test_the_best_is_kept_where_its_evaluation_comes_after_a_resume(tmp_path):
+    "A run that ended between a checkpoint and its evaluation."
+    settings = dict(iterations=2, eval_every=1, keep_best=True)
+    def trainer(*scores, **changes):
+        made = Trainer(TrainConfig(out=str(tmp_path/'run'), **SMALL | settings | changes))
+        made.eval_reward.rewards['verifier'] = by_evaluation(*scores)
+        return made
+    with pytest.raises(RewardError): trainer(.1, .5).fit() # the third evaluation has no score
+    assert sorted(p.name for p in (tmp_path/'run/checkpoints').iterdir()) == ['1']
+    trainer(.9, resume=True).fit()
+    assert sorted(p.name for p in (tmp_path/'run/checkpoints').iterdir()) == ['1', '2']
+
+
+def test_a_run_from_before_a_setting_is_resumed(tmp_path):
+    "What its checkpoint lacks was the default."
+    run(tmp_path/'run', iterations=1)
+    checkpoint = tmp_path/'run/checkpoint'
+    tensors, info = load_checkpoint(checkpoint)
+    for name in ('optimizer', 'lr_schedule', 'ema_decay'): del info['config'][name]
+    save_checkpoint(checkpoint, tensors, info)
+    with pytest.raises(ValueError, match='ema_decay was .*, is 0.5'):
+        run(tmp_path/'run', iterations=2, resume=True, ema_decay=.5)
+    _, lines = run(tmp_path/'run', iterations=2, resume=True)
+    assert len(lines) == 2
 
 
 def test_options_that_do_nothing_are_refused():

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -20,7 +21,7 @@ cfg = cfg['DEFAULT']
 def wheel(tmp_path_factory):
     "The wheel of a copy, so that nothing is left in the working tree."
     tmp = tmp_path_factory.mktemp('wheel')
-    for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(sync.root/f, tmp/f)
+    for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(sync.root/f, tmp/f)
     shutil.copytree(sync.root/'egrpo', tmp/'egrpo', ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('nbs', 'figures'):
         shutil.copytree(sync.root/name, tmp/name, ignore=shutil.ignore_patterns('.*', '*.run', '*.lock'))
@@ -56,6 +57,15 @@ def test_notebooks_of_the_wheel_find_their_records(wheel, tmp_path):
     found = subprocess.run([sys.executable, '-c', code], cwd=empty/'here/nbs/guides', env=env, capture_output=True, text=True)
     assert Path(found.stdout.strip()).resolve() == (empty/'here/figures').resolve(), found.stderr
     assert egrpo('notebooks', 'here').returncode == 2
+
+
+def test_a_source_distribution_holds_what_the_wheel_is_made_of(wheel, tmp_path_factory):
+    "Settings, notebooks and records; a wheel is mostly built from it."
+    built = tmp_path_factory.getbasetemp()/'wheel0'
+    done = subprocess.run([sys.executable, 'setup.py', '-q', 'sdist'], cwd=built, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next((built/'dist').glob('*.tar.gz'))) as tar: names = {n.partition('/')[2] for n in tar.getnames()}
+    assert {'settings.ini', 'setup.py', 'nbs/index.ipynb', 'figures/tau.json', 'figures/demo.png', 'egrpo/recipes/miniature.yaml'} <= names
 
 
 def test_is_small(wheel): assert sum(map(len, wheel.values())) < 60 * 2**20

@@ -213,7 +213,7 @@ def test_a_new_run_replaces_nothing(copy, tmp_path, capsys, command):
     refused(copy, 'already holds a run')
     (tmp_path/'mine/model').mkdir(parents=True)
     (tmp_path/'mine/model/weights.bin').write_text('years of work')
-    refused(tmp_path/'mine', 'holds a model that is none of this run')
+    refused(tmp_path/'mine', "holds 'model', which is not this run's")
 
 
 def test_metrics_without_a_checkpoint_are_kept(copy, capsys):

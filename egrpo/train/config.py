@@ -149,14 +149,14 @@ class TrainConfig:
                                   where=True, least=0)
     samples:int = option(8, 'Evaluation prompts that are drawn before and now into `out`/samples, with `out`/report.html; 0 = none',
                          where=True, least=0)
-    keep_checkpoints:int = option(0, 'Checkpoints that stay in `out`/checkpoints beside the newest one', where=True, least=0)
+    keep_checkpoints:int = option(0, 'Last checkpoints that stay in `out`/checkpoints, the newest among them', where=True, least=0)
     keep_best:bool = option(False, 'Keep the checkpoint of the best evaluation, by the first of its rewards', where=True)
     patience:int|None = option(None, 'Evaluations in a row without a better one, by the first reward, after which the run ends',
                                free=True, least=1)
     tracker:str|None = option(None, "Trackers of accelerate besides metrics.jsonl, such as 'tensorboard' or 'wandb,trackio'", where=True)
     out:str = option('runs/egrpo', 'Folder of metrics, checkpoints and the trained model', where=True)
     resume:bool = option(False, 'Go on from the last checkpoint in `out`', where=True)
-    resume_from:int|None = option(None, 'With resume: the iteration of a kept checkpoint to go on from instead; later metrics are dropped',
+    resume_from:int|None = option(None, 'With resume: go on from the kept checkpoint of this iteration, once; later metrics are dropped',
                                   where=True, least=0)
 
     def __init__(self,

@@ -10,8 +10,10 @@ import os
 import shutil
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from ..base.files import write_whole
+from .checkpoint import read_state
 
 # %% ../../nbs/train/06_kept.ipynb #b47e69fd
 def _means(history):
@@ -71,17 +73,33 @@ class Kept:
         if not (self.last or self.best): return
         there = {i for i in self.iterations() if i < iteration} | {iteration}
         wanted = set(sorted(there)[-self.last:]) if self.last else set()
-        if self.best and history: wanted.add(best_iteration(history))
+        earlier = [row for row in history if row['iteration'] < iteration] # known to a checkpoint of this iteration
+        for known in (history, earlier):
+            if self.best and known: wanted.add(best_iteration(known))
         if iteration in wanted: link_folder(self.run.find_checkpoint(), self.folder/str(iteration))
         for i in self.iterations():
             if i not in wanted: shutil.rmtree(self.folder/str(i))
 
+    def _newest(self):
+        "State of the newest checkpoint; empty where there is none that can be read."
+        try: return read_state(self.run.checkpoint)
+        except ValueError: return {}
+
     def restore(self,
         iteration:int, # Of a checkpoint that was kept
+        check, # Function of a checkpoint's folder; refuses one that the run cannot go on from
     ):
-        "Put a checkpoint in the newest one's place."
+        "Put a checkpoint in the newest one's place, which is kept; one that came from it stays."
+        newest = self._newest()
+        done = newest.get('iteration')
+        if newest.get('resumed_from') == iteration:
+            tqdm.write(f"resume_from: the newest checkpoint, of iteration {done}, came from iteration {iteration}: it is gone on from")
+            return
         there = self.iterations()
         if iteration not in there:
             known = f"there are {', '.join(map(str, there))}" if there else 'set keep_checkpoints or keep_best next time'
             raise ValueError(f"resume_from: no checkpoint of iteration {iteration} in {str(self.folder)!r}: {known}")
-        link_folder(self.folder/str(iteration), self.run.checkpoint)
+        source = self.folder/str(iteration)
+        check(source)
+        if done and done not in there: link_folder(self.run.find_checkpoint(), self.folder/str(done))
+        link_folder(source, self.run.checkpoint)

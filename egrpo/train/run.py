@@ -120,7 +120,8 @@ class Identity:
         "Refuse a checkpoint of another configuration, model, prompts, rewards or code."
         free = names_of('free')
         if same_schedule(info, self.settings): free = *free, 'shift', 'sigmas' # whatever names it
-        check_same_run(info['config'], self.config, free)
+        defaults = {name: f.default for name, f in SETTINGS.items() if name in self.config} # a newer setting's
+        check_same_run(defaults | info['config'], self.config, free)
         known = {name: value for name, value in self.model.items() if name in info['model']}
         check_same_run(info['model'], known, free)
         check_same_sources(info['sources'], self.sources, folder)
@@ -204,10 +205,10 @@ class Run:
         "Refuse a folder in which a new run would replace something; a run before its first iteration may be replaced."
         if self.metrics.exists() or self.iteration():
             raise ValueError(f"out: {str(self.folder)!r} already holds a run: {remedy} to go on with it, or name another folder")
-        if self.find_checkpoint() is not None: return
-        for path in (self.checkpoint, self.model):
-            if not _holds_something(path): continue
-            raise ValueError(f"out: {str(self.folder)!r} holds a {path.name} that is none of this run: name another folder")
+        places = [self.kept]
+        if self.find_checkpoint() is None: places += self.checkpoint, self.model
+        for path in filter(_holds_something, places):
+            raise ValueError(f"out: {str(self.folder)!r} holds {path.name!r}, which is not this run's: name another folder")
 
     def check_free(self):
         "Refuse a folder that another process holds: the `ValueError` names it."
@@ -301,15 +302,17 @@ class Run:
     def load(self,
         identity:Identity, # Of the run that goes on
         iterations:int, # It asks for, in all
+        folder=None, # The checkpoint's; None = the newest
     )->tuple: # (section -> name -> tensor, info as `save` took it, and metrics: digest of the metrics or None)
         "Read a checkpoint; refuses one that is damaged, or of another run."
-        tensors, info = load_checkpoint(self.checkpoint)
+        folder = folder or self.checkpoint
+        tensors, info = load_checkpoint(folder)
         info = dict(nfe=0, model={}, sources={}, metrics=None) | info # an older checkpoint knows less
         for name, kind in STATE.items():
-            if not isinstance(info.get(name), kind): raise damaged(self.checkpoint, f'state.json has no {name}')
-        identity.check(info, self.checkpoint)
+            if not isinstance(info.get(name), kind): raise damaged(folder, f'state.json has no {name}')
+        identity.check(info, folder)
         done = info['iteration']
         if iterations < done:
             raise ValueError(f"iterations is {iterations}, but the checkpoint is at iteration {done}: ask for more")
-        if done and 'optimizer' not in tensors: raise damaged(self.checkpoint, 'it has no optimizer.safetensors')
+        if done and 'optimizer' not in tensors: raise damaged(folder, 'it has no optimizer.safetensors')
         return tensors, info

@@ -10,6 +10,7 @@ import shutil
 import time
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +28,7 @@ from ..methods.registry import make_plan
 from ..models.device import check_torch, is_out_of_memory, synchronize
 from ..models.policy import load_policy
 from ..rewards.reward import RewardError
+from .checkpoint import read_log
 from .config import TrainConfig, evaluation_is_due
 from .evaluate import sample_latents, score_latents, score_table
 from .gains import FirstVisits, bar_text, evaluation_metrics
@@ -85,11 +87,11 @@ def iteration_prompts(
 
 def first_visits(
     trainer, # A `Trainer`, perhaps resumed
-)->FirstVisits: # Of the iterations that its metrics hold
+)->FirstVisits: # Of the iterations that its metrics hold; empty but in the main process, which writes them
     "Rewards of the prompts that were trained on, when they first were."
     visits = FirstVisits()
-    done = trainer.run.read_metrics() if trainer.run.metrics.exists() else []
-    for metrics in done: # of an older run they lack the prompts' rewards
+    if not (trainer.processes.is_main and trainer.run.metrics.exists()): return visits
+    for metrics in trainer.run.read_metrics(): # of an older run they lack the prompts' rewards
         prompts = iteration_prompts(trainer.prepared, metrics['iteration'])
         visits.gain(prompts, metrics.get('reward_by_prompt', []))
     return visits
@@ -151,6 +153,7 @@ class Trainer:
         self.iteration = 0 # iterations done
         self.nfe = 0 # network evaluations of training so far
         self.history = [] # a dict per evaluation and prompt
+        self.resumed_from = None # iteration of the kept checkpoint that it came from
         self.laps = Laps(time.perf_counter)
 
     def _prompts_of(self, iteration):
@@ -319,7 +322,8 @@ class Loop:
         if self.config.resume: t.load()
         elements = sum(p.numel() for p in t.parameters.values())
         state = 4 * (4 if t.ema else 3) # fp32 weights, two moments, the average
-        copies = 2 + self.config.keep_checkpoints + self.config.keep_best # of the checkpoint: old, new, kept
+        missing = self.config.keep_checkpoints + self.config.keep_best - len(self.kept.iterations())
+        copies = 2 + max(missing, 0) # of the checkpoint: old, new, to be kept
         self.folder.check_writable(elements * (copies * state + 4)) # and the model
         settings = self.config.flat() | dict(resume_from=None) # once
         if self.processes.is_main: self.folder.write_config(settings | t.prepared.names)
@@ -332,8 +336,8 @@ class Loop:
     def _restore(self):
         "Put a kept checkpoint in the newest one's place, by the first process."
         def put():
-            if self.processes.is_main: self.kept.restore(self.config.resume_from)
-        self.processes.in_all(put, ValueError, "resume_from: there is no such checkpoint: the first process says which there are")
+            if self.processes.is_main: self.kept.restore(self.config.resume_from, partial(check_kept, self.trainer))
+        self.processes.in_all(put, ValueError, "resume_from: the checkpoint cannot be taken: the first process says why")
 
     def _try_saving(self):
         "Save a checkpoint and the model: what cannot be saved shows now, not after days."
@@ -349,7 +353,9 @@ class Loop:
         "Evaluate where that is due, and run the iterations that are left."
         t, bar = self.trainer, self._bar()
         evaluated = any(o['iteration'] == t.iteration for o in t.history)
-        if self._evaluation_is_due() and not evaluated: self._record_evaluation()
+        if self._evaluation_is_due() and not evaluated:
+            self._record_evaluation()
+            if t.iteration and self.processes.is_main: self.kept.keep(t.iteration, t.history)
         if t.spent(): return False # a run that is resumed may be over already
         with stop_on_interrupt() as interrupt:
             for i in bar:
@@ -471,7 +477,7 @@ def save_state(
     t, main = trainer, trainer.processes.is_main
     tensors = t.weights.sections(main)
     if main:
-        done = dict(iteration=t.iteration, nfe=t.nfe, history=t.history)
+        done = dict(iteration=t.iteration, nfe=t.nfe, history=t.history, resumed_from=t.resumed_from)
         t.run.save(tensors, done | t.identity.saved())
     if t.policy.lora_rank: save_model(t, t.run.model) # small, and of use if the run is killed
     return t.run.checkpoint
@@ -490,11 +496,29 @@ def save_model(
         remedy = "free some space or name another `out`; the last checkpoint is kept"
         raise OSError(f"model {str(folder)!r} could not be written ({e}): {remedy}") from e
 
+def check_kept(
+    trainer, # A `Trainer`
+    folder, # Of a kept checkpoint
+):
+    "Refuse a kept checkpoint that the run cannot be resumed from."
+    _, info = trainer.run.load(trainer.identity, trainer.config.iterations, folder)
+    read_log(trainer.run.metrics, info['iteration'], info['metrics'])
+
+def check_lost(
+    trainer, # A `Trainer` whose newest checkpoint is gone
+):
+    "Refuse to begin anew where earlier checkpoints were kept."
+    there = Kept(trainer.run, trainer.config).iterations()
+    if not there: return
+    known = ', '.join(map(str, there))
+    raise ValueError(f"resume: the newest checkpoint is gone, but there are kept ones: set resume_from to one of {known}")
+
 def load_state(
     trainer, # A `Trainer`, changed in place
 ):
     "Go on from the checkpoint in `config.out`; refuses one of another run."
     t, main = trainer, trainer.processes.is_main
+    if t.run.find_checkpoint() is None: check_lost(t)
     if t.run.begun() and t.run.find_checkpoint() is None:
         if main: t.run.begin_anew()
         return t.run.trim(0, write=main)
@@ -503,6 +527,8 @@ def load_state(
     t.iteration = info['iteration']
     t.nfe = info['nfe']
     t.history = info['history']
+    asked = t.config.resume_from
+    t.resumed_from = info.get('resumed_from') if asked is None else asked
     if t.planner:
         for i in range(t.iteration): t.planner.remember(t._prompts_of(i))
     t.run.trim(t.iteration, info['metrics'], main)
