@@ -62,6 +62,27 @@ def test_the_distilled_klein_is_not_guided():
     assert_close(packed(own, velocity(own)), theirs, atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize('guidance, evaluations', [(0., 1), (1., 2)])
+def test_z_image_is_guided_above_0(guidance, evaluations):
+    "Its pipeline extrapolates beyond the prompted velocity: a scale of 1 is a second evaluation."
+    own = load_policy(small_pipeline('z-image'), 'cpu', lora_rank=None, resolution=32, guidance=guidance)
+    general = general_policy('z-image', guidance=guidance)
+    assert own.nfe_per_velocity == general.nfe_per_velocity == evaluations
+    assert_close(velocity(own), velocity(general), atol=5e-6, rtol=0)
+    with own.unguided(): assert own.nfe_per_velocity == 1
+    assert own.guidance == guidance
+
+
+def test_a_long_prompt_is_cut_where_the_pipeline_cuts_it():
+    policies = own_policy('qwen-image'), general_policy('qwen-image') # this one by the call's own length
+    own, general = (p.encode(['a red cube ' * 300]) for p in policies)
+    assert own.embeds.shape[1] == 512
+    noise, level = torch.randn(1, *policies[0].latent_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([.9])
+    with torch.no_grad(): ours = policies[0].velocity(noise, level, own)
+    with torch.no_grad(): theirs = policies[1].velocity(packed(policies[0], noise), level, general)
+    assert_close(packed(policies[0], ours), theirs, atol=5e-6, rtol=0)
+
+
 @pytest.mark.parametrize('name', NEW)
 def test_gradients_of_a_lora(name):
     "As the general policy's, with every layer of the blocks; activations may be computed again."

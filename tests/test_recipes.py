@@ -12,6 +12,7 @@ from egrpo.cli import training
 from egrpo.cli.commands import main
 from egrpo.models.policy import load_policy
 from egrpo.testing.pipelines import small_pipeline
+from egrpo.train import cost
 from egrpo.train.config import TrainConfig
 from egrpo.train.recipes import describe_recipe, load_recipe, recipe_paths, to_yaml
 from egrpo.train.trainer import Trainer
@@ -49,6 +50,17 @@ def test_every_recipe_is_planned(name, here, capsys):
         small = '--model model --resolution 16 --prompts prompts.txt'
     assert main(shlex.split(f'train {name} {small} --device cpu --dry-run')) == 0, capsys.readouterr().err
     assert f"{settings['iterations']} iterations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', recipe_paths())
+def test_every_recipe_has_a_plan(name, here, capsys, monkeypatch):
+    "Without its model; memory is told of the families that are counted, activations aside, which test_cost counts."
+    monkeypatch.setattr(cost, 'activation_bytes', lambda *args: (2**30, 2**28))
+    assert main(['plan', name, '--seconds-forward', '.1', '--seconds-backward', '.3']) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    uncounted = name in ('flux2_klein', 'z_image_turbo')
+    assert ('memory is not counted for this family' in said) == uncounted
+    assert ('an iteration takes' in said) != uncounted and 'network evaluations' in said and 'velocities' in said
 
 
 @pytest.mark.parametrize('name, path', recipe_paths().items(), ids=recipe_paths())

@@ -84,11 +84,21 @@ def test_a_negative_prompt_reaches_the_encoder(name):
     ('wan2.1', dict(num_frame=5), "num_frame is no argument of a WanPipeline's call"),
     ('wan2.1', dict(height=64), 'height has a setting of its own: give resolution'),
     ('wan2.1', dict(output_type='np'), 'output_type cannot be changed: leave it out'),
+    ('flux-dev', dict(guidance_scale=2.), 'guidance_scale has a setting of its own: give guidance'),
+    ('qwen-image', dict(true_cfg_scale=2.), 'true_cfg_scale has a setting of its own: give guidance'),
     ('sd1.5', dict(clip_skip=1), 'a StableDiffusionPipeline is not trained through its own call: leave it out'),
 ])
 def test_a_call_that_means_nothing_is_refused(name, call, says):
     "In a line."
     with pytest.raises(ValueError, match=f'^call: {says}'): load_policy(small_pipeline(name), 'cpu', lora_rank=None, call=call)
+
+
+def test_the_scale_that_guidance_does_not_feed_is_free():
+    "FLUX.1's true scale takes a second evaluation, with a negative prompt."
+    call = dict(true_cfg_scale=2., negative_prompt='a dark room')
+    policy = load_policy(small_pipeline('flux-dev'), 'cpu', lora_rank=None, resolution=32, call=call)
+    assert policy.nfe_per_velocity == 2
+    load_policy(small_pipeline('qwen-image'), 'cpu', lora_rank=None, resolution=32, call=dict(guidance_scale=2.))
 
 
 def test_a_lora_is_as_its_settings_say(tmp_path):

@@ -113,8 +113,10 @@ def memory_text(
     share:int=1, # Devices that share the network
 )->str: # Lines
     "Table of the memory that a run holds on one device."
-    from egrpo.train.cost import default_micro_batch, network_dtype, run_memory
-    parts = {k: v / 2**30 for k, v in run_memory(config, share).items()}
+    from egrpo.train.cost import NotCounted, default_micro_batch, network_dtype, run_memory
+    try: memory = run_memory(config, share)
+    except NotCounted: return 'memory is not counted for this family'
+    parts = {k: v / 2**30 for k, v in memory.items()}
     total, digits = sum(parts.values()), 1 if sum(parts.values()) > 5 else 3
     rows = table([['one device holds, GiB', ''], *([k, f'{v:.{digits}f}'] for k, v in parts.items()), ['all', f'{total:.{digits}f}']])
     kind = f'micro-batch {default_micro_batch(config)}, {network_dtype(config)}'
@@ -130,11 +132,12 @@ def time_text(
     processes:int, # Devices that share the prompts
 )->str: # A line
     "Line with the seconds of an iteration and the hours of a run."
-    from egrpo.train.cost import iteration_seconds
-    parts = iteration_seconds(config, seconds, processes)
+    from egrpo.train.cost import NotCounted, iteration_seconds
+    each = f'{seconds.forward:.3g} s an evaluation and {seconds.backward:.3g} s with gradient'
+    try: parts = iteration_seconds(config, seconds, processes)
+    except NotCounted: return f'{each}; time of an iteration is not counted for this family'
     total = sum(parts.values())
     phases = ', '.join(f'{k} {v:.3g}' for k, v in parts.items())
-    each = f'{seconds.forward:.3g} s an evaluation and {seconds.backward:.3g} s with gradient'
     return f'an iteration takes {total:.3g} s ({phases}) at {each}; {config.iterations} iterations {total * config.iterations / 3600:.3g} h'
 
 def schedule_text(

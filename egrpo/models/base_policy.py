@@ -82,6 +82,7 @@ class Policy:
     patch = 1 # latents per token along a side
     frames = 1 # of a video
     classifier_free = False # does guidance take a second evaluation?
+    unguided_scale = 1. # guidance up to which one evaluation is enough
     negative = '' # prompt of the second evaluation
     masked = False # are texts padded and masked?
     _own_sigmas = staticmethod(pipeline_sigmas)
@@ -157,7 +158,7 @@ class Policy:
     @property
     def nfe_per_velocity(self)->int: # 1, or 2 with classifier-free guidance
         "Network evaluations for one velocity: what a plan predicts is to be multiplied by it."
-        return 2 if self.classifier_free and self.guidance > 1 else 1
+        return 2 if self.classifier_free and self.guidance > self.unguided_scale else 1
 
     def sigmas(self,
         num_steps:int=16, # T, denoising steps, >= 1
@@ -227,7 +228,7 @@ class Policy:
     def unguided(self):
         "Inside: classifier-free guidance is off, so that every velocity is one evaluation, a row for a row."
         guidance = self.guidance
-        if self.classifier_free: self.guidance = 1.
+        if self.classifier_free: self.guidance = self.unguided_scale
         try: yield self
         finally: self.guidance = guidance
 

@@ -168,6 +168,14 @@ def _signed_as(
     def method(*args, **kwargs): return other(*args, **kwargs)
     return method
 
+def guidance_argument(
+    takes, # Parameters of a pipeline's call, by name
+)->str|None: # true_cfg_scale, guidance_scale, or None where there is no guidance
+    "Name of the argument that guidance feeds: the true scale, where the pipeline uses it by default."
+    true = takes.get('true_cfg_scale')
+    if true is not None and true.default > 1: return 'true_cfg_scale'
+    return 'guidance_scale' if 'guidance_scale' in takes else None
+
 class Entrance:
     "A pipeline's own call, entered with given latents at a given noise level."
     def __init__(self,
@@ -208,11 +216,12 @@ class Entrance:
         rows:int, # Prompts
     )->dict: # Arguments of the call
         "Say the guidance as this pipeline wants it."
-        true = self.takes.get('true_cfg_scale')
-        if true is None or true.default <= 1: return dict(guidance_scale=guidance) if 'guidance_scale' in self.takes else {}
+        name = guidance_argument(self.takes)
+        if name is None: return {}
+        said = {name: guidance}
+        if name == 'guidance_scale' or guidance <= 1: return said
         unwanted = self.asked.get('negative_prompt', ' ')
-        negative = dict(negative_prompt=[unwanted] * rows) if guidance > 1 else {}
-        return dict(true_cfg_scale=guidance) | negative
+        return said | dict(negative_prompt=[unwanted] * rows)
 
     # ---- methods in place of the pipeline's
     def _replayed(self,

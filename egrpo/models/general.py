@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base.inputs import height_width
 from .base_policy import Policy, check_side
 from .device import is_out_of_memory
-from .entrance import Entrance, RecordedConditions, RecordedEmbeddings, bare_sigmas, row_kind, row_layout
+from .entrance import Entrance, RecordedConditions, RecordedEmbeddings, bare_sigmas, guidance_argument, row_kind, row_layout
 from .pipeline import networks_of, own_resolution
 from .schedule import _whole_levels
 
@@ -51,8 +51,8 @@ def check_enterable(
     raise ValueError(f"model {str(name)!r} is a {type(pipeline).__name__}, which {obstacle}: name a text-to-image flow pipeline")
 
 # %% ../../nbs/models/12_general.ipynb #6302607e
-OWN = dict(prompt='prompts', height='resolution', width='resolution', num_inference_steps='num_steps', guidance_scale='guidance',
-           true_cfg_scale='guidance', sigmas='shift', timesteps='shift', latents='seed', generator='seed')
+OWN = dict(prompt='prompts', height='resolution', width='resolution', num_inference_steps='num_steps',
+           sigmas='shift', timesteps='shift', latents='seed', generator='seed')
 FIXED = ('output_type', 'return_dict', 'prompt_embeds', 'num_images_per_prompt', 'num_videos_per_prompt', 'callback_on_step_end')
 
 def check_call(
@@ -62,9 +62,10 @@ def check_call(
     "Refuse arguments that its call does not take, or that other settings give."
     kind = type(pipeline).__name__
     takes = inspect.signature(type(pipeline).__call__).parameters
+    own = OWN | {guidance_argument(takes): 'guidance'} # a pipeline's other scale is free
     for name in sorted(call):
         if name not in takes: raise ValueError(f"call: {name} is no argument of a {kind}'s call: leave it out")
-        if name in OWN: raise ValueError(f"call: {name} has a setting of its own: give {OWN[name]}")
+        if name in own: raise ValueError(f"call: {name} has a setting of its own: give {own[name]}")
         if name in FIXED: raise ValueError(f"call: {name} cannot be changed: leave it out")
 
 # %% ../../nbs/models/12_general.ipynb #f4c7250d

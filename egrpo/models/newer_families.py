@@ -17,87 +17,116 @@ from .entrance import bare_sigmas
 # %% ../../nbs/models/12_newer_families.ipynb #1c019fe0
 class Flux2Policy(Policy):
     "FLUX.2 dev and klein."
-    patch, text_length = 2, 512
+    patch = 2
+    text_length = 512
     _own_sigmas = staticmethod(bare_sigmas)
 
     @property
+    def is_klein(self)->bool:
+        "True of klein, which takes no guidance as an input."
+        return isinstance(self.pipeline, Flux2KleinPipeline)
+
+    @property
     def classifier_free(self)->bool:
-        "Does guidance take a second evaluation? That of klein, unless it is distilled."
-        return isinstance(self.pipeline, Flux2KleinPipeline) and not self.pipeline.config.is_distilled
+        "True where guidance takes a second evaluation: of klein, unless it is distilled."
+        return self.is_klein and not self.pipeline.config.is_distilled
 
     @property
     def latent_shape(self)->tuple: # (C,H,W)
         "Shape of one image's latents, a latent per token."
-        return self.transformer.config.in_channels, *self._sides(self.patch * self.pipeline.vae_scale_factor)
+        channels = self.transformer.config.in_channels
+        unit = self.patch * self.pipeline.vae_scale_factor
+        return channels, *self._sides(unit)
 
     def _embed(self, prompt):
         "Embed a prompt."
-        return Conditions(self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.text_length)[0])
+        embeds, _ = self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.text_length)
+        return Conditions(embeds)
 
     def _forward(self, latents, sigma, cond):
         "One forward pass."
-        pipe, text = self.pipeline, cond.embeds
-        guidance = None if isinstance(pipe, Flux2KleinPipeline) else torch.full_like(sigma, self.guidance)
-        img_ids = pipe._prepare_latent_ids(latents[:1])[0].to(self.device)
-        txt_ids = pipe._prepare_text_ids(text[:1])[0].to(self.device)
-        out = self._run(hidden_states=pipe._pack_latents(latents), timestep=sigma, guidance=guidance,
-                        encoder_hidden_states=text, txt_ids=txt_ids, img_ids=img_ids)
+        pipe = self.pipeline
+        text = cond.embeds
+        tokens = pipe._pack_latents(latents)
+        img_ids = pipe._prepare_latent_ids(latents[:1])[0]
+        txt_ids = pipe._prepare_text_ids(text[:1])[0]
+        places = dict(img_ids=img_ids.to(self.device), txt_ids=txt_ids.to(self.device))
+        guidance = None
+        if not self.is_klein: guidance = torch.full_like(sigma, self.guidance)
+        out = self._run(tokens, text, sigma, guidance=guidance, **places)
         return out.mT.unflatten(-1, latents.shape[2:])
 
     def _decode(self, latents):
         "Undo the batch norm, take latents apart, decode."
         vae = self.pipeline.vae
-        std = (vae.bn.running_var.float() + vae.config.batch_norm_eps).sqrt()
         mean = vae.bn.running_mean.float()
+        variance = vae.bn.running_var.float()
+        std = (variance + vae.config.batch_norm_eps).sqrt()
         latents = latents * std[:, None, None] + mean[:, None, None]
-        return vae.decode(self.pipeline._unpatchify_latents(latents).to(vae.dtype), return_dict=False)[0]
+        apart = self.pipeline._unpatchify_latents(latents)
+        return vae.decode(apart.to(vae.dtype)).sample
 
 # %% ../../nbs/models/12_newer_families.ipynb #7d26a05b
 class QwenImagePolicy(Policy):
     "Qwen-Image."
-    patch, classifier_free, negative, text_length, masked = 2, True, ' ', 1024, True
+    patch = 2
+    text_length = 512
+    masked = True
+    classifier_free = True
+    negative = ' '
     _own_sigmas = staticmethod(bare_sigmas)
 
     @property
     def latent_shape(self)->tuple: # (C,H,W)
         "Shape of one image's latents."
-        return self.pipeline.vae.config.z_dim, *self._sides(self.pipeline.vae_scale_factor)
+        channels = self.pipeline.vae.config.z_dim
+        return channels, *self._sides(self.pipeline.vae_scale_factor)
 
     def _embed(self, prompt):
         "Embed a prompt."
-        return Conditions(self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.text_length)[0])
+        embeds, _ = self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.text_length)
+        return Conditions(embeds)
 
     def _pack(self, latents): return self.pipeline._pack_latents(latents, *latents.shape)
 
     def _unpack(self, tokens):
         "Tokens back to latents."
-        sides = height_width(self.resolution)
-        return self.pipeline._unpack_latents(tokens, *sides, self.pipeline.vae_scale_factor)[:, :, 0]
+        height, width = height_width(self.resolution)
+        video = self.pipeline._unpack_latents(tokens, height, width, self.pipeline.vae_scale_factor)
+        return video[:, :, 0]
 
     def _forward(self, latents, sigma, cond):
         "One forward pass: pack 2×2 latents into tokens, run the network, unpack."
-        B, _, H, W = latents.shape
-        out = self._run(hidden_states=self._pack(latents), timestep=sigma, encoder_hidden_states=cond.embeds,
-                        encoder_hidden_states_mask=cond.mask, img_shapes=[[(1, H // 2, W // 2)]] * B)
+        batch, _, height, width = latents.shape
+        tokens = self._pack(latents)
+        shape = 1, height // 2, width // 2 # frames, tokens along the sides
+        out = self._run(tokens, cond.embeds, cond.mask, timestep=sigma, img_shapes=[[shape]] * batch)
         return self._unpack(out)
 
     def _extrapolate(self, prompted, empty):
         "Guidance that keeps the length of each token's velocity."
-        wanted = self._pack(prompted)
         guided = self._pack(super()._extrapolate(prompted, empty))
-        return self._unpack(guided * (wanted.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)))
+        wanted = self._pack(prompted).norm(dim=-1, keepdim=True)
+        length = guided.norm(dim=-1, keepdim=True)
+        return self._unpack(guided * (wanted / length))
 
     def _decode(self, latents):
         "Undo the normalisation of channels, decode a video of one frame."
         vae = self.pipeline.vae
-        mean, std = (latents.new_tensor(x)[:, None, None] for x in (vae.config.latents_mean, vae.config.latents_std))
-        video = (latents * std + mean)[:, :, None]
-        return vae.decode(video.to(vae.dtype), return_dict=False)[0][:, :, 0]
+        mean = latents.new_tensor(vae.config.latents_mean)
+        std = latents.new_tensor(vae.config.latents_std)
+        latents = latents * std[:, None, None] + mean[:, None, None]
+        video = latents[:, :, None].to(vae.dtype)
+        return vae.decode(video).sample[:, :, 0]
 
 # %% ../../nbs/models/12_newer_families.ipynb #cb920112
 class ZImagePolicy(Policy):
     "Z-Image and Z-Image-Turbo."
-    patch, classifier_free, text_length, masked = 2, True, 512, True
+    patch = 2
+    text_length = 512
+    masked = True
+    classifier_free = True
+    unguided_scale = 0.
     _own_sigmas = staticmethod(bare_sigmas)
 
     def _embed(self, prompt):
@@ -106,12 +135,16 @@ class ZImagePolicy(Policy):
         embeds, _ = self.pipeline.encode_prompt([prompt], self.device, **how)
         return Conditions(embeds[0][None])
 
+    def _texts(self, cond):
+        "Each prompt's embeddings, without padding."
+        if cond.lengths is None: return list(cond.embeds)
+        return [text[:length] for text, length in zip(cond.embeds, cond.lengths.tolist())]
+
     def _forward(self, latents, sigma, cond):
         "One forward pass."
-        embeds = cond.embeds
-        lengths = [embeds.shape[1]] * len(embeds) if cond.lengths is None else cond.lengths.tolist()
-        texts = [x[:n] for x, n in zip(embeds, lengths)]
+        images = list(latents[:, :, None]) # of one frame
         time = (1000 - 1000 * sigma) / 1000 # as the pipeline rounds it: the network multiplies by 1000 again
-        return -self._run(list(latents[:, :, None]), time, texts)[:, :, 0]
+        out = self._run(images, time, self._texts(cond))
+        return -out[:, :, 0]
 
     def _extrapolate(self, prompted, empty): return prompted + self.guidance * (prompted - empty)

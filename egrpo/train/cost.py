@@ -9,6 +9,7 @@ __all__ = ['run_memory', 'tune']
 import json
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -85,6 +86,10 @@ def _read_part(
     config = _read_json(folder/'config.json')
     return config.get('_class_name') or config['architectures'][0], config
 
+class NotCounted(ValueError): "A family of models whose memory and evaluations are not counted here."
+
+def _is_hub_id(model): return re.fullmatch(r'[\w.-]+/[\w.-]+', model) is not None
+
 def architecture(
     model:str, # A name in `ARCHITECTURES`, a hub id that ends in one, 'miniature', or a pipeline's folder
 )->Architecture: # Its parts
@@ -98,11 +103,13 @@ def architecture(
         vae = _read_part(folder/'vae')
     except (OSError, ValueError) as e:
         known = ', '.join(['miniature', *ARCHITECTURES])
-        raise ValueError(f"model {model!r} is not known here: name one of {known}, or a folder with transformer and vae") from e
+        elsewhere = _is_hub_id(model) and not folder.is_dir() # a model of the hub, of whatever family
+        kind = NotCounted if elsewhere else ValueError
+        raise kind(f"model {model!r} is not known here: name one of {known}, or a folder with transformer and vae") from e
     kind, settings = network
     if kind not in COUNTED:
         known = ' and '.join(COUNTED)
-        raise ValueError(f"model {model!r} has a {kind}: costs are counted of {known}; egrpo tune takes UNets, too")
+        raise NotCounted(f"model {model!r} has a {kind}: costs are counted of {known}; egrpo tune takes UNets, too")
     text = tuple(map(_read_part, sorted(folder.glob('text_encoder*'))))
     limits = [_longest_text(tokenizer) for tokenizer in sorted(folder.glob('tokenizer*'))]
     if kind != _flux_class: return Architecture(network, vae, text, limits[0] + min(256, limits[-1]), True) # CLIP's and T5's
