@@ -119,7 +119,7 @@ def explore_merging(
     noise_level:float=.7, # a, .1 to 1.5
     num_steps:int=16, # T, 4 to 32
 ): # A widget, or the picture
-    "Explore how entropy decides which steps E-GRPO merges (E-GRPO, Eq. 5 to 8)."
+    "Explore how entropy decides which steps E-GRPO merges (E-GRPO, Eq. 10 and 11)."
     first = dict(tau=tau, shift=shift, noise_level=noise_level, num_steps=num_steps)
     def controls(w):
         slide = dict(continuous_update=False, readout_format='.2f')
