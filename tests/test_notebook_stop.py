@@ -1,4 +1,4 @@
-"Jupyter's stop button in a real kernel: the run ends with a checkpoint, the cell fails, and the next cell does not run."
+"Jupyter's stop button in a real kernel: the run ends with a checkpoint, and the cell fails; `make browser` sees that Run All ends."
 import os
 import re
 import sys

@@ -68,7 +68,9 @@ def test_a_source_distribution_holds_what_the_wheel_is_made_of(wheel, tmp_path_f
     assert {'settings.ini', 'setup.py', 'nbs/index.ipynb', 'figures/tau.json', 'figures/demo.png', 'egrpo/recipes/miniature.yaml'} <= names
 
 
-def test_is_small(wheel): assert sum(map(len, wheel.values())) < 60 * 2**20
+def test_is_small(wheel, tmp_path_factory):
+    built, = (tmp_path_factory.getbasetemp()/'wheel0/dist').glob('*.whl')
+    assert built.stat().st_size < 30 * 2**20
 
 
 def test_holds_assets_of_any_depth_and_name(wheel): assert wheel['egrpo/assets/deep/er/any.thing'] == b'packed'
