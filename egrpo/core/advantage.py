@@ -47,6 +47,66 @@ def transition_values(
     total.index_add_(0, row, rewards.double()[leaf])
     return (total / count).to(rewards.dtype)
 
+# %% ../../nbs/core/05_advantage.ipynb #c4ed0002
+def leaf_values(
+    values:Tensor, # (M,) mean reward of the leaves below each transition
+    probes:Tensor, # (P,) rewards of the probes
+    before:Tensor, # (M,) long, the probe of the latents a transition leaves from; -1 = none
+    after:Tensor, # (M,) long, the probe of where it leads; -1 = none
+    chain:Tensor, # (M,) long, the first leaf below it
+)->Tensor: # (M,) the same values
+    "Value of each transition: of the leaves below it."
+    return values
+
+def gains(
+    values:Tensor, # (M,) mean reward of the leaves below each transition
+    probes:Tensor, # (P,) rewards of the probes
+    before:Tensor, # (M,) long, the probe of the latents a transition leaves from; -1 = none
+    after:Tensor, # (M,) long, the probe of where it leads; -1 = none
+    chain:Tensor, # (M,) long, the first leaf below it
+)->Tensor: # (M,) what the transition gained
+    "Gain of each transition over the probe of the latents it left from."
+    if not len(probes): return values
+    reached = torch.where(after < 0, values, probes[after])
+    return reached - torch.where(before < 0, 0., probes[before])
+
+# %% ../../nbs/core/05_advantage.ipynb #c4ed0005
+def _turns(
+    gains:list, # Gain of each step of a chain
+    rests:list, # What the chain gains after each step
+    total:float, # What the whole chain gains
+)->list: # bool for each step
+    "Mark the steps at which a chain turns for good."
+    marks = []
+    before = None # the gain of the step before, times the total; there is none yet
+    for gain, rest in zip(gains, rests):
+        agrees = gain * total
+        turned = before is None or (before < 0 and agrees > 0)
+        marks.append(turned and gain * rest > 0)
+        before = agrees
+    return marks
+
+def turning_gains(
+    values:Tensor, # (M,) reward of the leaf below each transition
+    probes:Tensor, # (P,) rewards of the probes
+    before:Tensor, # (M,) long, the probe of the latents a transition leaves from
+    after:Tensor, # (M,) long, the probe of where it leads; -1 = none
+    chain:Tensor, # (M,) long, the leaf below it
+)->Tensor: # (M,) what the transition gained; at a turning point with all that follows
+    "Gains of TurningPoint-GRPO (arXiv 2602.06422)."
+    gain = gains(values, probes, before, after, chain)
+    whole = values - probes[before] # from where a step leaves to the end
+    out = gain.clone()
+    for leaf in chain.unique():
+        of_chain = (chain == leaf).nonzero().flatten() # its steps in order
+        rests = whole[of_chain] - gain[of_chain]
+        marks = _turns(gain[of_chain].tolist(), rests.tolist(), whole[of_chain[0]].item())
+        turned = of_chain[torch.tensor(marks, device=chain.device)]
+        out[turned] = whole[turned]
+    return out
+
+CREDITS = dict(leaves=leaf_values, gain=gains, turning=turning_gains) # name -> function of (values, probes, before, after, chain)
+
 # %% ../../nbs/core/05_advantage.ipynb #b1e37ca7
 EQUAL = 1e-6 # a group whose spread is at most this fraction of its largest |value| has equal rewards (fp32 rounds at 6e-8)
 
@@ -127,17 +187,19 @@ def combine_advantages(
     values:dict, # name -> (M,) values of each reward
     weights:dict, # name -> weight, the same names
     groups:Tensor, # (M,) integer ids
-    when:str='after', # Combine 'after' normalising each reward, or 'before'
+    when:str='after', # Combine 'after' normalising each reward, or 'before'; 'batch': after, then normalise all together
     clip:float=None, # Clamp the combined advantages to [-clip, clip]
     **kwargs, # `std` and `correction` of `group_advantages`
 )->Tensor: # (M,) advantages
     "One advantage from several rewards."
-    one_of('when', when, ('after', 'before'))
+    one_of('when', when, ('after', 'before', 'batch'))
     if set(values) != set(weights):
         raise ValueError(f"weights must name the rewards {sorted(values)}, got {sorted(weights)}: give one weight per reward")
     if when == 'before': return group_advantages(weighted_sum(values, weights), groups, clip=clip, **kwargs)
     advantages = {name: group_advantages(v, groups, **kwargs) for name, v in values.items()}
-    return _clamp(weighted_sum(advantages, weights), clip)
+    total = weighted_sum(advantages, weights)
+    if when == 'batch': total = group_advantages(total, torch.zeros_like(groups), **kwargs)
+    return _clamp(total, clip)
 
 # %% ../../nbs/core/05_advantage.ipynb #f7cca35b
 def _rank(values, index, sizes):

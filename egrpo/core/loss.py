@@ -6,8 +6,12 @@
 __all__ = ['policy_loss']
 
 # %% ../../nbs/core/06_loss.ipynb #1438f8b3
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from .sde import gaussian_kl
 
 # %% ../../nbs/core/06_loss.ipynb #dc948975
 def policy_loss(
@@ -54,3 +58,110 @@ def loss_metrics(
         clip_frac=(change.abs() > clip_range).double().mean(),
     )
     return {name: value.item() for name, value in out.items()}
+
+# %% ../../nbs/core/06_loss.ipynb #5a3c0002
+@dataclass
+class Compared:
+    "M transitions, under the policy that is trained and under the one that sampled them."
+    log_prob:Tensor # (M,) nats per element, with gradient
+    old_log_prob:Tensor # (M,) nats per element
+    mean:Tensor # (M,...) mean of the step, with gradient; of a forward draw the velocity
+    old_mean:Tensor # (M,...) the same under the policy that sampled
+    std:Tensor # (M,1,...) standard deviation of the step, the same under both
+    sample:Tensor # (M,...) where the step went; of a forward draw noise − image
+    sigma:Tensor # (M,) noise level that the step leaves from
+
+def clip_loss(
+    step:Compared, # M transitions
+    advantages:Tensor, # (M,) from `group_advantages`
+    clip_range:float, # As for `policy_loss`
+)->tuple: # (M,) loss, (M,) logratio
+    "The clipped surrogate."
+    logratio = step.log_prob - step.old_log_prob
+    return policy_loss(logratio, torch.zeros_like(logratio), advantages, clip_range), logratio
+
+def guard_loss(
+    step:Compared, # M transitions
+    advantages:Tensor, # (M,) from `group_advantages`
+    clip_range:float, # As for `policy_loss`
+)->tuple: # (M,) loss, (M,) regulated logratio
+    "The clipped surrogate of GRPO-Guard's ratio (arXiv 2510.22319)."
+    logratio = guard_logratio(step.log_prob, step.old_log_prob, step.mean, step.old_mean, step.std)
+    return policy_loss(logratio, torch.zeros_like(logratio), advantages, clip_range), logratio
+
+# %% ../../nbs/core/06_loss.ipynb #5a3c0004
+def dppo_loss(
+    step:Compared, # M transitions
+    advantages:Tensor, # (M,) from `group_advantages`
+    clip_range:float, # KL in nats per element from which a transition is dropped; 1e-5 in its code
+)->tuple: # (M,) loss, 0 where dropped; (M,) logratio
+    "Flow-DPPO's surrogate (arXiv 2606.11025): masked by divergence."
+    logratio = step.log_prob - step.old_log_prob
+    ratio = logratio.exp()
+    far = gaussian_kl(step.mean, step.old_mean, step.std) >= clip_range
+    ahead = (ratio > 1) & (advantages > 0) | (ratio < 1) & (advantages < 0)
+    return torch.where(far & ahead, 0., -advantages * ratio), logratio
+
+# %% ../../nbs/core/06_loss.ipynb #5a3c0006
+def squared_error(
+    velocity:Tensor, # (M,...) predicted
+    target:Tensor, # (M,...) noise − image
+)->Tensor: # (M,) mean over the elements
+    "Mean squared error of a velocity."
+    return (velocity - target).square().flatten(1).mean(1)
+
+def _huber(error, sigma): return -((error + 1e-10)**.25 - 1e-10**.25) * 4 * sigma
+
+def awm_loss(
+    step:Compared, # M forward draws
+    advantages:Tensor, # (M,) of their images
+    clip_range:float, # As for `policy_loss`; 1 in its configurations
+)->tuple: # (M,) loss, (M,) logratio
+    "Advantage weighted matching (arXiv 2509.25050), with the generalised Huber weighting of its configurations."
+    new = _huber(squared_error(step.mean, step.sample), step.sigma)
+    old = _huber(squared_error(step.old_mean, step.sample), step.sigma)
+    logratio = new - old
+    return policy_loss(logratio, torch.zeros_like(logratio), advantages, clip_range), logratio
+
+# %% ../../nbs/core/06_loss.ipynb #5a3c0008
+NFT_SCALE = 5. # advantages are clipped there and make grades; its code multiplies the loss by it, too
+
+def _image_error(velocity, target, sigma):
+    "(M,) squared error of the predicted image, divided by its mean size."
+    sigma = sigma.view(-1, *[1] * (velocity.ndim - 1))
+    error = sigma * (velocity - target)
+    size = error.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return error.square().flatten(1).mean(1) / size
+
+def nft_loss(
+    step:Compared, # M forward draws
+    advantages:Tensor, # (M,) of their images, clipped to ±5
+    clip_range:float, # Not used: there is no ratio
+)->tuple: # (M,) loss, (M,) log-prob over the old one, for the log alone
+    "DiffusionNFT (arXiv 2509.16117): pull the velocity to good images and its mirror image to bad ones."
+    grade = (advantages / NFT_SCALE / 2 + .5).clamp(0, 1)
+    mirrored = 2 * step.old_mean - step.mean
+    good = _image_error(step.mean, step.sample, step.sigma)
+    bad = _image_error(mirrored, step.sample, step.sigma)
+    loss = NFT_SCALE * (grade * good + (1 - grade) * bad)
+    return loss, step.log_prob.detach() - step.old_log_prob
+
+# %% ../../nbs/core/06_loss.ipynb #5a3c0011
+V_SCALE = 3. # of its soft clip
+
+def vgrpo_loss(
+    step:Compared, # M forward draws
+    advantages:Tensor, # (M,) of their images
+    clip_range:float, # As for `policy_loss`
+)->tuple: # (M,) loss, (M,) logratio
+    "V-GRPO (arXiv 2604.23380): the clipped surrogate on the error of the predicted image."
+    new = -_image_error(step.mean, step.sample, step.sigma)
+    old = -_image_error(step.old_mean, step.sample, step.sigma)
+    logratio = new - old
+    soft = V_SCALE * (advantages / V_SCALE).tanh()
+    return policy_loss(logratio, torch.zeros_like(logratio), soft, clip_range), logratio
+
+# %% ../../nbs/core/06_loss.ipynb #5a3c0009
+STEP_LOSSES = dict(clip=clip_loss, guard=guard_loss, dppo=dppo_loss) # of stochastic steps
+FORWARD_LOSSES = dict(clip=clip_loss, awm=awm_loss, nft=nft_loss, vgrpo=vgrpo_loss) # of forward draws
+LOSSES = STEP_LOSSES | FORWARD_LOSSES # name -> function of (Compared, advantages, clip_range)

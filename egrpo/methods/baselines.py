@@ -68,7 +68,7 @@ def grpo_guard(
     sigmas = flow_sigmas(num_steps, shift)
     def weight(k): return 1 / float(sigmas[k] - sigmas[k + 1])
     branch = Branch(chain(range(num_steps - 1), weights=weight), noises=num_generations)
-    return Plan(sigmas, (branch,), noise_level, kernel, guard=True)
+    return Plan(sigmas, (branch,), noise_level, kernel, loss='guard')
 
 # %% ../../nbs/methods/00_baselines.ipynb #67bae1d4
 def dance_grpo(
