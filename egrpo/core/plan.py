@@ -12,6 +12,7 @@ from itertools import accumulate
 from numbers import Integral
 from operator import mul
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -366,6 +367,10 @@ def _draw_branch(ax, branch, plan, row, color):
         nodes = children
         place = step.end
     ax.hlines(nodes, place, plan.num_steps, color='.7', lw=1)
+    if plan.forward:
+        levels = plan.sigmas.flip(0).tolist() # numpy interpolates over what increases
+        places = np.interp(plan.forward.sigmas, levels, range(plan.num_steps, -1, -1))
+        ax.plot(places, [row - .45] * len(places), 'v', color='C0', ms=5)
     for stride in plan.strides:
         if stride == 1 or not branch.steps: continue
         stops = range(place, plan.num_steps, stride)
