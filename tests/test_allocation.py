@@ -21,8 +21,10 @@ from egrpo.train.trainer import TrainConfig, Trainer
 
 SMALL = dict(method='aegpo', top=2, num_steps=7, num_generations=6, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-4,
              ema_decay=0)
-BASES = {name: {} for name in METHODS if name != 'aegpo'} | dict(
-    egrpo=dict(active_steps=3), g2rpo=dict(active_steps=4), mix_grpo=dict(window=3), branch_grpo=dict(num_steps=9))
+NO_CHOICE = ('aegpo', 'flash_grpo', 'awm', 'nft', 'v_grpo') # they have one stochastic step, or none
+BASES = {name: {} for name in METHODS if name not in NO_CHOICE} | dict(
+    egrpo=dict(active_steps=3), g2rpo=dict(active_steps=4), mix_grpo=dict(window=3), branch_grpo=dict(num_steps=9),
+    dynamic_tree_rpo=dict(num_generations=8))
 
 
 @pytest.fixture
@@ -95,6 +97,11 @@ def test_cost_and_first_ratio(policy, tmp_path, base):
     assert choice['nfe_probe'] + metrics['nfe_rollout'] - metrics['nfe_probe'] + metrics['nfe_gradient'] <= iteration_nfe(trainer.config)
     assert metrics['ratio_error'] < 1e-6
     assert metrics['samples'] == [trainer.config.plan['num_generations']] * P and metrics['delta_entropy'] == 0 # it has not learnt yet
+
+
+@pytest.mark.parametrize('base', ['awm', 'nft', 'v_grpo'])
+def test_forward_draws_leave_nothing_to_choose(policy, tmp_path, base):
+    with pytest.raises(ValueError, match='take a method with stochastic steps'): trainer_of(policy, tmp_path, base=base)
 
 
 def test_after_an_update_groups_are_unequal(policy, tmp_path):

@@ -385,12 +385,28 @@ def test_demo_shows_the_images_that_were_scored(here):
     trainer = Trainer(TrainConfig(num_steps=6, active_steps=2, eval_size=12, device='cpu', ema_decay=.9))
     with torch.no_grad(): # an average that differs from the weights is what is evaluated, and so what is shown
         for e in trainer.ema.values(): e.mul_(.98)
-    places, frame = demo.shown_places(trainer.eval_prompts, 1), trainer.evaluate()
+    places, frame = [0, 3, 7], trainer.evaluate()
     from egrpo.miniature.world import verify_batch
     from egrpo.paper.cells import images_at
-    seen = [v.graded for v in verify_batch(images_at(trainer, places), [trainer.eval_prompts[i] for i in places])]
+    prompts = [trainer.eval_prompts[i] for i in places]
+    seen = [v.graded for v in verify_batch(images_at(trainer, places), prompts)]
     np.testing.assert_allclose(seen, frame.verifier.iloc[places], atol=1e-3)
-    assert len(places) == 6 and places != list(range(6))
+    assert torch.equal(images_at(trainer, places, dict(trainer.ema)), images_at(trainer, places))
+    others = images_at(trainer, places, {name: p.detach().clone() for name, p in trainer.parameters.items()})
+    assert (others - images_at(trainer, places)).abs().max() > .01
+
+
+def test_demo_says_what_it_trained_and_what_the_rest_did(here, capsys):
+    assert main(shlex.split('demo --scale smoke --device cpu')) == 0
+    out = capsys.readouterr().out
+    before, after = tables.ends(pd.read_csv(here/'runs/demo/evaluations.csv'))
+    places = demo.trained_places(list(before.prompt), 'shapes:two_objects,counting')
+    assert 'trained: two objects and counting (4 held-out prompts): verifier_strict' in out
+    assert 'the six categories (12 held-out prompts): verifier_strict' in out
+    told = json.loads((here/'runs/demo/demo.json').read_text())['trained']
+    change = (after.verifier_strict - before.verifier_strict).iloc[places]
+    assert told['prompts'] == 4 and told['change'][0] == pytest.approx(change.mean(), abs=1e-9)
+    assert (told['better'], told['worse']) == (sum(change == 1), sum(change == -1))
 
 
 def test_time_limit(monkeypatch):

@@ -377,7 +377,8 @@ def test_group_size_is_the_methods_own():
     "A configuration that names no group size leaves it as published; one that does has its way."
     sizes = {name: make_plan(name, **TrainConfig().flat()).branches[0].leaves for name in METHODS}
     assert sizes == dict(flow_grpo=24, dance_grpo=12, mix_grpo=12, tempflow_grpo=24, branch_grpo=16, g2rpo=12, grpo_guard=24,
-                         flow_grpo_fast=24, egrpo=12, aegpo=12)
+                         flow_grpo_fast=24, egrpo=12, aegpo=12, flash_grpo=4, flow_dppo=16, dynamic_tree_rpo=16, dense_grpo=24,
+                         stepwise_flow_grpo=24, turningpoint_grpo=24, awm=24, nft=24, v_grpo=24)
     assert {make_plan(name, **TrainConfig(num_generations=8).flat()).branches[0].leaves for name in METHODS} == {8}
 
 

@@ -95,7 +95,7 @@ ADVANTAGE_BUGS = [
     (weights_oracle, "return 1 / _sum_by(weights, index, num)[index]", "return weights / num"),
     (combine_oracle, "if when == 'before'", "if when == 'after'"),
     (combine_oracle, "sum(weights[name] * score for", "sum(score for"),
-    (combine_oracle, "return _clamp(weighted_sum(advantages, weights), clip)", "return weighted_sum(advantages, weights)"),
+    (combine_oracle, "return _clamp(total, clip)", "return total"),
 ]
 
 

@@ -15,7 +15,7 @@ from ..base.inputs import to_json
 from .entry import COMMANDS, Command
 from .options import Option, Parser, add_fields, add_own
 from .shared import given, say
-from .tables import category_rows, change_tables, ends, score_names
+from .tables import category_rows, change_tables, ends, score_names, show_mean
 from .training import check_run, part, run_folder
 from ..train.config import TrainConfig
 
@@ -65,13 +65,28 @@ def clear_demo(
     return out
 
 # %% ../../nbs/cli/08_demo.ipynb #fe9b3f51
-def shown_places(
-    prompts, # Evaluation prompts
-    n:int=2, # Of each category
+def trained_places(
+    prompts:list, # Evaluation prompts
+    source:str, # Of the training prompts, such as shapes:counting
 )->list: # Places
-    "The first prompts of each category; of all, where there are no categories."
+    "Places of the prompts whose category is trained on; all, where none is named."
+    kinds = source.partition(':')[2].split(',')
     rows = category_rows(prompts)
-    return rows['all'][:6 * n] if len(rows) == 1 else [i for kind, places in rows.items() if kind != 'all' for i in places[:n]]
+    return sorted(i for kind in kinds for i in rows.get(kind, [])) or rows['all']
+
+def changed_places(
+    before, # An evaluation
+    after, # The same prompts on the same noise, later
+    places:list, # Places to look at
+    n:int=12, # At most so many
+)->tuple: # Places of the first prompts whose strict mark has changed, a text once; counts of ✗→✓ and of ✓→✗
+    "Choose prompts to be shown: by a rule that shows change both ways."
+    was = before.verifier_strict > .5
+    now = after.verifier_strict > .5
+    changed = [i for i in places if was[i] != now[i]]
+    better = sum(bool(now[i]) for i in changed)
+    first = {before.prompt[i]: i for i in reversed(changed)}
+    return sorted(first.values())[:n], (better, len(changed) - better)
 
 # %% ../../nbs/cli/08_demo.ipynb #b071b498
 def stack_pictures(
@@ -106,6 +121,7 @@ def draw_demo(
     history, # What `Trainer.fit` returned
     places:list, # Places of the prompts shown
     images:tuple, # Their images before and after, (N,3,H,W) each
+    title:str='', # Above the images
 )->Path: # demo.png
     "Reward, scores by category, and images before and after."
     from matplotlib import pyplot as plt
@@ -120,10 +136,14 @@ def draw_demo(
     plot_metric(Path(out), reward, ax=axes[0]).set_ylabel(f'{reward[7:]}, training samples')
     rows = [interval_rows(*pair, name) for pair in ((before, None), (after, None), (before, after))]
     plot_categories(*rows, xlabel=f'{name}, held-out prompts', ax=axes[1])
-    verdicts = list(zip(*[[mark == '✓' for mark in verifier_marks(o, prompts)] for o in images]))
-    pairs = plot_before_after(*images, prompts, verdicts)[0].figure
-    path = stack_pictures([figure, pairs], Path(out)/'demo.png')
-    plt.close(figure), plt.close(pairs)
+    figures = [figure]
+    if places:
+        verdicts = list(zip(*[[mark == '✓' for mark in verifier_marks(o, prompts)] for o in images]))
+        pairs = plot_before_after(*images, prompts, verdicts)[0].figure
+        pairs.suptitle(title, fontsize=10)
+        figures.append(pairs)
+    path = stack_pictures(figures, Path(out)/'demo.png')
+    for figure in figures: plt.close(figure)
     return path
 
 # %% ../../nbs/cli/08_demo.ipynb #1de2c43d
@@ -138,7 +158,7 @@ def demo_config(
     base = {**scale.settings, 'method': 'egrpo', 'tau': 2.2, 'eval_every': 0} # before and after: the time is for training
     if not 0 < args.minutes < float('inf'): raise ValueError(f"minutes must be > 0, got {args.minutes}")
     settings = {**base, **scale.demo, **given(args, ['seed', 'device']), 'out': args.out}
-    return TrainConfig(**{**settings, 'iterations': max(1, round(settings['iterations'] * args.minutes / 6))})
+    return TrainConfig(**settings)
 
 def run_demo(
     args, # Parsed arguments
@@ -155,27 +175,62 @@ def run_demo(
         stop = time_is_up(args.minutes, began)
         trainer = Trainer(prepared)
         clear_demo(out)
-        places = shown_places(trainer.eval_prompts)
-        first = images_at(trainer, places)
+        untrained = {name: p.detach().clone() for name, p in trainer.parameters.items()}
         history = trainer.fit(stop)
-    draw_demo(out, history, places, (first, images_at(trainer, places)))
+    before, after = ends(history)
+    trained = trained_places(trainer.eval_prompts, config.prompts)
+    places, marks = changed_places(before, after, trained)
+    images = [images_at(trainer, places, weights) for weights in (untrained, None)] if places else []
+    draw_demo(out, history, places, images, marks_text(marks, len(trained)))
     part(trainer)
-    report_demo(trainer, history, time.monotonic() - began)
+    report_demo(trainer, history, trained, marks, time.monotonic() - began)
+
+def marks_text(
+    marks:tuple, # Counts of ✗→✓ and of ✓→✗
+    n:int, # Held-out prompts of what was trained
+)->str: # A line
+    "Say how many marks have changed, and which prompts are shown."
+    return f'{marks[0]} of {n} held-out prompts ✗→✓, {marks[1]} ✓→✗; the first that changed:'
+
+def change_at(before, after, places):
+    "Changes of the strict score at some places, and their prompts."
+    change = after.verifier_strict - before.verifier_strict
+    return change.iloc[places], before.prompt.iloc[places]
+
+def change_line(
+    before, # An evaluation
+    after, # A later one
+    places:list, # Places of prompts
+    words:str, # Which prompts they are
+)->str: # A line
+    "Say what training changed in the strict score."
+    was, now = (o.verifier_strict.iloc[places].mean() for o in (before, after))
+    change = show_mean(*change_at(before, after, places), '+')
+    return f'{words} ({len(places)} held-out prompts): verifier_strict {was:.3f} → {now:.3f}, {change}'
 
 def report_demo(
     trainer, # The `Trainer`, done
     history, # What it returned
+    trained:list, # Places of the prompts whose category was trained on
+    marks:tuple, # Counts of ✗→✓ and of ✓→✗ among them
     seconds:float, # Since the command began
 ):
     "Print the tables, keep them in demo.json, and say what to do next."
+    from egrpo.base.bootstrap import bootstrap_interval
     from egrpo.base.files import write_text
     out, (before, after) = Path(trainer.config.out), ends(history)
     pairs = dict(before=(before, None), after=(after, None), change=(before, after))
     scores = {name: {what: interval_rows(*pair, name) for what, pair in pairs.items()} for name in score_names(before)}
-    summary = dict(iterations=trainer.iteration, seconds=round(seconds, 1), prompts=len(before), scores=scores)
+    change = bootstrap_interval(*change_at(before, after, trained))
+    of_trained = dict(prompts=len(trained), change=change, better=marks[0], worse=marks[1])
+    summary = dict(iterations=trainer.iteration, seconds=round(seconds, 1), prompts=len(before), trained=of_trained, scores=scores)
     write_text(out/'demo.json', to_json(summary, indent=1))
     took = f'{seconds:.0f} seconds' if seconds < 90 else f'{seconds / 60:.1f} minutes'
-    say(f'\n{change_tables(history)}\n\nin {took}, everything included\n')
+    say(f'\n{change_tables(history)}\n')
+    kinds = trainer.config.prompts.partition(':')[2].replace('_', ' ').replace(',', ' and ') or 'all categories'
+    say(change_line(before, after, trained, f'trained: {kinds}'))
+    say(change_line(before, after, range(len(before)), 'the six categories'))
+    say(f'in {took}, everything included\n')
     say(f'picture  {out}/demo.png  the reward, and images before and after on the same noise')
     say(f'report   {out}/report.html')
     say(f'model    {out}/model     for plain diffusers: FluxPipeline.from_pretrained({str(out/"model")!r})\n\nnext:')
@@ -190,7 +245,7 @@ def add_demo(
     "Options of egrpo demo."
     group = parser.add_argument_group('demonstration')
     add_own(group, Option('scale', 'str', None, 'smoke (seconds, learns nothing), mini, or gpu (default: EGRPO_SCALE, else mini)', 'NAME'),
-            Option('minutes', 'float', 6., 'Time limit of the whole command'),
+            Option('minutes', 'float', 8., 'Time limit of the whole command'),
             Option('out', 'str', 'runs/demo', 'Folder of the run and its picture; an earlier demo in it is replaced', 'FOLDER'))
     add_fields(group, ['seed', 'device'])
 

@@ -26,16 +26,32 @@ class Rollout:
     prompt:Tensor # (R,) index of the row's prompt
     start:Tensor # (R,) index of the noise level the step leaves from
     end:Tensor # (R,) index of the noise level it arrives at
+    level:Tensor|None # (R,) noise level of the step; None = the plan's, in every row
     children:Tensor # (M,C,H,W) sampled latents
     row:Tensor # (M,) the row a transition leaves from
     log_prob:Tensor # (M,) log-prob under the policy that sampled, nats per element
     group:Tensor # (M,) transitions of the same prompt, branch and step
     weight:Tensor # (M,) weight in the loss; 0 = not trained
     keep:Tensor # (M,) share of the transition's group that is trained, in (0, 1]
+    kl_weight:Tensor # (M,) weight of its KL to the reference policy
     leaf_start:Tensor # (M,) first leaf below the transition
     leaf_count:Tensor # (M,) number of leaves below it
-    latents:Tensor # (S·L,C,H,W) clean latents: all leaves for the plan's first stride, then for the next
-    leaf_prompt:Tensor # (S·L,) index of the image's prompt
+    before:Tensor # (M,) the probe of the latents it leaves from; -1 = they have none
+    after:Tensor # (M,) the probe of where it leads, the next step's parent; -1 = it has none
+    latents:Tensor # (S·L+P,C,H,W) clean latents: all leaves for the plan's first stride, then for the next; at last P probes
+    leaf_prompt:Tensor # (S·L+P,) index of the image's prompt
+    probes:int=0 # P
+
+    @property
+    def num_leaves(self)->int: # S·L
+        "Number of images that are no probes."
+        return len(self.latents) - self.probes
+
+    def level_of(self,
+        rows:Tensor, # (r,) indices of rows
+    ): # (r,) noise levels, or None = the plan's
+        "Noise levels of some rows' steps, as `transition_mean` takes them."
+        return None if self.level is None else self.level[rows]
 
 # %% ../../nbs/core/09_rollout.ipynb #1c7830de
 @dataclass
@@ -47,6 +63,7 @@ class _Walker:
     k:int=0 # They are at `sigmas[k]`
     stage:int=0 # Stochastic steps taken so far
     stride:int=1 # Schedule steps that one ODE step covers; above 1 only after the last stochastic step
+    probe:int|None=None # It walks to the image of this probe and its followers, and takes no stochastic step
     past:tuple=() # (velocity, length in sigma) of its ODE step before this one, where the solver looks back at it
 
 # %% ../../nbs/core/09_rollout.ipynb #09040e28
@@ -64,16 +81,23 @@ def _roots(
     return walkers
 
 # %% ../../nbs/core/09_rollout.ipynb #577f16ed
+FORWARD_STD = .5**.5 # with it a log-prob is minus the mean squared error, and a constant
+
 def transition_mean(
     velocity:Tensor, # (R,C,H,W) velocity at the parents
     parents:Tensor, # (R,C,H,W) latents the step leaves from
     start:Tensor, # (R,) index of the noise level the step leaves from
     end:Tensor, # (R,) index of the noise level it arrives at
     plan:Plan, # Gives sigmas, kernel and noise level
+    level:Tensor|None=None, # (R,) noise level of each row's step; None = the plan's
 )->tuple: # (R,C,H,W) mean, (R,1,1,1) std
-    "Mean and standard deviation of the plan's stochastic step at every row."
+    "Mean and standard deviation of the plan's stochastic step, or forward draw, at every row."
+    if plan.forward:
+        std = parents.new_full((len(parents), *[1] * (parents.ndim - 1)), FORWARD_STD)
+        return velocity.to(parents), std
     sigmas = plan.sigmas.to(parents.device)
-    return sde_step(velocity, parents, sigmas[start], sigmas[end], plan.noise_level, plan.kernel, plan.sigma_max)
+    noise_level = plan.noise_level if level is None else level
+    return sde_step(velocity, parents, sigmas[start], sigmas[end], noise_level, plan.kernel, plan.sigma_max)
 
 def transition_log_prob(
     velocity:Tensor, # (R,C,H,W) velocity at the parents
@@ -83,9 +107,10 @@ def transition_log_prob(
     start:Tensor, # (R,) index of the noise level the step leaves from
     end:Tensor, # (R,) index of the noise level it arrives at
     plan:Plan, # Gives sigmas, kernel and noise level
+    level:Tensor|None=None, # (R,) noise level of each row's step; None = the plan's
 )->tuple: # (M,) log-prob in nats per element, (R,C,H,W) mean, (R,1,1,1) std
     "Log-prob of sampled children under a velocity, in the rollout and in the update alike."
-    mean, std = transition_mean(velocity, parents, start, end, plan)
+    mean, std = transition_mean(velocity, parents, start, end, plan, level)
     return log_prob(children, mean[row], std[row]), mean, std
 
 # %% ../../nbs/core/09_rollout.ipynb #57b8dcb9
@@ -98,30 +123,48 @@ def _first_leaves(plans):
             total += branch.leaves
     return first
 
+def _first_probes(plans):
+    "Index of each probed step's first probe, by (prompt, branch, stage)."
+    first, total = {}, 0
+    for p, plan in enumerate(plans):
+        for b, branch in enumerate(plan.branches):
+            for stage, (step, parents) in enumerate(zip(branch.steps, branch.widths)):
+                if step.start not in branch.probes: continue
+                first[p, b, stage] = total
+                total += parents
+    return first
+
 @dataclass
 class _Trace:
     "Rows, transitions and leaves that a rollout collects."
     first_leaf:dict # (prompt, branch) -> index of its first leaf
-    rows:list = field(default_factory=list) # (parents, mean, prompt, start, end) per stochastic step
+    first_probe:dict # (prompt, branch, stage) -> index of the first probe of the step's parents
+    own_levels:bool # Has any step a noise level of its own?
+    rows:list = field(default_factory=list) # (parents, mean, prompt, start, end, level) per stochastic step
     transitions:list = field(default_factory=list) # The columns of M transitions, per step
     leaves:dict = field(default_factory=dict) # (stride, prompt, branch) -> clean latents
+    probes:dict = field(default_factory=dict) # First probe -> (clean latents, prompt)
     num_rows:int = 0 # Rows so far
 
     def add(self,
-        rows:tuple, # (N,C,H,W) parents, (N,C,H,W) mean, (N,) prompt, start and end
+        rows:tuple, # (N,C,H,W) parents, (N,C,H,W) mean, (N,) prompt, start, end and level
         samples:tuple, # (M,C,H,W) children, (M,) row among these N, (M,) log-prob
-        step:SDEStep, # Its weight and share are noted
+        step:SDEStep, # Its weights and share are noted
         first:int, # Index of the branch's first leaf
         below:int, # Leaves below each child
+        probes:tuple=(None, None), # First probe of the parents and of the children; None = there is none
     ):
         "Add a stochastic step: its rows, and its samples as a group of their own."
         children, row, logp = samples
         place = torch.arange(len(children), device=children.device)
         group = torch.full_like(place, len(self.transitions))
-        weight = torch.full_like(logp, step.weight)
-        keep = torch.full_like(logp, step.keep)
+        fixed = [torch.full_like(logp, o) for o in (step.weight, step.keep, step.kl_weight)]
         leaves = first + below * place, torch.full_like(place, below)
-        self.transitions.append((children, row + self.num_rows, logp, group, weight, keep, *leaves))
+        before, after = probes
+        none = torch.full_like(place, -1)
+        before = none if before is None else before + row
+        after = none if after is None else after + place
+        self.transitions.append((children, row + self.num_rows, logp, group, *fixed, *leaves, before, after))
         self.rows.append(rows)
         self.num_rows += len(rows[0])
 
@@ -133,6 +176,7 @@ def _sample(
     b:int, # Index of the branch
     step:SDEStep, # The branch's step
     noise, # noise(prompt, *address) -> (C,H,W)
+    own_levels:bool, # Has any step of the rollout a noise level of its own?
 )->tuple: # Rows and samples, as `_Trace.add` takes them
     "Sample `children` of every node, and their log-prob."
     parents = walker.latents
@@ -141,11 +185,23 @@ def _sample(
     end = torch.full((n,), step.end, device=device)
     prompt = torch.full((n,), walker.prompt, device=device)
     row = torch.arange(n, device=device).repeat_interleave(step.children)
-    mean, std = transition_mean(velocity, parents, start, end, plan)
+    level = torch.full((n,), plan.level(step), device=device)
+    own = level if own_levels else None
+    mean, std = transition_mean(velocity, parents, start, end, plan, own)
     eps = [noise(walker.prompt, b, step.start, c) for c in range(len(row))]
     children = sde_sample(mean[row], std[row], torch.stack(eps))
-    logp, *_ = transition_log_prob(velocity, parents, children, row, start, end, plan)
-    return (parents, mean, prompt, start, end), (children, row, logp)
+    logp, *_ = transition_log_prob(velocity, parents, children, row, start, end, plan, own)
+    return (parents, mean, prompt, start, end, level), (children, row, logp)
+
+# %% ../../nbs/core/09_rollout.ipynb #6b1e0002
+def _probe(walker, velocity, plan, b, first, trace):
+    "Note the predicted images of a walker's latents as probes, or return a walker to the images of their ODE."
+    if plan.probe == 'predicted':
+        sigma = plan.sigmas[walker.k].item()
+        trace.probes[first] = ode_step(velocity, walker.latents, sigma, 0.), walker.prompt
+        return []
+    alone = replace(walker, branches=[b], stage=len(plan.branches[b].steps), stride=plan.strides[0], probe=first)
+    return _after_ode(_ode(alone, velocity, plan), plan, trace)
 
 def _split(
     walker:_Walker, # Stands where a branch has a stochastic step
@@ -158,12 +214,15 @@ def _split(
     "Take a branch's stochastic step, recorded as one group of transitions."
     branch = plan.branches[b]
     step = branch.steps[walker.stage]
-    rows, samples = _sample(walker, velocity, plan, b, step, noise)
+    rows, samples = _sample(walker, velocity, plan, b, step, noise, trace.own_levels)
     children = samples[0]
-    trace.add(rows, samples, step, trace.first_leaf[walker.prompt, b], branch.leaves // len(children))
     stage = walker.stage + 1
+    probes = [trace.first_probe.get((walker.prompt, b, i)) for i in (walker.stage, stage)]
+    trace.add(rows, samples, step, trace.first_leaf[walker.prompt, b], branch.leaves // len(children), probes)
     strides = plan.strides if stage == len(branch.steps) else (1,)
-    return [_Walker(walker.prompt, [b], children, step.end, stage, stride) for stride in strides]
+    ahead = [_Walker(walker.prompt, [b], children, step.end, stage, stride) for stride in strides]
+    if probes[0] is not None: ahead += _probe(walker, velocity, plan, b, probes[0], trace)
+    return ahead
 
 # %% ../../nbs/core/09_rollout.ipynb #d4bc77c6
 def ab2_velocity(
@@ -218,11 +277,19 @@ def _advance(
     rest = [b for b in walker.branches if b not in leaving]
     if not rest: return ahead
     walker = _ode(replace(walker, branches=rest), velocity, plan)
-    if walker.k < plan.num_steps: return [*ahead, walker]
-    for b in rest: trace.leaves[walker.stride, walker.prompt, b] = walker.latents
-    return ahead
+    return ahead + _after_ode(walker, plan, trace)
+
+def _after_ode(walker, plan, trace):
+    "Return a walker that goes on, or note where it has arrived."
+    if walker.k < plan.num_steps: return [walker]
+    if walker.probe is not None: trace.probes[walker.probe] = walker.latents, walker.prompt
+    else:
+        for b in walker.branches: trace.leaves[walker.stride, walker.prompt, b] = walker.latents
+    return []
 
 # %% ../../nbs/core/09_rollout.ipynb #97619ff0
+_FRAME = ('kernel', 'noise_level', 'strides', 'solver', 'loss', 'forward', 'credit', 'probe')
+
 def _check_plans(
     plans, # A plan for all prompts, or a list with one for each
     n:int, # Prompts
@@ -230,10 +297,10 @@ def _check_plans(
     "One plan per prompt; they may differ in their branches only."
     plans = [plans] * n if isinstance(plans, Plan) else list(plans)
     if len(plans) != n: raise ValueError(f"plans must be one Plan or one for each of the {n} prompts, got {len(plans)}")
-    def shared(p): return p.sigmas.tolist(), p.kernel, p.noise_level, p.strides, p.solver, p.guard
+    def shared(p): return [p.sigmas.tolist(), *(getattr(p, name) for name in _FRAME)]
     frame = shared(plans[0])
     if all(shared(p) == frame for p in plans): return plans
-    names = "sigmas, kernel, noise_level, strides, solver and guard"
+    names = ', '.join(['sigmas', *_FRAME])
     raise ValueError(f"plans of one rollout must have the same {names}: make several")
 
 # %% ../../nbs/core/09_rollout.ipynb #e794a4ea
@@ -263,18 +330,63 @@ def _collect(
 )->Rollout: # The rollout
     "Join what a rollout noted to flat tensors."
     latents, prompts = [], []
+    probes = [trace.probes[first] for first in sorted(trace.probes)]
     for stride in plan.strides:
         for p, b in trace.first_leaf:
             found = trace.leaves.get((stride, p, b), trace.leaves.get((1, p, b)))
             latents.append(found)
             prompts += [p] * len(found)
+    for found, p in probes:
+        latents.append(found)
+        prompts += [p] * len(found)
     latents = torch.cat(latents)
     empty = latents.new_zeros(0, *policy.latent_shape)
     none = torch.zeros(0, dtype=torch.long, device=policy.device)
     real = none.float()
-    rows = _columns(trace.rows, empty, empty, none, none, none)
-    transitions = _columns(trace.transitions, empty, none, real, none, real, real, none, none)
-    return Rollout(plan, *rows, *transitions, latents, torch.tensor(prompts, device=policy.device))
+    *rows, level = _columns(trace.rows, empty, empty, none, none, none, real)
+    transitions = _columns(trace.transitions, empty, none, real, none, real, real, real, *[none] * 4)
+    prompts = torch.tensor(prompts, device=policy.device)
+    num_probes = sum(len(found) for found, _ in probes)
+    return Rollout(plan, *rows, level if trace.own_levels else None, *transitions, latents, prompts, num_probes)
+
+# %% ../../nbs/core/09_rollout.ipynb #6b1e0004
+def _forward_rows(plan, p, leaves, noise):
+    "Yield (place of the noise level, noised leaves, noise − leaves) for every draw of a prompt."
+    for k, sigma in enumerate(plan.start_sigmas.tolist()):
+        for draw in range(plan.forward.draws):
+            owners = [0] * len(leaves) if plan.forward.shared else range(len(leaves))
+            eps = torch.stack([noise(p, 'forward', k, draw, owner) for owner in owners])
+            yield k, (1 - sigma) * leaves + sigma * eps, eps - leaves
+
+def _draw_forward(
+    policy, # A policy
+    cond, # Conditions, a row per prompt
+    plans:list, # A plan for each
+    noise, # noise(prompt, *address) -> (C,H,W)
+    trace:_Trace, # Has the leaves; is added to
+):
+    "Noise all leaves again, and record each draw of a prompt as a group of transitions."
+    pieces = []
+    for p, plan in enumerate(plans):
+        leaves = torch.cat([trace.leaves[1, p, b] for b in range(len(plan.branches))])
+        pieces += [(p, *row) for row in _forward_rows(plan, p, leaves, noise)]
+    sizes = [len(parents) for _, _, parents, _ in pieces]
+    which = torch.arange(len(pieces)).repeat_interleave(torch.tensor(sizes)).to(policy.device)
+    prompt = torch.tensor([p for p, *_ in pieces], device=policy.device)[which]
+    start = torch.tensor([k for _, k, *_ in pieces], device=policy.device)[which]
+    parents = torch.cat([latents for _, _, latents, _ in pieces])
+    targets = torch.cat([target for *_, target in pieces])
+    sigmas = plans[0].start_sigmas.to(policy.device)
+    velocity = policy.velocity(parents, sigmas[start], cond[prompt])
+    row = torch.arange(len(parents), device=policy.device)
+    logp, mean, _ = transition_log_prob(velocity, parents, targets, row, start, start, plans[0])
+    level = torch.zeros_like(logp)
+    rows = [o.split(sizes) for o in (parents, mean, prompt, start, start, level)]
+    samples = [o.split(sizes) for o in (targets, logp)]
+    for i, (p, *_) in enumerate(pieces):
+        place = torch.arange(sizes[i], device=policy.device)
+        target, old = (o[i] for o in samples)
+        trace.add(tuple(o[i] for o in rows), (target, place, old), SDEStep(0), trace.first_leaf[p, 0], 1)
 
 # %% ../../nbs/core/09_rollout.ipynb #3fbbccff
 @torch.no_grad()
@@ -291,7 +403,8 @@ def rollout(
     ids = range(len(cond)) if prompt_ids is None else prompt_ids
     def noise(p, *rest):
         return addressed_noise(policy.latent_shape, *address, ids[p], *rest).to(policy.device)
-    trace = _Trace(_first_leaves(plans))
+    own_levels = any(step.noise_level is not None for plan in plans for step in plan.steps)
+    trace = _Trace(_first_leaves(plans), _first_probes(plans), own_levels)
     sigmas = plans[0].sigmas.to(policy.device)
     walkers = []
     for p, plan in enumerate(plans): walkers += _roots(plan, p, noise)
@@ -301,6 +414,7 @@ def rollout(
             ahead += _advance(walker, velocity, plans[walker.prompt], noise, trace)
         walkers = ahead
         if progress: progress(sum(map(len, trace.leaves.values())))
+    if plans[0].forward: _draw_forward(policy, cond, plans, noise, trace)
     return _collect(plans[0], trace, policy)
 
 # %% ../../nbs/core/09_rollout.ipynb #06c71976

@@ -65,14 +65,19 @@ def _flow(sigma, sigma_next, noise_level, sigma_max):
     diffusion = noise_level * (sigma / (1 - capped)).sqrt()
     return _langevin(diffusion, sigma, sigma_next)
 
+def _flash(sigma, sigma_next, noise_level, sigma_max):
+    "Flash-GRPO's kernel (arXiv 2605.15980): diffusion in proportion to the noise left."
+    return _langevin(noise_level * sigma_max * sigma, sigma, sigma_next)
+
 def _cps(sigma, sigma_next, noise_level, sigma_max):
     "Coefficients-preserving sampling's kernel (arXiv 2509.05952): exchange part of the noise left at sigma_next."
     angle = noise_level * math.pi / 2
-    pull = sigma_next * (math.cos(angle) - 1)
-    return pull, sigma_next * math.sin(angle)
+    library = torch if isinstance(angle, Tensor) else math
+    pull = sigma_next * (library.cos(angle) - 1)
+    return pull, sigma_next * library.sin(angle)
 
 # %% ../../nbs/core/01_sde.ipynb #8ba56436
-KERNELS = dict(flow=_flow, dance=_dance, cps=_cps) # name -> (sigma, sigma_next, noise_level, sigma_max) -> (pull, std)
+KERNELS = dict(flow=_flow, dance=_dance, cps=_cps, flash=_flash) # name -> (sigma, sigma_next, noise_level, sigma_max) -> (pull, std)
 
 # %% ../../nbs/core/01_sde.ipynb #acd3e940
 def check_kernel(
@@ -89,12 +94,12 @@ def check_kernel(
 def _coefficients(
     sigma:Tensor, # where the step starts, in (0, 1]
     sigma_next:Tensor, # where it ends, in [0, sigma)
-    noise_level:float, # a (flow) or eta (dance, cps), >= 0
+    noise_level:float|Tensor, # a (flow) or eta (dance, cps), >= 0; a tensor is taken as it is
     kernel:str, # a key of `KERNELS`
     sigma_max:Tensor|None # stands for sigma = 1 in the flow kernel's denominator, in [0, 1); None: sigma_next
 )->tuple: # (pull, std), both the broadcast shape of sigma and sigma_next
     "Ask a kernel for its two numbers."
-    check_kernel(kernel, noise_level)
+    if not isinstance(noise_level, Tensor): check_kernel(kernel, noise_level)
     if sigma_max is None: sigma_max = sigma_next
     sigma, sigma_next = torch.broadcast_tensors(sigma, sigma_next)
     return KERNELS[kernel](sigma, sigma_next, noise_level, sigma_max)
@@ -120,7 +125,7 @@ def sde_step(
     latents:Tensor, # (B,...) sample at sigma, rank 2 to 5
     sigma:float|Tensor, # noise level in (0, 1]: one number or (B,)
     sigma_next:float|Tensor, # noise level to go to, in [0, sigma): one number or (B,); further down the schedule for a merged step
-    noise_level:float=0.7, # a (flow) or eta (dance, cps), >= 0 (E-GRPO's 0.7); 0 is the ODE step
+    noise_level:float|Tensor=0.7, # a (flow) or eta (dance, cps), >= 0 (E-GRPO's 0.7); 0 is the ODE step; one number or (B,)
     kernel:str='flow', # flow, dance or cps
     sigma_max:float|Tensor|None=None # stands for sigma = 1 in the flow kernel's denominator: sigmas[1]; None: sigma_next
 )->tuple: # (mean (B,...), std (B,1,..,1) or (1,1,..,1)), fp32 or wider
@@ -129,6 +134,7 @@ def sde_step(
     sigma = _per_sample(sigma, latents)
     sigma_next = _per_sample(sigma_next, latents)
     if sigma_max is not None: sigma_max = _per_sample(sigma_max, latents)
+    if isinstance(noise_level, Tensor): noise_level = _per_sample(noise_level, latents)
     pull, std = _coefficients(sigma, sigma_next, noise_level, kernel, sigma_max)
     predicted_noise = latents + (1 - sigma) * velocity
     ode = latents - velocity * (sigma - sigma_next)

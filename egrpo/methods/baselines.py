@@ -68,7 +68,7 @@ def grpo_guard(
     sigmas = flow_sigmas(num_steps, shift)
     def weight(k): return 1 / float(sigmas[k] - sigmas[k + 1])
     branch = Branch(chain(range(num_steps - 1), weights=weight), noises=num_generations)
-    return Plan(sigmas, (branch,), noise_level, kernel, guard=True)
+    return Plan(sigmas, (branch,), noise_level, kernel, loss='guard')
 
 # %% ../../nbs/methods/00_baselines.ipynb #67bae1d4
 def dance_grpo(
@@ -157,6 +157,20 @@ def tempflow_grpo(
     branches = [Branch((SDEStep(k, 1, children, weight),), noises) for k, weight in enumerate(weights)]
     return Plan(sigmas, tuple(branches), noise_level, kernel, (stride,), solver)
 
+# %% ../../nbs/methods/00_baselines.ipynb #dd76ad70
+def prime_factors(
+    n:int, # Number of leaves
+)->list: # Increasing; none below 2
+    "Prime factors of a number of leaves."
+    factors = []
+    factor = 2
+    while n > 1:
+        if n % factor: factor += 1
+        else:
+            factors.append(factor)
+            n //= factor
+    return factors
+
 # %% ../../nbs/methods/00_baselines.ipynb #5cbf351d
 def branch_grpo(
     num_steps:int=20, # T, denoising steps, >= 2
@@ -171,7 +185,7 @@ def branch_grpo(
     iteration:int=0, # Says where the pruned steps are
 )->Plan: # The plan of one prompt
     "BranchGRPO (arXiv 2509.06040): a tree that splits in two at a few early steps, optionally pruned in width and depth."
-    splits = {split_every * i: fan for i, fan in enumerate(_prime_factors(num_generations))}
+    splits = {split_every * i: fan for i, fan in enumerate(prime_factors(num_generations))}
     _check_tree(num_steps, num_generations, splits, split_every, pruned_steps, slide_every)
     last_split = max(splits)
     first_pruned = max(num_steps - 2 - pruned_steps - iteration // slide_every, last_split - 1)
@@ -181,17 +195,6 @@ def branch_grpo(
         kept = keep if k > last_split else 1.
         steps.append(SDEStep(k, 1, splits.get(k, 1), float(not pruned), kept))
     return Plan(flow_sigmas(num_steps, shift), (Branch(tuple(steps)),), noise_level, kernel)
-
-def _prime_factors(n):
-    "Prime factors of a number of leaves, increasing; none below 2."
-    factors = []
-    factor = 2
-    while n > 1:
-        if n % factor: factor += 1
-        else:
-            factors.append(factor)
-            n //= factor
-    return factors
 
 def _check_tree(num_steps, num_generations, splits, split_every, pruned_steps, slide_every):
     "Refuse a tree that cannot be; `splits` maps a step to its children."

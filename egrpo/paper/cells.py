@@ -111,12 +111,13 @@ def hacked_places(
 def images_at(
     trainer:Trainer, # Its averaged weights are used, or the weights where there is no average
     places:list, # Places of evaluation prompts
+    weights:dict|None=None, # Name -> tensor, to take instead
 )->Tensor: # (N,3,H,W) images in [0, 1]
     "The images that an evaluation makes at these places."
     policy = trainer.policy
     plan = ode_plan(trainer.config.num_steps, trainer.settings['shift'])
     cond = policy.encode([trainer.eval_prompts[i] for i in places])
-    with swapped(trainer.parameters, trainer.ema), policy.together():
+    with swapped(trainer.parameters, trainer.ema if weights is None else weights), policy.together():
         out = rollout(policy, cond, plan, 'sample', 0, prompt_ids=places)
     return policy.decode(out.latents)
 

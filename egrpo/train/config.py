@@ -48,7 +48,7 @@ class PlanSettings:
     solver:str|None = option(None, 'Solver of that ODE: euler, or ab2 of second order at the same cost')
     num_generations:int|None = option(None, "Samples per group G, >= 2; BranchGRPO's leaves")
     noise_level:float|None = option(None, 'Noise level of the stochastic steps')
-    kernel:str|None = option(None, 'Stochastic step: flow, dance or cps')
+    kernel:str|None = option(None, 'Stochastic step: flow, dance, cps or flash')
     noises:int|None = option(None, 'Initial noises that the samples of a step leave from (TempFlow-GRPO)')
     window:int|None = option(None, 'Stochastic steps in a row (MixGRPO, Flow-GRPO-Fast)')
     slide_every:int|None = option(None, 'Iterations after which window or pruned steps move on (MixGRPO, BranchGRPO)')
@@ -57,6 +57,8 @@ class PlanSettings:
     keep:float|None = option(None, "Width pruning: share of the last steps' samples that is trained, "
                                    'the best and the worst (BranchGRPO)')
     pruned_steps:int|None = option(None, 'Depth pruning: late steps that are sampled, not trained (BranchGRPO)')
+    draws:int|None = option(None, 'Noise levels at which every image is noised again and trained (AWM, DiffusionNFT, V-GRPO)')
+    growth:float|None = option(None, 'Growth of the noise level down the tree, as a share of it (Dynamic-TreeRPO)')
     base:str|None = option(None, 'Method whose steps and samples are allotted by attention entropy (AEGPO)')
     allocation:str|None = option(None, 'Samples per prompt: median, proportional, inverted, random or uniform (AEGPO)')
     explore:str|None = option(None, 'Steps that stay stochastic: peaks, first, last, random or all (AEGPO)')
@@ -81,15 +83,16 @@ class TrainConfig:
                                   'None = a sample', choices=('sample', 'prompt', None))
     profile_cache:str|None = option(None, 'Folder for attention entropies before training, shared by runs of a model; '
                                           'None = in `out` (AEGPO)', where=True)
-    prompts:str = option('shapes', "'shapes' (the miniature's), 'hpd' (HPD's), or a file: a prompt a line, "
-                                   '.jsonl, .json, .csv or .tsv')
+    prompts:str = option('shapes', "'shapes' (the miniature's; of some categories: shapes:counting,position), 'hpd' (HPD's), "
+                                   'or a file: a prompt a line, .jsonl, .json, .csv or .tsv')
     prompts_per_iteration:int = option(4, 'Prompts in one iteration, of all processes together', least=1)
     iterations:int = option(300, 'Training iterations', free=True, least=1)
     budget:int|None = option(None, 'Network evaluations after which the run ends, if it has not ended before',
                              free=True, least=1)
     reward:str = option('verifier', "Reward, or a weighted sum such as 'preference + 0.5*clip'")
-    combine:str = option('after', "Several rewards are summed 'after' or 'before' each is normalised",
-                         choices=('after', 'before'))
+    combine:str = option('after', "Several rewards are summed 'after' or 'before' each is normalised; "
+                                  "'batch': after, and normalised once more over the batch (GDPO)",
+                         choices=('after', 'before', 'batch'))
     advantage_std:str = option('group', "Advantages are divided by the std of the 'group', the 'batch', or by 'none'",
                                choices=('group', 'batch', 'none'))
     advantage_clip:float = option(5.0, 'Advantages are clipped to ± this', above=0)
@@ -110,6 +113,8 @@ class TrainConfig:
     max_grad_norm:float = option(1.0, 'Gradients are clipped to this norm', above=0)
     ema_decay:float = option(0.9, 'Decay per optimiser step of the averaged weights that are evaluated and saved; '
                                   '0 = no average', least=0, below=1, remedy='0.99 averages over about 100 iterations')
+    sample_with:str = option('weights', "What samples: the 'weights', or their 'average' (DiffusionNFT's old policy)",
+                             choices=('weights', 'average'))
     lora_rank:int = option(0, 'Rank of the LoRA that is trained; 0 = the whole transformer')
     lora_alpha:float|None = option(None, 'Scale of a new LoRA: its product is scaled by alpha / rank; None = twice the rank',
                                    above=0, loads=True)
@@ -278,6 +283,8 @@ def _check_optimizer(config):
     package = PACKAGES.get(config.optimizer)
     if package and find_spec(package) is None:
         raise ValueError(f"optimizer {config.optimizer!r} needs the package {package}: pip install {package}")
+    if config.sample_with == 'average' and not config.ema_decay:
+        raise ValueError("sample_with average needs an average: set ema_decay above 0")
     if config.lr_warmup and config.lr_schedule == 'constant':
         raise ValueError("lr_warmup needs a schedule that warms up: set lr_schedule to constant_with_warmup, linear or cosine")
 

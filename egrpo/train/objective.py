@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/train/07_objective.ipynb #20bdf4fa
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..core.advantage import combine_advantages, sample_weights, transition_values, zero_variance_groups
-from ..core.loss import guard_logratio, loss_metrics, policy_loss
+from ..core.advantage import CREDITS, combine_advantages, sample_weights, transition_values, zero_variance_groups
+from ..core.loss import LOSSES, Compared, loss_metrics
 from ..core.rollout import Rollout, transition_log_prob, transition_mean
 from ..core.sde import gaussian_kl
 from ..models.reference import swapped
@@ -24,15 +25,20 @@ from .optimizer import Schedule, make_optimizer
 # %% ../../nbs/train/07_objective.ipynb #03a41699
 def stride_values(
     out:Rollout, # The rollout: M transitions, images of S strides
-    rewards:dict, # Name -> (L,) rewards of its images, K of them
+    rewards:dict, # Name -> (L,) rewards of its images, probes among them, K of them
 )->Tensor: # (M,S,K) fp32, on the CPU
     "Value of each transition: by the images of each stride, for each reward."
     start = out.leaf_start.cpu()
     count = out.leaf_count.cpu()
+    before = out.before.cpu()
+    after = out.after.cpu()
+    credit = CREDITS[out.plan.credit]
     strides = len(out.plan.strides)
     def by_stride(scores):
-        parts = [transition_values(part, start, count) for part in scores.chunk(strides)]
-        return torch.stack(parts, -1)
+        leaves, probes = scores[:out.num_leaves], scores[out.num_leaves:]
+        parts = [transition_values(part, start, count) for part in leaves.chunk(strides)]
+        values = [credit(part, probes, before, after, start) for part in parts]
+        return torch.stack(values, -1)
     return torch.stack([by_stride(scores) for scores in rewards.values()], -1)
 
 def compared_values(
@@ -64,21 +70,9 @@ def _reference_kl(
     parents = out.parents[rows]
     with torch.no_grad(), policy.reference():
         velocity = policy.velocity(parents, sigma, cond)
-        mean_before, _ = transition_mean(velocity, parents, out.start[rows], out.end[rows], out.plan)
+        step = out.start[rows], out.end[rows], out.plan, out.level_of(rows)
+        mean_before, _ = transition_mean(velocity, parents, *step)
     return gaussian_kl(mean, mean_before, std)
-
-def _log_ratio(
-    out:Rollout, # The rollout
-    picked:Tensor, # (M,) bool, m transitions
-    logp:Tensor, # (m,) their log-prob under the policy
-    mean:Tensor, # (m,C,H,W) mean of their step under the policy
-    std:Tensor, # (m,1,1,1) its standard deviation
-)->Tensor: # (m,) logarithm of the ratio of the new to the old probability, nats per latent element
-    "The logratio that the plan asks for."
-    old = out.log_prob[picked]
-    if not out.plan.guard: return logp - old
-    old_mean = out.means[out.row[picked]]
-    return guard_logratio(logp, old, mean, old_mean, std)
 
 def loss_weights(
     out:Rollout, # The rollout: M transitions
@@ -107,21 +101,21 @@ def rows_loss(
     children = out.children[picked]
     parents = out.parents[rows]
     start = out.start[rows]
-    end = out.end[rows]
-    sigmas = out.plan.sigmas.to(policy.device)
+    sigmas = out.plan.start_sigmas.to(policy.device)
     sigma = sigmas[start]
     cond = cond[out.prompt[rows]]
     velocity = policy.velocity(parents, sigma, cond)
-    logp, mean, std = transition_log_prob(velocity, parents, children, local, start, end, out.plan)
-    logratio = _log_ratio(out, picked, logp, mean[local], std[local])
-    unchanged = torch.zeros_like(logratio)
-    loss = policy_loss(logratio, unchanged, advantages[picked], config.clip_range)
+    step = start, out.end[rows], out.plan, out.level_of(rows)
+    logp, mean, std = transition_log_prob(velocity, parents, children, local, *step)
+    old_mean = out.means[out.row[picked]]
+    compared = Compared(logp, out.log_prob[picked], mean[local], old_mean, std[local], children, sigma[local])
+    loss, logratio = LOSSES[out.plan.loss](compared, advantages[picked], config.clip_range)
     kl = torch.zeros_like(logp)
     if config.beta:
         kl_of_rows = _reference_kl(policy, sigma, cond, out, rows, mean, std)
         kl = kl_of_rows[local]
     if weights is None: weights = loss_weights(out, config)
-    each = out.weight[picked] * loss + config.beta * kl
+    each = out.weight[picked] * loss + config.beta * out.kl_weight[picked] * kl
     total = (weights[picked] * each).sum()
     index = picked.nonzero()[:, 0]
     return total, logratio.detach(), index, kl.detach()
@@ -222,6 +216,10 @@ class Weights:
         self.schedule = Schedule(config)
         self.average = {}
         if config.ema_decay: self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def sampling(self):
+        "Inside: the parameters are those that the configuration samples with."
+        return self.averaged() if self.config.sample_with == 'average' else nullcontext()
 
     def averaged(self):
         "Inside: the parameters are the average, where there is one."

@@ -19,7 +19,7 @@ from ..methods.registry import check_plan, make_plan, method_name, method_settin
 from ..models.policy import model_sigmas
 from ..rewards.reward import RewardSet, get_reward
 from .config import EVAL_REWARDS, TrainConfig, check_config
-from .prompts import NAMED, load_prompts
+from .prompts import load_prompts, set_name
 
 # %% ../../nbs/train/03_prepare.ipynb #5c1ed021
 SHIFT = 3. # the papers'
@@ -122,7 +122,7 @@ def run_prompts(
     "Load the prompts of a run; one file for both is read once."
     prompts = load_prompts(config.prompts)
     source = config.eval_prompts or config.prompts
-    if source == config.prompts and source not in NAMED: held_out = prompts
+    if source == config.prompts and not set_name(source): held_out = prompts
     else:
         argument = 'eval_prompts' if config.eval_prompts else 'prompts'
         held_out = load_prompts(source, 'held_out', config.eval_size, argument)
@@ -135,7 +135,7 @@ def run_rewards(
     "Make the rewards of a run; those of an evaluation may be named, else they go by its prompts."
     trained = get_reward(reward or config.reward)
     source = config.eval_prompts or config.prompts
-    default = EVAL_REWARDS if source in ('shapes', 'shapes_tuning') else trained
+    default = EVAL_REWARDS if set_name(source) in ('shapes', 'shapes_tuning') else trained
     return trained, get_reward(config.eval_rewards or default)
 
 # %% ../../nbs/train/03_prepare.ipynb #d42c019a

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base.inputs import check_path, check_readable, check_text, from_json, quote
+from ..base.inputs import check_path, check_readable, check_text, from_json, one_of, quote
 from ..base.rows import Prompt
-from ..miniature.world import sample_prompts
+from ..miniature.world import CATEGORIES, sample_prompts
 from ..rewards.published import HPD_STYLES, hpd_prompts
 
 # %% ../../nbs/train/02_prompts.ipynb #1a7c35d7
@@ -135,14 +135,34 @@ def _hpd_split(
 
 NAMED = ('shapes', 'shapes_tuning', 'hpd', 'hpd_tuning') # any other source is a file
 
+def set_name(
+    source:str, # As for `load_prompts`
+)->str|None: # One of `NAMED`, or None for a file
+    "Name of the built-in set that prompts are from."
+    name = source.partition(':')[0]
+    return name if name in NAMED else None
+
+def _of_categories(
+    words:str, # Categories, between commas
+    split:str, # train or held_out
+    n:int, # How many, of all together
+    name:str, # The argument, for an error
+)->list: # Prompts, the categories in turn
+    "Shapes prompts of some categories."
+    kinds = [word.strip() for word in words.split(',')]
+    for kind in kinds: one_of(name, kind, CATEGORIES)
+    each = [sample_prompts(-(-n // len(kinds)), seed=0, split=split, category=kind) for kind in kinds]
+    return [prompt for together in zip(*each) for prompt in together][:n]
+
 # %% ../../nbs/train/02_prompts.ipynb #306852e6
 def load_prompts(
-    source:str='shapes', # 'shapes', 'hpd', 'shapes_tuning' or 'hpd_tuning' (to choose settings on), or a file, read by its ending
+    source:str='shapes', # 'shapes', of some categories 'shapes:counting,position', 'hpd', *_tuning (to choose settings on), or a file
     split:str='train', # Split of the shapes and hpd prompts: train or held_out
     n:int=4096, # How many shapes prompts, >= 1; the others are read whole
     name:str='prompts', # The argument that named the source
 )->list: # Prompts
     "Prompts of the miniature world, of HPD, or of a file."
+    if source.startswith('shapes:'): return _of_categories(source[7:], split, n, name)
     if source == 'shapes': return sample_prompts(n, seed=0, split=split)
     if source == 'shapes_tuning': return sample_prompts(n, seed=1, split='train')
     if source == 'hpd': return _hpd_split(split)

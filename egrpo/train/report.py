@@ -15,6 +15,7 @@ from ..base.files import write_text
 from ..rewards.server import public_address
 from .config import SETTINGS, names_of
 from .gains import eval_gains
+from .prompts import set_name
 from .run import Run
 
 # %% ../../nbs/train/08_report.ipynb #95329edc
@@ -49,7 +50,7 @@ def is_held_out(
     "Return whether evaluation prompts are others than the training ones."
     prompts = config.get('prompts', SETTINGS['prompts'].default)
     source = config.get('eval_prompts') or prompts
-    return source != prompts or source in ('shapes', 'hpd')
+    return source != prompts or set_name(source) in ('shapes', 'hpd')
 
 def score_curves(
     evaluations:pd.DataFrame, # Columns iteration, prompt, rewards

@@ -24,7 +24,7 @@ from ..base.files import write_whole
 from ..base.inputs import in_notebook
 from ..core.rollout import Rollout, prune, rollout
 from ..methods.aegpo import AttentionPlanner
-from ..methods.registry import make_plan
+from ..methods.registry import make_plans
 from ..models.device import check_torch, is_out_of_memory, synchronize
 from ..models.policy import load_policy
 from ..rewards.reward import RewardError
@@ -165,8 +165,8 @@ class Trainer:
     )->tuple: # A plan for each of its prompts, metrics of what was measured for them
         "The plans of an iteration; a method that chooses by attention entropy has it measured first."
         if self.planner: return self.planner(self._prompts_of(iteration), iteration)
-        plan = make_plan(self.method, iteration, **self.settings)
-        return [plan] * self.config.prompts_per_iteration, {}
+        numbers = range(self.config.prompts_per_iteration)
+        return make_plans(self.method, iteration, numbers, **self.settings), {}
 
     def sample(self,
         iteration:int, # Number of the iteration, >= 0
@@ -179,7 +179,8 @@ class Trainer:
         prompts = [batch[i] for i in ids]
         own_plans = [plans[i] for i in ids]
         cond = self.policy.encode(prompts)
-        with self.policy.together(): out = rollout(self.policy, cond, own_plans, self.config.seed, iteration, prompt_ids=ids)
+        with self.policy.together(), self.weights.sampling():
+            out = rollout(self.policy, cond, own_plans, self.config.seed, iteration, prompt_ids=ids)
         synchronize(out.latents.device) # what is still to come of the rollout is not the decoder's
         self.laps('sampling')
         return prompts, cond, out, self.score(out.latents, [prompts[i] for i in out.leaf_prompt.tolist()])
@@ -236,8 +237,9 @@ class Trainer:
         sampled = self.policy.nfe
         advantages, equal_groups = self.advantages(out, rewards)
         update = self.update(cond, out, advantages, self.processes.share(plans))
-        numbers = torch.tensor(self.processes.share(plans))[out.leaf_prompt.cpu()]
-        (numbers, *scores), _ = self.processes.gather(numbers, *rewards.values())
+        leaves = slice(out.num_leaves) # behind them are probes
+        numbers = torch.tensor(self.processes.share(plans))[out.leaf_prompt[leaves].cpu()]
+        (numbers, *scores), _ = self.processes.gather(numbers, *(o[leaves] for o in rewards.values()))
         self.laps('update')
         nfe = dict(nfe_rollout=sampled - began, nfe_gradient=self.policy.nfe - sampled)
         nfe = {k: int(self.processes.total(n)) for k, n in nfe.items()}
@@ -429,7 +431,7 @@ class Loop:
         flat = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.config.tracker: t.accelerator.log(flat, step=t.iteration)
         error = metrics['ratio_error']
-        if error > self.config.clip_range:
+        if error > self.config.clip_range and self.config.sample_with == 'weights':
             warnings.warn(f"ratio_error {error:.1g} is above clip_range {self.config.clip_range:g}: samples are clipped "
                           "before anything has moved (nbs/guides/diagnostics.ipynb says why)", stacklevel=2)
         shown = {k.removeprefix('reward/'): f'{v:.3f}' for k, v in flat.items() if k.startswith('reward/')}
