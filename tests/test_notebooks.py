@@ -103,6 +103,17 @@ def test_answer_first(nb):
 
 
 @figures
+def test_parameters(nb):
+    "One cell of parameters, below a heading of its own, says how long the notebook takes."
+    places = [i for i, c in enumerate(cells(nb)) if source(c).startswith('## Parameters\n')]
+    assert len(places) == 1, f'{nb.name}: {len(places)} headings `## Parameters`'
+    cell = cells(nb)[places[0] + 1]
+    assert cell['cell_type'] == 'code', f'{nb.name}: the cell of parameters comes right below its heading'
+    shown = json.dumps([o.get('data', o).get('text/plain') for o in cell['outputs']])
+    assert re.search(r'\b(seconds|minutes|hours)\b', shown), f'{nb.name}: its parameters do not say how long it takes: `durations`'
+
+
+@figures
 def test_leads_on(nb):
     "The last cell leads to the notebooks before and after."
     assert re.match(r'(previous|next): \[', source(cells(nb)[-1])), f'{nb.name}: its last cell names the previous or the next notebook'

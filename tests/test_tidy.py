@@ -1,4 +1,8 @@
 "Saved notebooks hold what a reader without a kernel can see, and nothing that changes from run to run."
+import os
+import subprocess
+import sys
+
 import nbformat
 import sync
 from nbclient import NotebookClient
@@ -39,3 +43,25 @@ def test_every_notebook_is_tidy():
     for path in sync.notebooks():
         outputs = [o for cell in nbformat.read(path, 4).cells for o in cell.get('outputs', [])]
         assert [sync.kept(o) for o in outputs] == outputs, path.name
+
+
+LOADS = '''
+import warnings
+import diffusers.utils.logging as ours, transformers.utils.logging as theirs
+before = [(o.get_verbosity(), o.is_progress_bar_enabled()) for o in (ours, theirs)]
+from egrpo import TrainConfig, Trainer, load_policy
+from egrpo.testing.pipelines import small_pipeline
+from egrpo.train.cost import run_memory
+policy = load_policy(device='cpu', lora_rank=2)
+with warnings.catch_warnings(record=True) as said: policy.encode(['a fox ' * 50])
+assert 'longer than the' in str(said[0].message), said # egrpo's own word is heard
+small_pipeline('chroma')
+run_memory(TrainConfig(model='flux.1-dev', resolution=720))
+assert before == [(o.get_verbosity(), o.is_progress_bar_enabled()) for o in (ours, theirs)]
+'''
+
+
+def test_libraries_are_silent_while_egrpo_loads():
+    "Neither bars nor warnings of diffusers and transformers; afterwards both talk as before."
+    done = subprocess.run([sys.executable, '-c', LOADS], capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE='1'))
+    assert (done.returncode, done.stderr) == (0, '')

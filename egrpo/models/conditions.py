@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..base.files import load_whole, save_whole
-from .pipeline import load_pipeline, text_fingerprint, text_parts, tokenizer_of
+from .pipeline import load_pipeline, quietly, text_fingerprint, text_parts, tokenizer_of
 
 # %% ../../nbs/models/04_conditions.ipynb #d3e8a434
 class Conditions:
@@ -243,7 +243,7 @@ class PromptEncoder:
             raise ValueError(f"prompt {prompts[0]!r} was not embedded before the text encoders were dropped: {remedy}")
         with self.on_device():
             for p in prompts:
-                with torch.no_grad(): cond = embed(p)
+                with torch.no_grad(), quietly(): cond = embed(p)
                 yield p, self.embeddings.put(p, cond)
 
     @contextmanager

@@ -6,8 +6,8 @@
 __all__ = ['FluxPolicy', 'SD3Policy', 'UNetPolicy']
 
 # %% ../../nbs/models/10_families.ipynb #96c1f775
+import diffusers
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from ..base.inputs import height_width
 from ..core.diffusion import angle_timestep, chord, chord_velocity, ddpm_angles
@@ -85,7 +85,7 @@ class UNetPolicy(Policy):
         *args, # As for `Policy`
         **kwargs, # As for `Policy`
     ):
-        self.xl = isinstance(pipeline, StableDiffusionXLPipeline)
+        self.xl = isinstance(pipeline, diffusers.StableDiffusionXLPipeline)
         self.kind = pipeline.scheduler.config.prediction_type
         angles = ddpm_angles(pipeline.scheduler.alphas_cumprod)
         if self.kind == 'epsilon' and angles[-1].cos() < 1e-3:

@@ -213,12 +213,13 @@ def _load_folder(
 )->DiffusionPipeline: # The pipeline, on the CPU
     "Load a pipeline from a folder in diffusers' layout; one on the hub is fetched."
     folder = Path(model)
-    if not folder.is_dir(): folder = Path(DiffusionPipeline.download(str(model), use_safetensors=True))
+    if not folder.is_dir():
+        with quietly(): folder = Path(DiffusionPipeline.download(str(model), use_safetensors=True))
     parts = _load_parts(folder, dtypes, parts, f"model {str(model)!r}") | parts
     variants = {_variant(p) for p in folder.iterdir() if p.is_dir() and p.name not in parts} - {None}
     variant = variants.pop() if len(variants) == 1 else None
     settings = dict(dtype=dtypes, use_safetensors=True, variant=variant)
-    return DiffusionPipeline.from_pretrained(str(folder), **settings, **parts)
+    with quietly(): return DiffusionPipeline.from_pretrained(str(folder), **settings, **parts)
 
 def load_pipeline(
     model:str='miniature', # 'miniature', a folder, a .safetensors file, or a hub id (owner/name)

@@ -9,18 +9,8 @@ __all__ = ['load_policy']
 from functools import lru_cache
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    Flux2KleinPipeline,
-    Flux2Pipeline,
-    FluxPipeline,
-    QwenImagePipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    ZImagePipeline,
-)
 from torch import Tensor
 
 from .base_policy import Policy
@@ -32,9 +22,16 @@ from .pipeline import bare_pipeline, load_pipeline, own_resolution, quietly
 from .precision import torch_dtype
 
 # %% ../../nbs/models/13_policy.ipynb #e68d8929
-POLICIES = {FluxPipeline: FluxPolicy, Flux2Pipeline: Flux2Policy, Flux2KleinPipeline: Flux2Policy, QwenImagePipeline: QwenImagePolicy,
-            ZImagePipeline: ZImagePolicy, StableDiffusion3Pipeline: SD3Policy, StableDiffusionPipeline: UNetPolicy,
-            StableDiffusionXLPipeline: UNetPolicy}
+POLICIES = {
+    diffusers.FluxPipeline: FluxPolicy,
+    diffusers.Flux2Pipeline: Flux2Policy,
+    diffusers.Flux2KleinPipeline: Flux2Policy,
+    diffusers.QwenImagePipeline: QwenImagePolicy,
+    diffusers.ZImagePipeline: ZImagePolicy,
+    diffusers.StableDiffusion3Pipeline: SD3Policy,
+    diffusers.StableDiffusionPipeline: UNetPolicy,
+    diffusers.StableDiffusionXLPipeline: UNetPolicy,
+}
 
 def _cast(
     pipeline, # A pipeline; changed in place
@@ -42,7 +39,7 @@ def _cast(
     network:torch.dtype|None, # That of the network, if it is another
 ): # The same
     "Cast the parts of a pipeline that was loaded elsewhere."
-    if not isinstance(pipeline, DiffusionPipeline):
+    if not isinstance(pipeline, diffusers.DiffusionPipeline):
         raise ValueError(f"model is a {type(pipeline).__name__}: give a name, a folder or a DiffusionPipeline")
     with quietly():
         for name, part in pipeline.components.items():

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core.attention import attention_entropy, attention_path, query_subset
 from ..train.cost import flux_inputs
@@ -189,6 +190,12 @@ def _flux(
         with torch.device(device): return FluxTransformer2DModel(guidance_embeds=True).eval()
     finally: torch.set_default_dtype(before)
 
+def _flops_part(
+    every:tuple, # Recorded: one image query of so many
+)->dict: # model, image, text, forward, attention, added
+    "Count what recording adds to FLUX.1-dev."
+    return dict(model='FLUX.1-dev', image=4096, text=512) | flops_of_recording(_flux('meta'), 4096, 512, every)
+
 def _gpu_part(
     rounds:int # Of timing
 )->dict: # attention, memory, forward
@@ -205,11 +212,13 @@ def attention_benchmark(
     "Measure the cost of attention entropy: time, memory, and a recorded forward pass."
     tokens, heads, rounds, sizes, batch = SIZES['smoke' if scale == 'smoke' else 'mini']
     every = (1, 16) if scale == 'smoke' else (1, 4, 16, 32)
+    parts = dict(
+        attention=partial(_attention_part, (1, heads, tokens, 128), rounds),
+        memory=partial(_memory_part, sizes, heads),
+        forward=partial(_miniature_part, batch, 3 * rounds),
+        flops=partial(_flops_part, every),
+    )
+    if torch.cuda.is_available() and scale != 'smoke': parts['gpu'] = partial(_gpu_part, rounds)
     data = dict(threads=1, clock='processor time (GPU: wall time)')
-    data['attention'] = _attention_part((1, heads, tokens, 128), rounds)
-    data['memory'] = _memory_part(sizes, heads)
-    data['forward'] = _miniature_part(batch, 3 * rounds)
-    flops = flops_of_recording(_flux('meta'), 4096, 512, every)
-    data['flops'] = dict(model='FLUX.1-dev', image=4096, text=512, **flops)
-    if torch.cuda.is_available() and scale != 'smoke': data['gpu'] = _gpu_part(rounds)
+    for name in tqdm(parts, desc='parts'): data[name] = parts[name]()
     return data

@@ -19,7 +19,7 @@ from .comparisons import evaluation_texts, rewards_of
 from .experiments import EXPERIMENTS, cells_of, reproduce
 from .intervals import difference
 from .pictures import save_figure
-from .records import find_record, get_scale
+from .records import find_record, get_scale, known_record, load_record
 from .registered import DESIGN
 
 # %% ../../nbs/paper/30_report.ipynb #6dacdccc
@@ -202,8 +202,10 @@ def _time(
     seconds:float, # Of one core
 )->str: # e.g. 2.4 hours of one core
     "A time in words."
+    if seconds < 1: return 'less than a second'
+    if seconds < 90: return f'{seconds:.0f} s of one core'
     minutes = seconds / 60
-    return f'{minutes / 60:.1f} hours of one core' if minutes >= 60 else f'{max(minutes, 1):.0f} minutes of one core'
+    return f'{minutes / 60:.1f} hours of one core' if minutes >= 60 else f'{minutes:.0f} minutes of one core'
 
 def record_line(
     record:dict, # A record
@@ -372,21 +374,49 @@ def later_gains(
     return Page([], [Table(f"Gained after equal iterations, minus {data['best']}", ('', rewards_of(data)[0]), rows)])
 
 # %% ../../nbs/paper/30_report.ipynb #046b77b4
-def durations(
+PLAIN = 'As it is, this notebook reads what was measured and takes seconds.'
+
+def _run_count(
     name:str, # A name in `EXPERIMENTS`
-)->Page|None: # A table; None where there is no record
-    "How long each scale takes."
-    record = find_record(name)
-    if record is None: return None
-    measured, seconds = record['scale'], record['wall_time']
-    runs = {s: sum(map(len, cells_of(name, get_scale(s)).values())) for s in ('smoke', measured)}
-    times = {'smoke': 'seconds', measured: _time(seconds) + ', measured'}
+    scale:str, # A name in `SCALES`
+)->int: # Runs; a measurement is one
+    "Runs that an experiment needs."
+    return sum(map(len, cells_of(name, get_scale(scale)).values())) or 1
+
+def _seconds_of_run(
+    name:str, # A name in `EXPERIMENTS`, of a grid
+)->float|None: # Of one core; None where nothing was measured
+    "Seconds of a run, by the record; runs of a grid without one are taken to last as those of `tau`."
+    known = name if known_record(name).exists() else 'tau'
+    if not known_record(known).exists(): return None
+    record = load_record(known)
+    return record['wall_time'] / _run_count(known, record['scale'])
+
+def _duration_rows(
+    name:str, # A name in `EXPERIMENTS`
+)->list: # Of (scale, runs, time in words)
+    "Runs and time of each scale: measured, or estimated from what was."
+    rows = [('smoke', _run_count(name, 'smoke'), 'seconds')]
+    if known_record(name).exists():
+        record = load_record(name)
+        runs = _run_count(name, record['scale'])
+        rows.append((record['scale'], runs, f"{_time(record['wall_time'])}, measured"))
     for grid in DESIGN:
         if grid.experiment != name: continue
-        runs['confirm'] = grid.best_seeds + grid.seeds * len(grid.rivals)
-        times['confirm'] = 'about ' + _time(seconds / runs[measured] * runs['confirm'])
-    rows = [[_words(s), Cell(str(runs[s] or 1)), _words(times[s])] for s in runs]
-    return Page([], [Table(f'egrpo reproduce {name} --scale …', ('scale', 'runs', 'takes'), rows)])
+        runs = grid.best_seeds + grid.seeds * len(grid.rivals)
+        seconds = _seconds_of_run(name)
+        rows.append(('confirm', runs, f'about {_time(runs * seconds)}' if seconds else 'not measured yet'))
+    return rows
+
+def durations(
+    *names:str, # Names in `EXPERIMENTS`
+)->Page: # A table for each
+    "How long a notebook takes as it is, and each scale of its records."
+    tables = []
+    for name in names:
+        rows = [[_words(scale), Cell(str(runs)), _words(takes)] for scale, runs, takes in _duration_rows(name)]
+        tables.append(Table(f'egrpo reproduce {name} --scale …', ('scale', 'runs', 'takes'), rows))
+    return Page([PLAIN], tables)
 
 # %% ../../nbs/paper/30_report.ipynb #682b770c
 def writes()->bool: # True if EGRPO_WRITE=1

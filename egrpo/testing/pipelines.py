@@ -7,6 +7,7 @@ __all__ = ['small_pipeline']
 
 # %% ../../nbs/testing/00_pipelines.ipynb #0a7bd959
 import string
+import warnings
 
 import diffusers
 import torch
@@ -363,7 +364,8 @@ def small_pipeline(
     "A small pipeline of a family, with random weights."
     known = SMALL | NEWER
     if name not in known: raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning) # diffusers builds some of its parts in ways that it deprecates
         torch.default_generator.manual_seed(seed)
         pipeline = known[name]()
     pipeline.set_progress_bar_config(disable=True)

@@ -28,7 +28,7 @@ from ..models.base_policy import MICRO_BATCH_ELEMENTS
 from ..models.device import best_device, is_out_of_memory, synchronize
 from ..models.lora import lora_layers
 from ..models.lora_files import lora_file
-from ..models.pipeline import assets_path
+from ..models.pipeline import assets_path, quietly
 from ..models.policy import load_policy
 from ..models.precision import DTYPES, default_dtype
 from .config import TrainConfig
@@ -123,7 +123,7 @@ def build_part(
     dtype:torch.dtype=torch.float32, # Of its parameters
 ): # The part, on the meta device
     "A part of a pipeline without numbers."
-    with torch.device('meta'):
+    with torch.device('meta'), quietly():
         if hasattr(diffusers, name): part = getattr(diffusers, name).from_config(dict(config))
         else:
             kind = getattr(transformers, name)
