@@ -35,13 +35,13 @@ MINI = dict(shift=3., iterations=100, num_generations=8, stride=2, eval_every=25
 REGISTERED_SEEDS = tuple(range(100, 112)) # none below 100 is used for anything that confirms
 
 # %% ../../nbs/paper/00_records.ipynb #2e5c5d1e
-_DEMO = dict(prompts='shapes:two_objects,counting', eval_prompts='shapes', stride=4, solver='ab2', lr=2e-4, ema_decay=.95)
+_DEMO = dict(prompts='shapes:two_objects,counting', eval_prompts='shapes', stride=4, solver='ab2', lr=2e-4, ema_decay=.97)
 
 SCALES = {o.name: o for o in (
     Scale('smoke', (0,), dict(shift=3., iterations=2, prompts_per_iteration=1, num_generations=2, eval_size=8), _DEMO | dict(eval_size=12)),
-    Scale('mini', (0, 1, 2, 3, 4), MINI, _DEMO | dict(iterations=420, eval_size=1536)),
+    Scale('mini', (0, 1, 2, 3, 4), MINI, _DEMO | dict(iterations=340, eval_size=1536)),
     Scale('confirm', REGISTERED_SEEDS, MINI | dict(eval_every=0, eval_size=1024), dict(), registered=True),
-    Scale('gpu', REGISTERED_SEEDS, MINI | dict(num_generations=16, eval_every=0, eval_size=2048), _DEMO | dict(iterations=420),
+    Scale('gpu', REGISTERED_SEEDS, MINI | dict(num_generations=16, eval_every=0, eval_size=2048), _DEMO | dict(iterations=340),
           registered=True),
     Scale('flux', (0,), dict(model='black-forest-labs/FLUX.1-dev', prompts='hpd', reward='hpsv2.1',
                              eval_rewards='hpsv2.1 + clip_score + pickscore + imagereward', eval_size=400, resolution=720, guidance=3.5,
