@@ -26,6 +26,7 @@ parity: $(READY) ## the general policy against the pipelines of diffusers, all f
 
 trials: $(READY) ## faults of machines, files and requests, by hand (some: make trials ARGS="server inputs")
 	@$(BIN)/python tests/trials $(ARGS)
+	@[ -n "$(ARGS)" ] || $(BIN)/pytest -q --trials -m trial
 
 gpu-check: ## what a borrowed GPU is asked, by its machine's own Python (some: make gpu-check ARGS="--stages about,flux")
 	$(PYTHON) tests/gpu_check.py --out $(OUT) $(ARGS)

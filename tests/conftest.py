@@ -11,6 +11,18 @@ settings.load_profile('egrpo')
 signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background job ignores Ctrl-C, and so would what tests start
 
 
+def pytest_addoption(parser):
+    parser.addoption('--trials', action='store_true', help='run also what costs more than a test may (`make trials`)')
+
+
+def pytest_collection_modifyitems(config, items):
+    "Leave trials out, unless they are asked for."
+    if config.getoption('--trials'): return
+    left_out = [item for item in items if item.get_closest_marker('trial')]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(autouse=True)
 def imports(tmp_path_factory):
     "What a test imports from its folder, and the folder on `sys.path`, must not be found by the next one in this process."

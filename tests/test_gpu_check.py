@@ -18,7 +18,7 @@ from egrpo.paper.records import load_record
 SCRIPT = Path(gpu_check.__file__)
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.skipif(not COMPILER or torch.cuda.is_available(), reason='needs a C++ compiler, and no GPU')
 def test_rehearsal(tmp_path):
     "All that is to come back is there, whole; a stage that is over its limit and a job that fails stop nothing."

@@ -123,11 +123,11 @@ GROUPS = {
     'model': 'model lora_rank lora_alpha lora_targets lora_from resolution guidance call',
     'device and memory': 'device dtype micro_batch gradient_checkpointing compiled attention vae_tiling text_encoders embeddings',
     'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length '
-              'step_weights noises window slide_every train_share split_every keep pruned_steps',
+              'step_weights noises window slide_every train_share split_every keep pruned_steps draws growth',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
     'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr lr_schedule lr_warmup '
-                    'optimizer weight_decay adam_beta1 adam_beta2 max_grad_norm ema_decay',
+                    'optimizer weight_decay adam_beta1 adam_beta2 max_grad_norm ema_decay sample_with',
     'evaluation': 'eval_prompts eval_size eval_every eval_at eval_rewards patience',
     'run': 'out resume resume_from checkpoint_every keep_checkpoints keep_best samples tracker seed',
 }

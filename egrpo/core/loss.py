@@ -162,6 +162,6 @@ def vgrpo_loss(
     return policy_loss(logratio, torch.zeros_like(logratio), soft, clip_range), logratio
 
 # %% ../../nbs/core/02_loss.ipynb #5a3c0009
+# name -> function of (Compared, advantages, clip_range); the trainer looks a plan's loss up here
 STEP_LOSSES = dict(clip=clip_loss, guard=guard_loss, dppo=dppo_loss) # of stochastic steps
 FORWARD_LOSSES = dict(clip=clip_loss, awm=awm_loss, nft=nft_loss, vgrpo=vgrpo_loss) # of forward draws
-LOSSES = STEP_LOSSES | FORWARD_LOSSES # name -> function of (Compared, advantages, clip_range)

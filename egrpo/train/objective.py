@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..core.advantage import CREDITS, combine_advantages, sample_weights, transition_values, zero_variance_groups
-from ..core.loss import LOSSES, Compared, loss_metrics
+from ..core.loss import FORWARD_LOSSES, STEP_LOSSES, Compared, loss_metrics
 from ..core.rollout import Rollout, transition_log_prob, transition_mean
 from ..core.sde import gaussian_kl
 from ..models.reference import swapped
@@ -109,7 +109,8 @@ def rows_loss(
     logp, mean, std = transition_log_prob(velocity, parents, children, local, *step)
     old_mean = out.means[out.row[picked]]
     compared = Compared(logp, out.log_prob[picked], mean[local], old_mean, std[local], children, sigma[local])
-    loss, logratio = LOSSES[out.plan.loss](compared, advantages[picked], config.clip_range)
+    losses = FORWARD_LOSSES if out.plan.forward else STEP_LOSSES
+    loss, logratio = losses[out.plan.loss](compared, advantages[picked], config.clip_range)
     kl = torch.zeros_like(logp)
     if config.beta:
         kl_of_rows = _reference_kl(policy, sigma, cond, out, rows, mean, std)

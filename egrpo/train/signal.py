@@ -18,8 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.plan import Plan, gradient_nfe, rollout_nfe
-from ..core.rollout import prune
-from ..core.sde import step_std
+from ..core.rollout import FORWARD_STD, prune
 from ..methods.registry import explored, stochastic_steps
 from .objective import loss_weights
 from .trainer import Trainer
@@ -57,7 +56,7 @@ class CountSketch:
 # %% ../../nbs/train/12_signal.ipynb #48d1edf2
 @dataclass(frozen=True)
 class TrainedStep:
-    "A stochastic step with a weight in the loss."
+    "A stochastic step with a weight in the loss, or a forward draw: from a noise level to itself."
     start:int # Index of the noise level it leaves from
     end:int # Index of the noise level it arrives at
     std:float # Standard deviation of its noise
@@ -67,15 +66,15 @@ class TrainedStep:
 def trained_steps(
     plan:Plan, # The plan of one prompt
 )->dict: # start -> `TrainedStep`; of branches that leave from one place, the first
-    "Describe the steps that a plan trains."
+    "Describe the steps, or forward draws, that a plan trains."
+    if plan.forward: # a velocity counts the same at every draw: std/Δ is 1
+        return {k: TrainedStep(k, k, FORWARD_STD, FORWARD_STD, 1.) for k in range(len(plan.forward.sigmas))}
     out = {}
     for branch in plan.branches:
         for s in branch.steps:
             if not s.weight or s.start in out: continue
-            sigma, sigma_next = plan.sigmas[s.start], plan.sigmas[s.end]
-            std = step_std(sigma, sigma_next, plan.noise_level, plan.kernel, plan.sigma_max)
-            delta = sigma - sigma_next
-            out[s.start] = TrainedStep(s.start, s.end, float(std), float(delta), float(s.weight))
+            delta = float(plan.sigmas[s.start] - plan.sigmas[s.end])
+            out[s.start] = TrainedStep(s.start, s.end, plan.std(s), delta, float(s.weight))
     return out
 
 def step_sketches(
@@ -313,12 +312,21 @@ def cross_validated(
     return SignalEstimate(tuple(signal), tuple(noise), ratios, cost, prompts)
 
 # %% ../../nbs/train/12_signal.ipynb #b7f25b2d
+def _draws_nfe(plan, steps):
+    "Network evaluations of a prompt with some of its plan's forward draws; each is evaluated twice."
+    levels = range(len(plan.forward.sigmas))
+    kept = len(levels) if steps is None else len({*steps} & {*levels})
+    if not kept: return 0
+    left_out = (len(levels) - kept) * gradient_nfe(plan) // len(levels)
+    return rollout_nfe(plan) + gradient_nfe(plan) - 2 * left_out
+
 @cache
 def _branch_nfe(
     plan:Plan, # A plan; equal by identity
     steps:tuple|None, # Where the stochastic steps leave from that are kept; None = all
 )->int: # 0 where the plan has none of them
     "Network evaluations of a prompt with some of its plan's steps."
+    if plan.forward: return _draws_nfe(plan, steps)
     if steps is not None:
         kept = {*steps} & {*stochastic_steps(plan)}
         if not kept: return 0
@@ -449,7 +457,7 @@ def signal_rows(
         rows.append([_arrow(s), f'{s.std:.3f}', *numbers])
     return rows
 
-def _arrow(step): return f'{step.start}→{step.end}'
+def _arrow(step): return f'{step.start}→{step.end}' if step.end > step.start else f'draw {step.start}'
 
 def _both(
     estimate:SignalEstimate, # Of a step or of the whole loss
