@@ -140,7 +140,7 @@ class Plan:
     sigmas:Tensor # (T+1,) noise levels from 1 down to 0
     branches:tuple # Its `Branch`es; those with as many noises share their rollout up to their first stochastic step
     noise_level:float=0.7 # a of the kernel, > 0 where there is a stochastic step (E-GRPO's 0.7)
-    kernel:str='flow' # Kernel of every stochastic step: flow, dance or cps
+    kernel:str='flow' # Kernel of every stochastic step: flow, dance, cps or flash
     strides:tuple=(1,) # Strides of the ODE after a branch's last stochastic step, >= 1; one image per leaf and stride
     solver:str='euler' # Solver of that ODE: euler, or ab2 (two-step Adams–Bashforth); before it, Euler alone
     loss:str='clip' # Loss of a transition, in `egrpo.core.loss`: clip, guard or dppo; of forward draws clip, awm, nft or vgrpo

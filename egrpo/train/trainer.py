@@ -179,7 +179,7 @@ class Trainer:
         prompts = [batch[i] for i in ids]
         own_plans = [plans[i] for i in ids]
         cond = self.policy.encode(prompts)
-        with self.policy.together(), self.weights.sampling():
+        with self.weights.sampling(), self.policy.together():
             out = rollout(self.policy, cond, own_plans, self.config.seed, iteration, prompt_ids=ids)
         synchronize(out.latents.device) # what is still to come of the rollout is not the decoder's
         self.laps('sampling')
