@@ -18,7 +18,7 @@ from ..core.sigmas import flow_sigmas
 from .attention_cost import attention_benchmark
 from .attention_signal import attention_profile_data, learning_value_data
 from .cells import cell_path
-from .comparisons import grid_data, run_cost, summarize
+from .comparisons import evaluation_texts, grid_data, run_cost, scores_at, summarize
 from .credit import credit_data
 from .exploration import one_step_data
 from egrpo.paper.grids import (
@@ -38,8 +38,10 @@ from egrpo.paper.grids import (
     aegpo_grid,
     grid,
     iterations_for,
+    race_cells,
 )
 from .hacking import contrast_hacking, hacking
+from .intervals import difference
 from .measurement import Measurement
 from .merging_noise import merging_noise_data
 from .peaks import peaks_data
@@ -263,6 +265,26 @@ def _method_data(
     rates = {method: runs[0]['config']['lr'] for method, runs in results.items()}
     return grid_data(results, 'egrpo', pool=False) | dict(lr=rates)
 
+# %% ../../nbs/paper/21_experiments.ipynb #0414db86
+def _time_of(results):
+    "The iteration at which a setting is compared at equal time: before its end, where it goes on."
+    at = results[0]['config'].get('eval_at')
+    return int(at) if at else None
+
+def _race_data(
+    results:dict, # Method -> list of results
+)->dict: # The record's data
+    "A grid against E-GRPO, at equal network evaluations and at equal time."
+    best = results['egrpo']
+    texts = evaluation_texts(best)
+    timed = defaultdict(dict)
+    for method, runs in results.items():
+        if method == 'egrpo': continue
+        for reward in best[0]['scores']:
+            own, other = (scores_at(o, reward, _time_of(o)) for o in (best, runs))
+            timed[method][reward] = difference(other, own, texts).interval()
+    return _method_data(results) | dict(equal_time=timed)
+
 # %% ../../nbs/paper/21_experiments.ipynb #cd0cce0a
 def _kept_images(
     results:list, # Results of one setting, a seed each
@@ -367,6 +389,7 @@ EXPERIMENTS = {
     'explored': _aegpo('AEGPO: which steps explore', f'{_A}/claim4_steps.ipynb', EXPLORED, '4 peaks', 'all'),
     'on_egrpo': _aegpo('Beyond both papers: AEGPO on E-GRPO', f'{_OURS}/aegpo_on_egrpo.ipynb',
                        ON_EGRPO, 'AEGPO on E-GRPO', 'E-GRPO', 'egrpo'),
+    'race': Experiment('Beyond both papers: a race of both halves of the field', f'{_OURS}/race.ipynb', race_cells, _race_data),
     'signal': Measurement('Beyond both: signal and noise of the gradient', f'{_OURS}/gradient_signal.ipynb', signal_data),
     'attention_benchmark': Measurement('Beyond AEGPO: what attention entropy costs', f'{_OURS}/attention_cost.ipynb', _attention_data),
     'one_step': Measurement('E-GRPO Fig. 1a: what one stochastic step explores', f'{_E}/fig1a_one_step.ipynb', one_step_data),

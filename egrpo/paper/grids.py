@@ -6,10 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/paper/19_grids.ipynb #10b4f63e
+from dataclasses import replace
+
+from ..core.plan import gradient_nfe
 from ..methods.registry import PUBLISHED, method_settings
 from .records import known_record, load_record
 from .registered import LEARNING_RATES as REGISTERED_RATES
-from ..train.prepare import iteration_nfe, training_nfe
+from ..train.prepare import first_plan, iteration_nfe, training_nfe
 from ..train.trainer import TrainConfig
 
 # %% ../../nbs/paper/19_grids.ipynb #6a8f3cc4
@@ -81,7 +84,8 @@ KERNELS = {'flow': {}, 'dance': dict(kernel='dance', noise_level=.3, tau=0.), 'c
            'flow, not merged': dict(tau=0.)}
 
 # %% ../../nbs/paper/19_grids.ipynb #3a3784c5
-TABLE_1 = tuple(name for name in PUBLISHED if name != 'aegpo') # methods compared in E-GRPO's Table 1, and two more
+TABLE_1 = ('flow_grpo', 'dance_grpo', 'mix_grpo', 'tempflow_grpo', 'branch_grpo', 'g2rpo', 'grpo_guard', 'flow_grpo_fast',
+           'egrpo') # methods compared in E-GRPO's Table 1, and two more
 LEARNING_RATES = (.5, 1, 2) # times that of the scale
 
 def _lr_cells(
@@ -163,3 +167,37 @@ def aegpo_grid(
     for name, fields in settings.items():
         cells[name] = [TrainConfig(**{**base, **fields, 'seed': seed}) for seed in scale.seeds]
     return cells
+
+# %% ../../nbs/paper/19_grids.ipynb #a7aa9302
+RACE = ('egrpo', 'mix_grpo', 'flash_grpo', 'dense_grpo', 'awm', 'nft')
+RACE_SEEDS = (300, 301, 302, 303, 304)
+GRADIENT = 3 # forward passes that take as long as one with gradient, about
+
+def forward_passes(
+    config:TrainConfig, # A run
+)->float: # Of an iteration
+    "Time of an iteration, in forward passes."
+    trained = config.inner_epochs * config.prompts_per_iteration * gradient_nfe(first_plan(config))
+    return iteration_nfe(config) + (GRADIENT - 1) * trained
+
+def _timed(
+    config:TrainConfig, # A run
+    least:float, # Forward passes of the fastest run
+)->TrainConfig: # The same, evaluated where it has taken as long
+    "Name the iteration at which a run has taken as long as the fastest one takes in all."
+    at = max(1, int(least / forward_passes(config)))
+    return replace(config, eval_at=str(at)) if at < config.iterations else config
+
+def race_cells(
+    scale, # A `Scale`
+)->dict: # Method -> a run per seed
+    "Methods of both halves of the field, with equal budgets, evaluated at equal times, too."
+    base = _base(scale) | dict(eval_every=0)
+    budget = training_nfe(TrainConfig(**base))
+    seeds = RACE_SEEDS if scale.registered else scale.seeds
+    cells = {}
+    for method in RACE:
+        own = dict(PUBLISHED[method], method=method, lr=learning_rate(method, scale))
+        cells[method] = _with_seeds({**base, **own}, budget, seeds)
+    least = min(runs[0].iterations * forward_passes(runs[0]) for runs in cells.values())
+    return {method: [_timed(run, least) for run in runs] for method, runs in cells.items()}

@@ -20,6 +20,7 @@ class Grid:
     seeds:int # Runs of each rival
     best_seeds:int # Runs of the best
     family:str='' # Grids of one family are compared at one iteration
+    timed:bool=False # Are its runs compared at equal times instead of equal iterations?
 
 RIVALS = 'dance_grpo', 'mix_grpo', 'g2rpo', 'branch_grpo', 'tempflow_grpo' # the paper's, in its Table 1
 
@@ -33,10 +34,11 @@ DESIGN = (
     Grid('explored', '4 peaks', ('all', 'first 4', 'random 4', 'last 4'), 8, 8, 'AEGPO'),
     Grid('on_egrpo', 'AEGPO on E-GRPO', ('E-GRPO',), 12, 12),
     Grid('methods_clip', 'egrpo', RIVALS, 12, 12),
+    Grid('race', 'egrpo', ('mix_grpo', 'flash_grpo', 'dense_grpo', 'awm', 'nft'), 5, 5, timed=True),
 )
 
 # %% ../../nbs/paper/12_registered.ipynb #d35f34a5
-LEARNING_RATES = defaultdict(lambda: 1e-4, dance_grpo=5e-5)
+LEARNING_RATES = defaultdict(lambda: 1e-4, dance_grpo=5e-5, flash_grpo=1e-4 / 3)
 
 # %% ../../nbs/paper/12_registered.ipynb #4e910011
 def _without_seed(run)->str: return repr(replace(run, seed=0))
@@ -54,6 +56,7 @@ def shared_iterations(
             least[g.family] = min(least[g.family], end)
     places = defaultdict(set)
     for g in DESIGN:
+        if g.timed: continue
         for rival in g.rivals:
             shared = least[g.family] if g.family else min(ends[g.experiment, g.best], ends[g.experiment, rival])
             for setting in (g.best, rival):
@@ -77,6 +80,8 @@ def register(
         "Name the iterations in the run."
         at = places.get(_without_seed(run))
         return replace(run, eval_at=' '.join(map(str, sorted(at)))) if at else run
-    for grid in chosen.values():
+    for g in DESIGN:
+        grid = chosen[g.experiment]
+        if g.timed: continue # they name their iterations themselves
         for setting, runs in grid.items(): grid[setting] = [evaluated(run) for run in runs]
     return dict(chosen)
