@@ -39,7 +39,7 @@ def copied(
     "Copy what git knows, and what it would, so that nothing here is touched."
     files = subprocess.check_output(['git', 'ls-files', '-co', '--exclude-standard'], cwd=root, text=True).split('\n')
     for name in filter(None, files):
-        if name.startswith('figures/cells/') or not (root/name).exists(): continue
+        if name.startswith('figures/cells/') or not (root/name).is_file(): continue
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root/name, folder/name)
     for words in (['init', '-q'], ['add', '-A'], ['-c', 'user.name=x', '-c', 'user.email=x@x', 'commit', '-qm', 'as it was']):
