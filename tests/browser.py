@@ -57,7 +57,7 @@ def lab(
     options = re.search(r'jupyter lab (.*) \$\(ARGS\)', makefile)[1].split()
     more = ['--no-browser', '--allow-root', f'--port={port}', '--IdentityProvider.token=']
     own = tempfile.mkdtemp(prefix='egrpo-lab-') # the user's own JupyterLab keeps its theme and its windows
-    env = os.environ | dict(PYTHONPATH=str(folder), EGRPO_SCALE='smoke', HF_HUB_OFFLINE='1')
+    env = os.environ | dict(PYTHONPATH=str(folder), EGRPO_SCALE='smoke', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
     env |= dict(JUPYTERLAB_SETTINGS_DIR=f'{own}/settings', JUPYTERLAB_WORKSPACES_DIR=f'{own}/workspaces')
     server = subprocess.Popen([Path(sys.executable).parent/'jupyter', 'lab', *options, *more], cwd=folder, env=env,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
