@@ -249,6 +249,7 @@ def widgets(page, address, shots):
     seconds = time.monotonic() - began
     image.scroll_into_view_if_needed()
     page.screenshot(path=shots/'widgets.png')
+    assert image.evaluate('o => o.width <= o.naturalWidth'), 'a picture is stretched'
     return f'redrawn in {seconds:.2f} s'
 
 
