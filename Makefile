@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 WHEELS ?= diffusers==0.42.1 fastcore==1.14.5
 # where `make gpu-check` writes
 OUT ?= runs/gpu_check
+# JupyterLab's settings in a virtual environment of one's own, where it need not ask about news
+QUIET := $(VENV)/share/jupyter/lab/settings/overrides.json
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -35,14 +37,10 @@ wheels: ## into .whl, packages for a machine without network (others: make wheel
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  $(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) --dest .whl $(WHEELS)
 
-# in a virtual environment of one's own JupyterLab need not ask about news
-lab: $(READY) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
-	@mkdir -p $(VENV)/share/jupyter/lab/settings
-	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
-	  > $(VENV)/share/jupyter/lab/settings/overrides.json
+lab: $(READY) $(QUIET) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
-browser: $(READY) ## JupyterLab driven in a real browser: links, Stop, clean saves, widgets (needs Chromium: apt-get install chromium)
+browser: $(READY) $(QUIET) ## JupyterLab driven in a real browser: links, Stop, clean saves, widgets (needs Chromium: apt-get install chromium)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
 	@$(BIN)/python tests/browser.py $(ARGS)
 
@@ -66,3 +64,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
+
+$(QUIET): $(READY)
+	@mkdir -p $(@D)
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $@

@@ -65,7 +65,8 @@ def _explorer(
             picture = base64.b64encode(self.children[-1].value).decode()
             return super()._repr_mimebundle_(**kwargs) | {'image/png': picture}
     def values(): return {name: control.value for name, control in controls.items()}
-    image = widgets.Image(value=draw(**values()), format='png')
+    own_size = widgets.Layout(align_self='flex-start', max_width='100%') # a box would stretch it
+    image = widgets.Image(value=draw(**values()), format='png', layout=own_size)
     def redraw(change): image.value = draw(**values())
     for control in controls.values(): control.observe(redraw, 'value')
     row = widgets.Layout(flex_flow='row wrap')
@@ -282,7 +283,8 @@ def before_after(
     def controls(w):
         chosen = [(prompt, i) for i, prompt in enumerate(prompts)]
         return dict(number=w.Dropdown(options=chosen, description='prompt'),
-                    line=w.FloatSlider(value=.5, min=0, max=1, step=.01, description='before | after', readout=False))
+                    line=w.FloatSlider(value=.5, min=0, max=1, step=.01, readout=False, description='before | after',
+                                       style=dict(description_width='initial')))
     if in_notebook(): return explore(pair, controls, number=0, line=.5)
     axes = plot_before_after(before, after, prompts, verdicts)
     return Picture(figure_png(axes[0].figure))
