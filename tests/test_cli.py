@@ -364,7 +364,7 @@ def test_demo(here, capsys):
     assert first['iterations'] == 2 and first['scores']['verifier']['change']['all'][0] == pytest.approx(change, abs=1e-6)
     assert out.count('\nall ') == 2 and 'verifier_strict' in out and 'runs/demo/demo.png' in out
     pixels = plt.imread(here/'runs/demo/demo.png')
-    assert pixels.shape[0] > 600 and pixels.shape[1] > 900
+    assert pixels.shape[0] > 300 and pixels.shape[1] > 900 # taller where a mark has changed
     assert main([*words, '--minutes', '0.0001']) == 0 # again in the same folder, and stopped by the clock
     assert json.loads((here/'runs/demo/demo.json').read_text())['iterations'] == 1
     assert len((here/'runs/demo/metrics.jsonl').read_text().splitlines()) == 1
