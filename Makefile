@@ -37,8 +37,9 @@ wheels: ## into .whl, packages for a machine without network (others: make wheel
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  $(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) --dest .whl $(WHEELS)
 
+# torch's threads sleep while they wait; spinning, they take the cores from each other on a busy machine
 lab: $(READY) $(QUIET) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 browser: $(READY) $(QUIET) ## JupyterLab driven in a real browser: links, Stop, clean saves, widgets (needs Chromium: apt-get install chromium)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright

@@ -147,10 +147,20 @@ def targets(page):
     return [target for target in found if not re.match(r'[a-z]+:|#', target)]
 
 
+def headings(page):
+    "Anchors of a notebook, as JupyterLab makes them."
+    lines = re.findall(r'^#+ (.*)$', prose(page), re.M)
+    return {line.strip().replace(' ', '-') for line in lines}
+
+
 @pytest.mark.parametrize('page', [*pages, *written], ids=[*ids, *(p.name for p in written)])
 def test_links(page):
     "Every relative link and picture of a page leads to a file."
-    lost = [target for target in targets(page) if not (page.parent/target.split('#')[0]).exists()]
+    lost = []
+    for target in targets(page):
+        name, _, anchor = target.partition('#')
+        there = page.parent/name
+        if not there.exists() or (anchor and there.suffix == '.ipynb' and anchor not in headings(there)): lost.append(target)
     assert not lost, f'{page.name}: links to {", ".join(lost)}, which are not there'
 
 

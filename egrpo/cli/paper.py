@@ -94,6 +94,7 @@ def run_notebooks(
     args, # Parsed arguments
 ):
     "egrpo notebooks: copy them, with their records."
+    import shlex
     import shutil
 
     from egrpo.paper.records import shipped
@@ -101,8 +102,8 @@ def run_notebooks(
     for name in ('nbs', 'figures'):
         if (folder/name).exists(): raise ValueError(f"folder: {quote(folder/name)} is there already: name another folder")
     for name in ('nbs', 'figures'): shutil.copytree(shipped()/name, folder/name, ignore=shutil.ignore_patterns(*SKIPPED))
-    say(fold(f'notebooks and records are in {folder}\nnext: pip install jupyterlab ipywidgets nbdev'))
-    say(f'      jupyter lab {folder/"nbs/index.ipynb"}')
+    say(fold(f'notebooks and records are in {folder}\nnext: pip install jupyterlab ipywidgets'))
+    say('      ' + shlex.join(['jupyter', 'lab', str(folder), '--LabApp.default_url=/lab/tree/nbs/index.ipynb']))
 
 def add_notebooks(
     parser:Parser, # The command's parser
