@@ -19,7 +19,7 @@ readme = root/'README.md'
 def listed(key): return shlex.split(cfg.get(key, ''))
 
 class WithNotebooks(build_py):
-    "The package with its notebooks and their records inside: `egrpo notebooks` copies them."
+    "The package with its notebooks, their records and pages they link to inside: `egrpo notebooks` copies them."
     def run(self):
         super().run()
         if self.editable_mode: return # a checkout has them beside it
@@ -27,6 +27,7 @@ class WithNotebooks(build_py):
         skipped = shutil.ignore_patterns('.*', '*.run', '*.lock')
         for name in ('nbs', 'figures'):
             shutil.copytree(root/name, inside/name, ignore=skipped, dirs_exist_ok=True)
+        for name in ('PAPERS.md', 'CONTRIBUTING.md'): shutil.copy(root/name, inside/name)
 
 setup(
     name=cfg['lib_name'],

@@ -15,7 +15,7 @@ from egrpo.core.sde import gaussian_kl, log_prob, ode_step, sde_step, step_std
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.forward import _bounds, stratified_levels
 from egrpo.methods.newer import _flash_weight, flash_grpo
-from egrpo.methods.registry import PUBLISHED, make_plans
+from egrpo.methods.registry import PUBLISHED, make_plan, make_plans
 from egrpo.models.policy import load_policy
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.objective import rows_loss, stride_values
@@ -56,7 +56,8 @@ AWM = [(1., oracle.AWM_LOSS, oracle.AWM_GRAD), (.01, oracle.AWM_LOSS_NARROW, ora
 def test_awm_is_its_code(clip_range, loss, gradient):
     step = draws(torch.tensor(oracle.VELOCITY))
     assert_close(awm_loss(step, ADVANTAGES, 1.)[1].exp(), torch.tensor(oracle.AWM_RATIO), rtol=1e-5, atol=0)
-    ours = loss_and_gradient(awm_loss, torch.tensor(oracle.AWM_ADVANTAGES), clip_range)
+    ours = loss_and_gradient(awm_loss, ADVANTAGES.clamp(-5, 5), clip_range)
+    assert_close(ADVANTAGES.clamp(-5, 5) / 5, torch.tensor(oracle.AWM_ADVANTAGES))
     assert_close(ours, (loss, torch.tensor(gradient)), rtol=2e-5, atol=1e-7)
 
 def test_uniform_awm_is_the_clipped_surrogate():
@@ -217,6 +218,27 @@ def test_what_forward_cannot_be_is_refused():
     with pytest.raises(ValueError, match='loss must be one of'): Plan(LEVELS, (Branch((SDEStep(0),), 3),), loss='nft')
     with pytest.raises(ValueError, match='needs chains'): Plan(LEVELS, (Branch((SDEStep(0), SDEStep(1)), 3, (0,)),), credit='turning')
     with pytest.raises(ValueError, match='probes must be'): Branch((SDEStep(0),), 3, (1,))
+
+def test_forward_draws_need_a_flow_model(policy, cond, monkeypatch):
+    monkeypatch.setattr(policy, 'is_flow', False, raising=False)
+    with pytest.raises(ValueError, match='need a flow model'): rollout(policy, cond, make_plan('awm', num_steps=6), 0, 0)
+
+def test_aegpo_has_nothing_to_choose_where_a_method_chooses_itself():
+    with pytest.raises(ValueError, match='draws the one step of a prompt itself'): make_plan('aegpo', base='flash_grpo')
+
+def test_the_race_is_compared_where_all_have_taken_as_long():
+    "One iteration for all seeds of a method, before any of them ends; the fastest method's is its end."
+    from egrpo.paper.grids import RACE, forward_passes, race_cells
+    from egrpo.paper.records import get_scale
+    cells = race_cells(get_scale('confirm'))
+    spent = {}
+    for method in RACE:
+        (at,) = {run.eval_at for run in cells[method]}
+        times = forward_passes(cells[method][0])
+        spent[method] = sum(times[:int(at)] if at else times)
+        assert not at or int(at) < min(run.iterations for run in cells[method])
+    assert sum(cells[method][0].eval_at is None for method in RACE) >= 1
+    assert max(spent.values()) / min(spent.values()) < 1.06 # an iteration of DenseGRPO is that long
 
 def test_the_kl_of_a_step_has_its_weight(policy, cond):
     config = TrainConfig(beta=.5, device='cpu')

@@ -21,7 +21,8 @@ cfg = cfg['DEFAULT']
 def wheel(tmp_path_factory):
     "The wheel of a copy, so that nothing is left in the working tree."
     tmp = tmp_path_factory.mktemp('wheel')
-    for f in ('settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md', 'LICENSE'): shutil.copy(sync.root/f, tmp/f)
+    copied = 'settings.ini setup.py pyproject.toml MANIFEST.in README.md LICENSE PAPERS.md CONTRIBUTING.md'
+    for f in copied.split(): shutil.copy(sync.root/f, tmp/f)
     shutil.copytree(sync.root/'egrpo', tmp/'egrpo', ignore=shutil.ignore_patterns('__pycache__'))
     for name in ('nbs', 'figures'):
         shutil.copytree(sync.root/name, tmp/name, ignore=shutil.ignore_patterns('.*', '*.run', '*.lock'))
@@ -54,6 +55,7 @@ def test_notebooks_of_the_wheel_find_their_records(wheel, tmp_path):
     assert done.returncode == 0 and 'jupyter lab here --LabApp.default_url=/lab/tree/nbs/index.ipynb' in done.stdout, done.stderr
     copied = sorted(p.relative_to(empty/'here/nbs') for p in (empty/'here/nbs').rglob('*.ipynb'))
     assert copied == sorted(p.relative_to(sync.root/'nbs') for p in sync.notebooks())
+    for page in ('PAPERS.md', 'CONTRIBUTING.md'): assert (empty/'here'/page).read_bytes() == (sync.root/page).read_bytes()
     code = "from egrpo.paper.records import figures_dir, load_record; print(figures_dir()); load_record('tau')"
     found = subprocess.run([sys.executable, '-c', code], cwd=empty/'here/nbs/guides', env=env, capture_output=True, text=True)
     assert Path(found.stdout.strip()).resolve() == (empty/'here/figures').resolve(), found.stderr

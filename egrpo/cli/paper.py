@@ -89,6 +89,7 @@ COMMANDS['claims'] = Command(run_claims, add_claims, "List both papers' claims, 
 
 # %% ../../nbs/cli/09_paper.ipynb #4c0b7e22
 SKIPPED = '.ipynb_checkpoints', '*.run', '*.lock'
+PAGES = 'PAPERS.md', 'CONTRIBUTING.md' # that notebooks link to
 
 def run_notebooks(
     args, # Parsed arguments
@@ -102,6 +103,8 @@ def run_notebooks(
     for name in ('nbs', 'figures'):
         if (folder/name).exists(): raise ValueError(f"folder: {quote(folder/name)} is there already: name another folder")
     for name in ('nbs', 'figures'): shutil.copytree(shipped()/name, folder/name, ignore=shutil.ignore_patterns(*SKIPPED))
+    for name in PAGES:
+        if not (folder/name).exists(): shutil.copy(shipped()/name, folder/name)
     say(fold(f'notebooks and records are in {folder}\nnext: pip install jupyterlab ipywidgets'))
     say('      ' + shlex.join(['jupyter', 'lab', str(folder), '--LabApp.default_url=/lab/tree/nbs/index.ipynb']))
 

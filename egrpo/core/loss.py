@@ -110,6 +110,8 @@ def squared_error(
     "Mean squared error of a velocity."
     return (velocity - target).square().flatten(1).mean(1)
 
+AWM_SCALE = 5. # advantages are clipped there and divided by it
+
 def _huber(error, sigma): return -((error + 1e-10)**.25 - 1e-10**.25) * 4 * sigma
 
 def awm_loss(
@@ -121,7 +123,7 @@ def awm_loss(
     new = _huber(squared_error(step.mean, step.sample), step.sigma)
     old = _huber(squared_error(step.old_mean, step.sample), step.sigma)
     logratio = new - old
-    return policy_loss(logratio, torch.zeros_like(logratio), advantages, clip_range), logratio
+    return policy_loss(logratio, torch.zeros_like(logratio), advantages / AWM_SCALE, clip_range), logratio
 
 # %% ../../nbs/core/02_loss.ipynb #5a3c0008
 NFT_SCALE = 5. # advantages are clipped there and make grades; its code multiplies the loss by it, too

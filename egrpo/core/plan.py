@@ -288,8 +288,11 @@ def gradient_nfe(
 def count_leaves(
     plan:Plan, # The plan of one prompt
 )->int: # Images
-    "Images a rollout of one prompt ends in."
-    return len(plan.strides) * sum(b.leaves for b in plan.branches)
+    "Images of one prompt that are scored: its leaves at every stride, and its probes."
+    probes = 0
+    for branch in plan.branches:
+        for step, parents in zip(branch.steps, branch.widths): probes += parents * (step.start in branch.probes)
+    return len(plan.strides) * sum(b.leaves for b in plan.branches) + probes
 
 def count_transitions(
     plan:Plan, # The plan of one prompt

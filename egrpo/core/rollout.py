@@ -400,6 +400,8 @@ def rollout(
 )->Rollout: # The rollout
     "Roll out a plan for every prompt."
     plans = _check_plans(plans, len(cond))
+    if plans[0].forward and not getattr(policy, 'is_flow', True):
+        raise ValueError("method trains forward draws, which need a flow model: take a method with stochastic steps")
     ids = range(len(cond)) if prompt_ids is None else prompt_ids
     def noise(p, *rest):
         return addressed_noise(policy.latent_shape, *address, ids[p], *rest).to(policy.device)

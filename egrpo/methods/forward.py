@@ -55,7 +55,7 @@ def awm(
     at_least('num_steps', num_steps, 3, 'the first step is not drawn from')
     sigmas = flow_sigmas(num_steps, shift)
     last = max(2, int(num_steps * .9))
-    bounds = _bounds(1, last, draws or min(6, last - 1))
+    bounds = _bounds(1, last, min(6, last - 1) if draws is None else draws)
     forward = Forward(stratified_levels(sigmas, bounds, seed, iteration), shared=False)
     return _forward_plan(sigmas, num_generations, stride, forward, 'awm')
 
@@ -73,7 +73,7 @@ def nft(
     at_least('num_steps', num_steps, 2, 'the last noise level is not drawn')
     sigmas = flow_sigmas(num_steps, shift)
     last = num_steps - 1
-    bounds = _bounds(0, last, draws or last)
+    bounds = _bounds(0, last, last if draws is None else draws)
     forward = Forward(stratified_levels(sigmas, bounds, seed, iteration), shared=False)
     return _forward_plan(sigmas, num_generations, stride, forward, 'nft')
 
@@ -90,5 +90,6 @@ def v_grpo(
     "V-GRPO (arXiv 2604.23380): a surrogate on the error of the predicted image, its noise shared in the group."
     at_least('num_steps', num_steps, 2, 'the last noise level is 0')
     sigmas = flow_sigmas(num_steps, shift)
-    forward = Forward(stratified_levels(sigmas, _bounds(0, num_steps, draws or min(4, num_steps)), seed, iteration))
+    bounds = _bounds(0, num_steps, min(4, num_steps) if draws is None else draws)
+    forward = Forward(stratified_levels(sigmas, bounds, seed, iteration))
     return _forward_plan(sigmas, num_generations, stride, forward, 'vgrpo')

@@ -11,15 +11,16 @@ from dataclasses import replace
 from ..base.inputs import SettingError, at_least
 from ..core.noise import random_order
 from ..core.plan import Branch, Plan, SDEStep
+from ..core.sde import step_std
 from ..core.sigmas import flow_sigmas
 from .baselines import chain, check_counts, prime_factors
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00007
-def _flash_weight(sigmas, k, noise_level):
+def _flash_weight(sigmas, k, noise_level, kernel='flash'):
     "Flash-GRPO's weight of a step, before it is divided by the mean."
     sigma = float(sigmas[k])
     length = sigma - float(sigmas[k + 1])
-    diffusion = noise_level * float(sigmas[1]) * sigma
+    diffusion = float(step_std(sigmas[k], sigmas[k + 1], noise_level, kernel, sigmas[1])) / length**.5
     return 1 / (length**.5 / diffusion + diffusion * length**.5 * (1 - sigma) / (2 * sigma))
 
 def flash_grpo(
@@ -38,7 +39,7 @@ def flash_grpo(
     pool = max(1, num_steps // 2)
     check_counts(num_steps, pool, num_generations, name='num_steps')
     sigmas = flow_sigmas(num_steps, shift)
-    weights = [_flash_weight(sigmas, k, noise_level) for k in range(pool)]
+    weights = [_flash_weight(sigmas, k, noise_level, kernel) for k in range(pool)]
     k = random_order(pool, seed, iteration, prompt)[0]
     step = SDEStep(k, weight=weights[k] * pool / sum(weights))
     return Plan(sigmas, (Branch((step,), noises=num_generations),), noise_level, kernel, (stride,), solver)
@@ -79,6 +80,7 @@ def dynamic_tree_rpo(
 )->Plan: # The plan of one prompt
     "Dynamic-TreeRPO (arXiv 2509.23352): a binary tree in a sliding window, with more noise the deeper."
     at_least('num_generations', num_generations, 2, 'a tree of one leaf compares nothing')
+    if growth < 0: raise SettingError('growth', f"must be >= 0, got {growth}: 0 is the same noise at every depth")
     splits = prime_factors(num_generations)
     depth = len(splits)
     check_counts(num_steps, depth, num_generations, name='num_generations')

@@ -155,6 +155,8 @@ def aegpo(
 )->Plan: # The plan of one prompt
     "AEGPO (arXiv 2602.06825): of another method's stochastic steps a few are explored, the others follow the ODE."
     if top < 1: raise ValueError(f"top must be >= 1, got {top}: the paper explores 4 steps")
+    if not isinstance(base, Plan) and 'prompt' in _parameters(base):
+        raise ValueError(f"base {method_name(base)} draws the one step of a prompt itself: take one with steps to choose among")
     plan = base if isinstance(base, Plan) else make_plan(base, iteration, num_generations=num_generations, **settings)
     return explored(plan, stochastic_steps(plan)[:top] if steps is None else steps)
 

@@ -78,6 +78,7 @@ def _diffusion_sigmas(pipeline, num_steps, resolution): return flow_sigmas(num_s
 class UNetPolicy(Policy):
     "Stable Diffusion 1.5, 2 and XL."
     classifier_free = True
+    is_flow = False # its noise end is not the flow's, so no forward draws
     _own_sigmas = staticmethod(_diffusion_sigmas)
 
     def __init__(self,

@@ -123,7 +123,7 @@ def group_signals(
         rewards = trainer.reward(policy.decode(out.latents), [prompt] * len(out.latents))
         advantages, _ = trainer.advantages(out, rewards)
         gradient = policy_gradient(policy, cond, prune(out, advantages), advantages, trainer.config)
-        total = trainer.reward.weigh(rewards)
+        total = trainer.reward.weigh(rewards)[:out.num_leaves]
         variance.append(float(total.double().var()))
         length.append(float(gradient.norm()))
     return dict(variance=torch.tensor(variance), gradient=torch.tensor(length))

@@ -263,7 +263,8 @@ def grid_data(
     data |= dict(equal_iterations=equal['equal_iterations'], comparisons=comparisons)
     data['minus_base'] = all(base_reward(result) is not None for result in every)
     data |= own
-    ratio_error = max(result['ratio_error'] for result in every)
+    on_policy = [result for result in every if result['config'].get('sample_with', 'weights') == 'weights']
+    ratio_error = max(result['ratio_error'] for result in on_policy)
     return data | dict(rise_against_best=end['rise_against_best'], cost=cost, ratio_error=ratio_error, cells=cells)
 
 # %% ../../nbs/paper/16_comparisons.ipynb #109cb051

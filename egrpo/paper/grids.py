@@ -7,12 +7,13 @@ __all__ = []
 
 # %% ../../nbs/paper/19_grids.ipynb #10b4f63e
 from dataclasses import replace
+from itertools import accumulate
 
-from ..core.plan import gradient_nfe
-from ..methods.registry import PUBLISHED, method_settings
+from ..core.plan import count_leaves, gradient_nfe, rollout_nfe
+from ..methods.registry import PUBLISHED, make_plans, method_settings
 from .records import known_record, load_record
 from .registered import LEARNING_RATES as REGISTERED_RATES
-from ..train.prepare import first_plan, iteration_nfe, training_nfe
+from ..train.prepare import iteration_nfe, plan_settings, training_nfe
 from ..train.trainer import TrainConfig
 
 # %% ../../nbs/paper/19_grids.ipynb #6a8f3cc4
@@ -109,7 +110,7 @@ def learning_rate(
 )->float: # As chosen at that scale
     "The learning rate that `egrpo reproduce lr` found; at scale smoke the default."
     if scale.name == 'smoke': return TrainConfig.lr
-    if scale.registered: return REGISTERED_RATES[method]
+    if scale.registered or method not in TABLE_1: return REGISTERED_RATES[method]
     path = known_record('lr')
     record = load_record(path) if path.exists() else dict(scale=None)
     chosen = record['data']['chosen'] if record['scale'] == scale.name else {}
@@ -172,21 +173,30 @@ def aegpo_grid(
 RACE = ('egrpo', 'mix_grpo', 'flash_grpo', 'dense_grpo', 'awm', 'nft')
 RACE_SEEDS = (300, 301, 302, 303, 304)
 GRADIENT = 3 # forward passes that take as long as one with gradient, about
+IMAGE = 2.3 # forward passes that take as long as decoding and scoring an image, about
 
 def forward_passes(
     config:TrainConfig, # A run
-)->float: # Of an iteration
-    "Time of an iteration, in forward passes."
-    trained = config.inner_epochs * config.prompts_per_iteration * gradient_nfe(first_plan(config))
-    return iteration_nfe(config) + (GRADIENT - 1) * trained
+)->list: # One number per iteration
+    "Time of each iteration, in forward passes."
+    settings = plan_settings(config)
+    trained = config.inner_epochs * (GRADIENT + bool(config.beta)) # the reference's pass has none
+    def of_prompt(plan): return rollout_nfe(plan) + trained * gradient_nfe(plan) + IMAGE * count_leaves(plan)
+    times = []
+    for i in range(config.iterations):
+        plans = make_plans(config.method, i, range(config.prompts_per_iteration), **settings)
+        times.append(sum(map(of_prompt, plans)))
+    return times
 
 def _timed(
-    config:TrainConfig, # A run
-    least:float, # Forward passes of the fastest run
-)->TrainConfig: # The same, evaluated where it has taken as long
-    "Name the iteration at which a run has taken as long as the fastest one takes in all."
-    at = max(1, int(least / forward_passes(config)))
-    return replace(config, eval_at=str(at)) if at < config.iterations else config
+    runs:list, # Runs of one method
+    times:list, # Forward passes of each iteration of the first one
+    least:float, # Those of the fastest method's run
+)->list: # The same, evaluated where they have taken as long
+    "Name the iteration at which a method has taken as long as the fastest one takes in all."
+    at = max(1, sum(spent <= least for spent in accumulate(times)))
+    if at >= min(run.iterations for run in runs): return runs
+    return [replace(run, eval_at=str(at)) for run in runs]
 
 def race_cells(
     scale, # A `Scale`
@@ -199,5 +209,6 @@ def race_cells(
     for method in RACE:
         own = dict(PUBLISHED[method], method=method, lr=learning_rate(method, scale))
         cells[method] = _with_seeds({**base, **own}, budget, seeds)
-    least = min(runs[0].iterations * forward_passes(runs[0]) for runs in cells.values())
-    return {method: [_timed(run, least) for run in runs] for method, runs in cells.items()}
+    times = {method: forward_passes(runs[0]) for method, runs in cells.items()}
+    least = min(map(sum, times.values()))
+    return {method: _timed(runs, times[method], least) for method, runs in cells.items()}
