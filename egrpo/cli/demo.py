@@ -192,8 +192,12 @@ def marks_text(
     "Say how many marks have changed, and which prompts are shown."
     return f'{marks[0]} of {n} held-out prompts ✗→✓, {marks[1]} ✓→✗; the first that changed:'
 
-def change_at(before, after, places):
-    "Changes of the strict score at some places, and their prompts."
+def change_at(
+    before, # An evaluation
+    after, # A later one
+    places:list, # Places of prompts
+)->tuple: # Changes of the strict score, their prompts
+    "Find what training changed at some places."
     change = after.verifier_strict - before.verifier_strict
     return change.iloc[places], before.prompt.iloc[places]
 
@@ -245,7 +249,7 @@ def add_demo(
     "Options of egrpo demo."
     group = parser.add_argument_group('demonstration')
     add_own(group, Option('scale', 'str', None, 'smoke (seconds, learns nothing), mini, or gpu (default: EGRPO_SCALE, else mini)', 'NAME'),
-            Option('minutes', 'float', 8., 'Time limit of the whole command'),
+            Option('minutes', 'float', 8., 'Time limit of the whole command, which may end before it'),
             Option('out', 'str', 'runs/demo', 'Folder of the run and its picture; an earlier demo in it is replaced', 'FOLDER'))
     add_fields(group, ['seed', 'device'])
 

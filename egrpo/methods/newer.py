@@ -91,7 +91,11 @@ def dynamic_tree_rpo(
     return Plan(flow_sigmas(num_steps, shift), (Branch(tuple(steps)),), noise_level, kernel, (stride,), solver)
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00010
-def _probed(steps): return tuple(step.start for step in steps)
+def _probed_chain(num_steps, num_generations):
+    "Chains that are stochastic in every step but the last, with a probe at each."
+    check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
+    starts = tuple(range(num_steps - 1))
+    return Branch(chain(starts), num_generations, starts)
 
 def dense_grpo(
     num_steps:int=10, # T, denoising steps, >= 2
@@ -103,13 +107,13 @@ def dense_grpo(
     stride:int=1, # Schedule steps per ODE step of the probes, >= 1; 1 is exact
 )->Plan: # The plan of one prompt
     "DenseGRPO (arXiv 2601.20218): chains in which every step is judged by its gain in the reward of the ODE's image."
-    check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    steps = chain(range(num_steps - 1))
+    branch = _probed_chain(num_steps, num_generations)
     if noise_levels:
-        if len(noise_levels) != len(steps):
-            raise SettingError('noise_levels', f"must be {len(steps)} numbers, one per stochastic step, got {len(noise_levels)}")
-        steps = tuple(replace(step, noise_level=level) for step, level in zip(steps, noise_levels))
-    branch = Branch(steps, num_generations, _probed(steps))
+        n = len(branch.steps)
+        if len(noise_levels) != n:
+            raise SettingError('noise_levels', f"must be {n} numbers, one per stochastic step, got {len(noise_levels)}")
+        steps = [replace(step, noise_level=level) for step, level in zip(branch.steps, noise_levels)]
+        branch = replace(branch, steps=tuple(steps))
     return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), credit='gain', probe='ode')
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00013
@@ -121,9 +125,7 @@ def stepwise_flow_grpo(
     kernel:str='cps', # Kernel of the stochastic steps: cps, flow, dance or flash
 )->Plan: # The plan of one prompt
     "Stepwise-Flow-GRPO (arXiv 2603.28718): chains in which every step is judged by its gain in the reward of the predicted image."
-    check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    steps = chain(range(num_steps - 1))
-    branch = Branch(steps, num_generations, _probed(steps))
+    branch = _probed_chain(num_steps, num_generations)
     return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, credit='gain')
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00016
@@ -136,7 +138,5 @@ def turningpoint_grpo(
     stride:int=1, # Schedule steps per ODE step of the probes, >= 1; 1 is exact
 )->Plan: # The plan of one prompt
     "TurningPoint-GRPO (arXiv 2602.06422): dense credit, and at turning points the credit for all that follows."
-    check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    steps = chain(range(num_steps - 1))
-    branch = Branch(steps, num_generations, _probed(steps))
+    branch = _probed_chain(num_steps, num_generations)
     return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), credit='turning', probe='ode')
