@@ -183,6 +183,27 @@ def test_resume_equals_a_straight_run(tmp_path):
     assert straight.nfe == resumed.nfe == sum(m['nfe_rollout'] + m['nfe_gradient'] for m in logs[0])
 
 
+def test_samples_go_where_rewards_are_uncertain(tmp_path):
+    "By the spread of rewards at earlier visits, without a probe; a resumed run knows them."
+    prompts = tmp_path/'prompts.txt'
+    prompts.write_text('a red circle\ntwo blue squares\n')
+    by_reward = dict(prompts=str(prompts), base='flow_grpo', allocation='reward_std', explore='all', reward='verifier', checkpoint_every=0)
+    def fit(out, iterations, **changes):
+        trainer = trainer_of(load_policy(device='cpu'), tmp_path/out, iterations=iterations, **by_reward, **changes)
+        trainer.fit()
+        return trainer, [json.loads(line) for line in trainer.run.metrics.read_text().splitlines()]
+    straight, log = fit('a', 3)
+    fit('b', 1)
+    resumed, log_resumed = fit('b', 3, resume=True)
+    assert all(torch.equal(p, resumed.parameters[n]) for n, p in straight.parameters.items())
+    assert straight.planner.spread == resumed.planner.spread
+    assert [m['samples'] for m in log] == [m['samples'] for m in log_resumed] and log[0]['samples'] == [6, 6]
+    first = dict(zip(straight._prompts_of(0), log[0]['reward_std_by_prompt']))
+    second = dict(zip(straight._prompts_of(1), log[1]['samples']))
+    assert sorted(second.values()) == [4, 8] and second[max(first, key=first.get)] == 8
+    assert all(m['nfe_probe'] == 0 for m in log)
+
+
 def test_a_model_trained_in_place_has_new_profiles(tmp_path):
     "Runs of a model share its profiles; after it was trained on under the same name they are measured again."
     model, shared = tmp_path/'model', tmp_path/'profiles'

@@ -1,4 +1,5 @@
 """Newer methods: losses, masks, weights and credit against numbers of their public code, equalities between them, their cost."""
+import json
 import math
 from dataclasses import replace
 
@@ -298,6 +299,23 @@ def test_newer_methods_train_another_family(tmp_path, method):
     trainer = Trainer(config, reward=lambda images, prompts: images.mean((1, 2, 3)))
     rows = [trainer.step(i) for i in range(3)]
     assert all(math.isfinite(row['grad_norm']) for row in rows)
+
+@pytest.mark.parametrize('method, clips', [('flow_grpo', True), ('flow_dppo', False), ('nft', False)])
+def test_only_a_clipped_ratio_is_called_clipped(tmp_path, method, clips, recwarn, monkeypatch):
+    "Flow-DPPO's threshold is a KL, DiffusionNFT has none: no share of clipped ratios, no warning of them."
+    trainer = Trainer(run_config(method, tmp_path, num_steps=8, iterations=1, clip_range=1e-9))
+    sample = trainer.sample
+    def inexact(*args):
+        "A rollout whose log-probs are 1e-6 off."
+        *before, out, rewards = sample(*args)
+        return *before, replace(out, log_prob=out.log_prob + 1e-6), rewards
+    monkeypatch.setattr(trainer, 'sample', inexact)
+    trainer.fit()
+    metrics = json.loads(trainer.run.metrics.read_text())
+    by_step = next(iter(metrics['by_step'].values()))
+    warned = any('before anything has moved' in str(w.message) for w in recwarn)
+    assert metrics['ratio_error'] > 1e-7
+    assert ('clip_frac' in metrics) == ('clip_frac' in by_step) == warned == clips
 
 def test_nft_samples_with_the_average(tmp_path):
     trainer = Trainer(run_config('nft', tmp_path, num_steps=4, lr=1e-2))

@@ -52,10 +52,19 @@ def steps_table(
 )->str: # Lines
     "Every step of the schedule: its noise level, its entropy, and whether the plan samples and trains it."
     from egrpo.core.entropy import step_entropy
-    entropies, steps = step_entropy(plan.sigmas, 1, plan.noise_level, kernel=plan.kernel), [s for b in plan.branches for s in b.steps]
+    entropies = step_entropy(plan.sigmas, 1, plan.noise_level, kernel=plan.kernel)
+    steps = [s for b in plan.branches for s in b.steps]
     marks = {s.start: '●' if s.weight else '○' for s in steps} | {plan.num_steps - 1: '='}
-    rows = [[str(k), f'{s:.4f}', f'{1000 * s:.1f}', f'{e:.3f}', marks.get(k, '')] for k, (s, e) in enumerate(zip(plan.sigmas, entropies))]
+    def row(k, sigma, entropy): return [str(k), f'{sigma:.4f}', f'{1000 * sigma:.1f}', f'{entropy:.3f}', marks.get(k, '')]
+    rows = [row(k, *step) for k, step in enumerate(zip(plan.sigmas, entropies))]
     return table([['step', 'sigma', 'timestep', 'entropy', 'active'], *rows])
+
+def draws_table(
+    plan, # A `Plan` with forward draws
+)->str: # Lines
+    "Every noise level at which an image is noised again and trained."
+    rows = [[str(k), f'{sigma:.4f}', f'{1000 * sigma:.1f}'] for k, sigma in enumerate(plan.forward.sigmas)]
+    return table([['draw', 'sigma', 'timestep'], *rows])
 
 # %% ../../nbs/cli/05_planning.ipynb #7d9baf47
 def preset(
@@ -86,8 +95,10 @@ def plan_cost(
     "Network evaluations of a rollout and an update of one prompt."
     from egrpo.core.plan import count_leaves, gradient_nfe, rollout_nfe
     images, nfe = count_leaves(plan), rollout_nfe(plan)
-    return (f'{images} images of a prompt take {nfe:,} network evaluations ({images * plan.num_steps:,} if each were sampled on its own), '
-            f'an update {gradient_nfe(plan)} with gradient')
+    if plan.forward: part = f'{gradient_nfe(plan):,} of them at the draws'
+    else: part = f'{images * plan.num_steps:,} if each were sampled on its own'
+    update = f'an update {gradient_nfe(plan)} with gradient'
+    return f'{images} images of a prompt take {nfe:,} network evaluations ({part}), {update}'
 
 COST_OPTIONS = '''model lora_rank lora_targets resolution guidance device dtype micro_batch gradient_checkpointing text_encoders embeddings
 prompts_per_iteration iterations inner_epochs beta ema_decay'''.split()
@@ -208,7 +219,7 @@ def run_plan(
     merging = {'tau', 'kernel', 'noise_level', 'merge_length', 'first_step', 'active_steps'} <= {*method_settings(method)} # E-GRPO's
     if merging: say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
     plan = make_plan(method, args.iteration, **settings)
-    if not merging: say(steps_table(plan))
+    if not merging: say(draws_table(plan) if plan.forward else steps_table(plan))
     say(fold(f'\n{describe(plan)}\n{plan_cost(plan)}'))
     if schedule: say(fold(f'schedule: {schedule}'))
     chooses = 'steps' in method_settings(method)

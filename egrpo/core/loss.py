@@ -44,7 +44,7 @@ def guard_logratio(
 def loss_metrics(
     log_prob:Tensor, # (M,) nats per element, policy being trained
     old_log_prob:Tensor, # (M,) nats per element, policy that sampled
-    clip_range:float=1e-4, # As given to `policy_loss`
+    clip_range:float|None=1e-4, # As given to `policy_loss`; None where it does not bound the ratio
 )->dict: # name -> float, see the table above
     "Diagnostics of one update: how far the policy has moved from the one that sampled."
     logratio = log_prob.double() - old_log_prob.double()
@@ -55,8 +55,8 @@ def loss_metrics(
         ratio_max=1 + change.max(),
         ratio_error=change.abs().max(),
         approx_kl=(change - logratio).mean(),
-        clip_frac=(change.abs() > clip_range).double().mean(),
     )
+    if clip_range is not None: out['clip_frac'] = (change.abs() > clip_range).double().mean()
     return {name: value.item() for name, value in out.items()}
 
 # %% ../../nbs/core/02_loss.ipynb #5a3c0002
@@ -167,3 +167,4 @@ def vgrpo_loss(
 # name -> function of (Compared, advantages, clip_range); the trainer looks a plan's loss up here
 STEP_LOSSES = dict(clip=clip_loss, guard=guard_loss, dppo=dppo_loss) # of stochastic steps
 FORWARD_LOSSES = dict(clip=clip_loss, awm=awm_loss, nft=nft_loss, vgrpo=vgrpo_loss) # of forward draws
+RATIO_CLIPPED = ('clip', 'guard', 'awm', 'vgrpo') # those whose clip range bounds the ratio; dppo's bounds the KL, nft has none

@@ -336,7 +336,8 @@ def describe(
     plan:Plan, # The plan of one prompt
 )->str: # One line of text
     "A plan in one line: schedule, kernel, branches, and what a rollout and an update of it cost."
-    sampling = f"{plan.num_steps} steps, {plan.kernel} kernel, noise {plan.noise_level:g}{_suffix_text(plan)}"
+    noise = '' if plan.forward else f", {plan.kernel} kernel, noise {plan.noise_level:g}"
+    sampling = f"{plan.num_steps} steps{noise}{_suffix_text(plan)}"
     if plan.loss != 'clip': sampling += f", {plan.loss} loss"
     if plan.forward: sampling += f", {plan.forward.count} forward draws"
     if plan.credit != 'leaves': sampling += f", credit by {plan.credit} over the {plan.probe} image"

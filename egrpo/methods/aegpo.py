@@ -118,7 +118,7 @@ def delta_entropy(
     return torch.where(delta < ROUNDING, 0., delta).float()
 
 # %% ../../nbs/methods/04_aegpo.ipynb #c1bd73f8
-ALLOCATIONS = ('median', 'proportional', 'inverted', 'random', 'uniform')
+ALLOCATIONS = ('median', 'proportional', 'inverted', 'random', 'uniform', 'reward_std')
 
 def _halves(order, num_generations):
     "A third more than the mean for the first half of the order, a third fewer for the second, never below two."
@@ -145,7 +145,7 @@ def _proportional(delta, num_generations, order):
 
 # %% ../../nbs/methods/04_aegpo.ipynb #b98eade8
 def allocate(
-    delta:Tensor, # (P,) ΔEntropy of the prompts, nats, >= 0; `random` and `uniform` look at its length only
+    delta:Tensor, # (P,) ΔEntropy of the prompts, nats, >= 0, or of `reward_std` their spread; `random` and `uniform` look at its length only
     num_generations:int=12, # G, samples per prompt on average, >= 2 (the paper's 12)
     rule:str='median', # One of `ALLOCATIONS`
     *address, # What the order of equals belongs to: integers and strings, e.g. seed and iteration
@@ -201,7 +201,7 @@ def signal_needed(
 )->tuple: # Are profiles of the policy needed? And of the policy before training?
     "Say whether profiles, now and before training, must be measured to plan a batch."
     choices = _choices(settings)
-    reference = choices['allocation'] not in ('random', 'uniform')
+    reference = choices['allocation'] not in ('random', 'uniform', 'reward_std')
     now = reference or choices['explore'] == 'peaks'
     return now, reference
 
@@ -212,16 +212,19 @@ def allocated_plans(
     profiles:Tensor|None, # (P,T) nats, of the policy; None where they are not needed
     reference:Tensor|None, # (P,T) nats, of the policy before training; None where they are not needed
     iteration:int=0, # Training iteration
+    spread:Tensor|None=None, # (P,) of the rewards that each prompt had, >= 0, for `reward_std`; None = not known
     **settings, # Fields of a run's configuration: the method's own, and `allocation`, `explore`, `explore_per`, `top`, `seed`
 )->list: # P plans
-    "A plan for each prompt of a batch: so many samples as ΔEntropy says, at the steps where the entropy peaks."
+    "A plan for each prompt of a batch: so many samples as the allocation says, at the steps where the entropy peaks."
     choices = _choices(settings)
     one_of('explore_per', choices['explore_per'], ('prompt', 'batch'))
     together = choices['explore_per'] == 'batch'
     address = choices.get('seed', 0), iteration
     mean_size = method_settings(method, **settings)['num_generations']
-    delta = torch.zeros(num_prompts) if reference is None else delta_entropy(profiles, reference)
-    sizes = allocate(delta, mean_size, choices['allocation'], *address)
+    if choices['allocation'] == 'reward_std': by = spread
+    else: by = None if reference is None else delta_entropy(profiles, reference)
+    if by is None: by = torch.zeros(num_prompts)
+    sizes = allocate(by, mean_size, choices['allocation'], *address)
     everything = settings | dict(num_generations=sizes[0], top=sys.maxsize)
     candidates = stochastic_steps(make_plan(method, iteration, **everything))
     plans = []
@@ -266,12 +269,28 @@ class AttentionPlanner:
         schedule = settings['num_steps'], levels, policy.guidance
         self.known = ProfileCache((policy.fingerprint, *schedule, str(policy.dtype), policy.resolution), folder)
         self.seen = set() # prompts of earlier iterations
+        self.spread = {} # prompt -> moving mean of the standard deviation of its rewards
 
     def remember(self,
         prompts, # Prompts of the iterations that a run has behind it
     ):
         "Take prompts as seen, where a run goes on: their profiles before training were paid for."
         self.seen |= {*prompts}
+
+    def track(self,
+        prompts:list, # P prompts of an iteration
+        spread:list, # Standard deviation of the rewards of each one's images
+    ):
+        "Note how uncertain the rewards of an iteration's prompts were; the last visit counts as much as all before."
+        for prompt, std in zip(prompts, spread):
+            before = self.spread.get(prompt, std)
+            self.spread[prompt] = (before + std) / 2
+
+    def _spread(self, prompts):
+        "(P,) spread of the rewards of prompts; a new one has the mean of those that are known."
+        known = [self.spread[p] for p in prompts if p in self.spread]
+        mean = sum(known) / len(known) if known else 0.
+        return torch.tensor([self.spread.get(p, mean) for p in prompts])
 
     def __call__(self,
         prompts:list, # P prompts, of all processes together
@@ -281,7 +300,8 @@ class AttentionPlanner:
         began = time.perf_counter()
         profiles = self._joined(self._profiles, prompts) if self.now else None
         reference = self._joined(self._known_before, prompts) if self.before else None
-        plans = allocated_plans(self.method, len(prompts), profiles, reference, iteration, **self.settings)
+        spread = self._spread(prompts)
+        plans = allocated_plans(self.method, len(prompts), profiles, reference, iteration, spread, **self.settings)
         cost = dict(nfe_probe=self._cost(prompts), seconds_probe=time.perf_counter() - began)
         return plans, cost | describe_choice(plans, profiles, reference)
 

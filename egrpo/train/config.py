@@ -60,7 +60,8 @@ class PlanSettings:
     draws:int|None = option(None, 'Noise levels at which every image is noised again and trained (AWM, DiffusionNFT, V-GRPO)')
     growth:float|None = option(None, 'Growth of the noise level down the tree, as a share of it (Dynamic-TreeRPO)')
     base:str|None = option(None, 'Method whose steps and samples are allotted by attention entropy (AEGPO)')
-    allocation:str|None = option(None, 'Samples per prompt: median, proportional, inverted, random or uniform (AEGPO)')
+    allocation:str|None = option(None, 'Samples per prompt: median, proportional, inverted, random, uniform (AEGPO) '
+                                    'or reward_std (SuperFlow)')
     explore:str|None = option(None, 'Steps that stay stochastic: peaks, first, last, random or all (AEGPO)')
     explore_per:str|None = option(None, 'Chosen by each prompt or by the batch (AEGPO)')
     top:int|None = option(None, 'How many steps are chosen (AEGPO)')

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..core.advantage import CREDITS, combine_advantages, sample_weights, transition_values, zero_variance_groups
-from ..core.loss import FORWARD_LOSSES, STEP_LOSSES, Compared, loss_metrics
+from ..core.loss import FORWARD_LOSSES, RATIO_CLIPPED, STEP_LOSSES, Compared, loss_metrics
 from ..core.rollout import Rollout, transition_log_prob, transition_mean
 from ..core.sde import gaussian_kl
 from ..models.reference import swapped
@@ -193,13 +193,13 @@ class Objective:
         "Metrics over all updates of an iteration; `ratio_error` over the first one, when the policy is still the one that sampled."
         own = join_traces(updates, out)
         (logratio, steps, kl, first), _ = self.processes.gather(*own)
-        metrics = self._ratio_metrics(logratio)
-        metrics['ratio_error'] = self._ratio_metrics(logratio[first])['ratio_error']
+        clip_range = self.config.clip_range if out.plan.loss in RATIO_CLIPPED else None
+        def ratio_metrics(logratio): return loss_metrics(logratio, torch.zeros_like(logratio), clip_range)
+        metrics = ratio_metrics(logratio)
+        metrics['ratio_error'] = ratio_metrics(logratio[first])['ratio_error']
         metrics['kl'] = float(kl.mean())
-        metrics['by_step'] = {int(k): self._ratio_metrics(logratio[steps == k]) for k in steps.unique()}
+        metrics['by_step'] = {int(k): ratio_metrics(logratio[steps == k]) for k in steps.unique()}
         return metrics
-
-    def _ratio_metrics(self, logratio): return loss_metrics(logratio, torch.zeros_like(logratio), self.config.clip_range)
 
 # %% ../../nbs/train/07_objective.ipynb #704a0bed
 class Weights:

@@ -59,15 +59,18 @@ def reward_metrics(
     scores:dict, # Name -> (L,) rewards of an iteration's images, of all processes
     weights:dict, # Name -> weight in the sum
     numbers:Tensor, # (L,) number of each image's prompt in the iteration
-)->dict: # reward/NAME: means; of the weighted sum reward_std, and reward_by_prompt: a mean for each of the iteration's prompts
+)->dict: # reward/NAME: means; of the weighted sum reward_std, and of each of the iteration's prompts reward_by_prompt and reward_std_by_prompt
     "Mean rewards of an iteration, and the spread of their sum."
     metrics, weighted = {}, 0
     for name, values in scores.items():
         metrics[f'reward/{name}'] = float(values.mean())
         weighted = weighted + weights[name] * values
     metrics['reward_std'] = float(weighted.std())
-    by_prompt = torch.bincount(numbers, weighted.double()) / torch.bincount(numbers)
-    metrics['reward_by_prompt'] = by_prompt.tolist()
+    count = torch.bincount(numbers)
+    means = torch.bincount(numbers, weighted.double()) / count
+    variances = torch.bincount(numbers, (weighted - means[numbers])**2) / count
+    metrics['reward_by_prompt'] = means.tolist()
+    metrics['reward_std_by_prompt'] = variances.sqrt().tolist()
     return metrics
 
 def phase_metrics(
@@ -245,6 +248,7 @@ class Trainer:
         nfe = {k: int(self.processes.total(n)) for k, n in nfe.items()}
         nfe['nfe_rollout'] += choice.get('nfe_probe', 0)
         reward = reward_metrics(dict(zip(rewards, scores)), self.reward.weights, numbers)
+        if self.planner: self.planner.track(self._prompts_of(iteration), reward['reward_std_by_prompt'])
         return dict(iteration=iteration, **reward, zero_variance_groups=equal_groups, **update, **nfe,
                     **phase_metrics(self.laps.seconds), **choice)
 
@@ -431,7 +435,8 @@ class Loop:
         flat = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
         if self.config.tracker: t.accelerator.log(flat, step=t.iteration)
         error = metrics['ratio_error']
-        if error > self.config.clip_range and self.config.sample_with == 'weights':
+        clips = 'clip_frac' in metrics and self.config.sample_with == 'weights'
+        if clips and error > self.config.clip_range:
             warnings.warn(f"ratio_error {error:.1g} is above clip_range {self.config.clip_range:g}: samples are clipped "
                           "before anything has moved (nbs/guides/diagnostics.ipynb says why)", stacklevel=2)
         shown = {k.removeprefix('reward/'): f'{v:.3f}' for k, v in flat.items() if k.startswith('reward/')}
@@ -480,6 +485,7 @@ def save_state(
     tensors = t.weights.sections(main)
     if main:
         done = dict(iteration=t.iteration, nfe=t.nfe, history=t.history, resumed_from=t.resumed_from)
+        if t.planner: done['spread'] = t.planner.spread
         t.run.save(tensors, done | t.identity.saved())
     if t.policy.lora_rank: save_model(t, t.run.model) # small, and of use if the run is killed
     return t.run.checkpoint
@@ -533,4 +539,5 @@ def load_state(
     t.resumed_from = info.get('resumed_from') if asked is None else asked
     if t.planner:
         for i in range(t.iteration): t.planner.remember(t._prompts_of(i))
+        t.planner.spread = info.get('spread', {})
     t.run.trim(t.iteration, info['metrics'], main)
