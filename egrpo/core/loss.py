@@ -167,4 +167,4 @@ def vgrpo_loss(
 # name -> function of (Compared, advantages, clip_range); the trainer looks a plan's loss up here
 STEP_LOSSES = dict(clip=clip_loss, guard=guard_loss, dppo=dppo_loss) # of stochastic steps
 FORWARD_LOSSES = dict(clip=clip_loss, awm=awm_loss, nft=nft_loss, vgrpo=vgrpo_loss) # of forward draws
-RATIO_CLIPPED = ('clip', 'guard', 'awm', 'vgrpo') # those whose clip range bounds the ratio; dppo's bounds the KL, nft has none
+RATIO_CLIPPED = ('clip', 'guard', 'awm', 'vgrpo') # clip_range bounds the ratio; dppo's bounds the KL, nft has none

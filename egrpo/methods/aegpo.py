@@ -145,7 +145,7 @@ def _proportional(delta, num_generations, order):
 
 # %% ../../nbs/methods/04_aegpo.ipynb #b98eade8
 def allocate(
-    delta:Tensor, # (P,) ΔEntropy of the prompts, nats, >= 0, or of `reward_std` their spread; `random` and `uniform` look at its length only
+    delta:Tensor, # (P,) ΔEntropy of the prompts, nats, >= 0; for `reward_std` the spread of their rewards
     num_generations:int=12, # G, samples per prompt on average, >= 2 (the paper's 12)
     rule:str='median', # One of `ALLOCATIONS`
     *address, # What the order of equals belongs to: integers and strings, e.g. seed and iteration

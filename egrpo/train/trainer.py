@@ -59,7 +59,7 @@ def reward_metrics(
     scores:dict, # Name -> (L,) rewards of an iteration's images, of all processes
     weights:dict, # Name -> weight in the sum
     numbers:Tensor, # (L,) number of each image's prompt in the iteration
-)->dict: # reward/NAME: means; of the weighted sum reward_std, and of each of the iteration's prompts reward_by_prompt and reward_std_by_prompt
+)->dict: # reward/NAME: means; of the weighted sum reward_std, and for each prompt reward_by_prompt and reward_std_by_prompt
     "Mean rewards of an iteration, and the spread of their sum."
     metrics, weighted = {}, 0
     for name, values in scores.items():
