@@ -391,6 +391,8 @@ EXPERIMENTS = {
                        ON_EGRPO, 'AEGPO on E-GRPO', 'E-GRPO', 'egrpo'),
     'race': Experiment('Beyond both papers: a race of both halves of the field', f'{_OURS}/race.ipynb', race_cells, _race_data),
     'signal': Measurement('Beyond both: signal and noise of the gradient', f'{_OURS}/gradient_signal.ipynb', signal_data),
+    'newer_signal': Measurement('Beyond both: signal and noise of the newer methods', f'{_OURS}/race.ipynb',
+                                partial(signal_data, newer=True)),
     'attention_benchmark': Measurement('Beyond AEGPO: what attention entropy costs', f'{_OURS}/attention_cost.ipynb', _attention_data),
     'one_step': Measurement('E-GRPO Fig. 1a: what one stochastic step explores', f'{_E}/fig1a_one_step.ipynb', one_step_data),
     'credit': Measurement('E-GRPO Fig. 3: whose credit a reward is', f'{_E}/fig3_credit.ipynb', credit_data),
