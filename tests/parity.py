@@ -24,6 +24,7 @@ from egrpo.core.loss import loss_metrics
 from egrpo.core.rollout import rollout, transition_log_prob
 from egrpo.core.sde import ode_step
 from egrpo.methods.registry import make_plan
+from egrpo.models.entrance import guidance_words
 from egrpo.models.general import GeneralPolicy
 from egrpo.models.newer_families import Flux2Policy
 from egrpo.models.policy import load_policy
@@ -68,7 +69,7 @@ def visited(pipeline, policy, prompt):
     def step(velocity, t, latents, *args, **kwargs):
         seen.append((velocity.clone(), float(t), latents.clone()))
         return own(velocity, t, latents, *args, **kwargs)
-    asked = policy.entrance.asked | policy.entrance._guide(GUIDANCE, 1)
+    asked = policy.entrance.asked | guidance_words(policy.entrance.takes, GUIDANCE, [' '])
     with patch.object(pipeline.scheduler, 'step', step):
         out = pipeline(prompt=[prompt], num_inference_steps=STEPS, generator=torch.Generator().manual_seed(3), output_type='pt', **asked)
     return out.frames if hasattr(out, 'frames') else out.images, seen

@@ -76,122 +76,25 @@ def _check_new_lora(rank, source, alpha, targets):
         raise ValueError(f"lora_alpha must be > 0, got {alpha}: None is twice the rank")
 
 
-# %% ../../nbs/models/09_base_policy.ipynb #0c7e36cf
-class Policy:
-    "A diffusers pipeline as a policy: fp32 latents outside, the network in its own dtype inside, every evaluation counted."
-    patch = 1 # latents per token along a side
-    frames = 1 # of a video
+# %% ../../nbs/models/09_base_policy.ipynb #0c7e36d1
+class GuidedNetwork:
+    "The network of a policy: guided velocities in micro-batches, every evaluation counted; what it was before training."
     classifier_free = False # does guidance take a second evaluation?
     unguided_scale = 1. # guidance up to which one evaluation is enough
-    negative = '' # prompt of the second evaluation
-    masked = False # are texts padded and masked?
-    _own_sigmas = staticmethod(pipeline_sigmas)
-
-    def __init__(self,
-        pipeline, # The pipeline; it is moved to `device` and changed in place
-        lora_rank:int|None=0, # Rank of the LoRA that is trained, >= 0; 0 = train the whole network, None = train nothing
-        resolution:int|str|None=None, # Side in pixels, a multiple of 16 (UNets: 8), or 'HEIGHTxWIDTH'; None = what the VAE was made for
-        guidance:float=3.5, # >= 0: an input of FLUX.1-dev, a scale of Stable Diffusion's two answers; 1 = one answer, unguided
-        device=None, # A device or its name; None = the best there is
-        dtype:str|None=None, # 'fp32', 'bf16' or 'fp16' of the network; None = `default_dtype`
-        micro_batch:int|None=None, # Most latents in one forward pass, >= 1: bounds memory; None = by their size
-        seed:int=0, # Seed of a LoRA's initial weights
-        lora_from=None, # A LoRA to start from, a folder, a .safetensors file or a hub id; its rank is kept
-        gradient_checkpointing:bool|None=None, # Compute activations again in the backward pass: less memory, a third more time
-        vae_tiling:bool|None=None, # Decode large images in overlapping tiles; changes the images a little
-        text_encoders:str|None=None, # keep, offload (on the device while embedding), drop (`drop_text_encoders`); None = keep
-        embeddings=None, # Folder in which prompts' embeddings are kept; None = the last ones in memory
-        compiled:bool|None=None, # Compile the network's blocks: minutes at the start, faster afterwards (`compile_blocks`)
-        attention:str|None=None, # Backend of diffusers' attention, e.g. flash or sage (`use_backend`); None = torch's own
-        mesh=None, # Processes that share the network (`torch.distributed` device mesh); None = this one holds it all
-        lora_alpha:float|None=None, # A new LoRA's product is scaled by alpha / rank; None = twice the rank
-        lora_targets=None, # Layers of a new LoRA: ends of names or classes of blocks (`lora_layers`); None = the usual ones
-    ):
-        check_settings(lora_rank, micro_batch, guidance, lora_from, text_encoders, embeddings, lora_alpha, lora_targets)
-        self.pipeline = pipeline
-        self.mesh = mesh
-        self.guidance = guidance
-        self.nfe = 0 # network evaluations so far
-        self.device = use_device(device)
-        self.dtype = torch_dtype(dtype, self.device)
-        choose_kernels(self.dtype, self.device)
-        self.resolution = self._check_resolution(resolution or own_resolution(pipeline))
-        self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, lora_targets)
-        self.lora_rank, self.fingerprint = self.trained.rank, self.trained.fingerprint
-        use_backend(list(networks_of(pipeline).values()), attention, self.dtype, self.device, lora_rank is not None, self.masked)
-        compiler = partial(compile_blocks, device=self.device) if compiled else None
-        if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()
-        if compiler: compiler(self.transformer)
-        self.prompts = PromptEncoder(pipeline, self.device, text_encoders or 'keep', self.text_length, embeddings)
-        place_vae(pipeline.vae, self.device, vae_tiling)
-        place_network(self.transformer, self.device, mesh, self.lora_rank, self.dtype)
-        self._explore()
-        self._gradients = GradientScale(self.parameters().values(), self.dtype == torch.float16)
-        self._passes = SharedPasses(mesh, self.device)
-        self._reference = Reference(pipeline, self.lora_rank, bool(lora_from), mesh is not None, compiler)
-        size = math.prod(self.latent_shape) * self.nfe_per_velocity
-        self.micro_batch = micro_batch or max(1, MICRO_BATCH_ELEMENTS // size)
 
     @property
     def transformer(self):
         "The network that is trained, a UNet included."
         return network_of(self.pipeline)
 
-    @property
-    def text_length(self)->int|None:
-        "Tokens of a prompt, where the pipeline is told; None = the tokenizer's own."
-        return None
-
     def parameters(self)->dict:
         "What is trained: name -> parameter in fp32."
         return trained_parameters(self.transformer)
-
-    def _check_resolution(self, resolution): return check_side(resolution, self.patch * self.pipeline.vae_scale_factor)
-
-    @property
-    def latent_shape(self)->tuple: # (C,H,W)
-        "Shape of one image's latents."
-        return self.pipeline.vae.config.latent_channels, *self._sides(self.pipeline.vae_scale_factor)
-
-    def _sides(self, unit): return [side // unit for side in height_width(self.resolution)]
 
     @property
     def nfe_per_velocity(self)->int: # 1, or 2 with classifier-free guidance
         "Network evaluations for one velocity: what a plan predicts is to be multiplied by it."
         return 2 if self.classifier_free and self.guidance > self.unguided_scale else 1
-
-    def sigmas(self,
-        num_steps:int=16, # T, denoising steps, >= 1
-        shift:float|Tensor|None=None, # A shift, or (T+1,) noise levels; None = the pipeline's own schedule
-    )->Tensor: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU
-        "The schedule of this model at this resolution."
-        if shift is not None: return flow_sigmas(num_steps, shift)
-        return self._own_sigmas(self.pipeline, num_steps, self.resolution)
-
-    def encode(self,
-        prompts:list, # P prompts
-    )->Conditions: # Of P rows
-        "Embed prompts, or find them where they were embedded before."
-        return self.prompts.encode(prompts, self._embed)
-
-    def embed(self, prompts):
-        "Embed prompts ahead, so that `encode` finds them."
-        self.prompts.embed(prompts, self._embed)
-
-    def check_length(self, prompts):
-        "Warn, once, of prompts that are longer than the model reads."
-        self.prompts.check_length(prompts)
-
-    def _explore(self): pass # for families that find their shapes out, once all parts are in place
-    def _unguided(self, rows): return self.prompts.empty(rows, self._embed, self.negative)
-
-    def drop_text_encoders(self,
-        prompts:list=(), # What will be needed
-    ):
-        "Embed what is needed and not in the folder yet, then free the text encoders."
-        self.embed(prompts)
-        if self.nfe_per_velocity == 2 or self.mesh: self._unguided(1)
-        self.prompts.drop()
 
     def velocity(self,
         latents:Tensor, # (B,C,H,W) fp32 latents at `sigma`
@@ -243,6 +146,107 @@ class Policy:
     def freeze_reference(self):
         "Keep the weights for `reference`, before the first update of a network that is trained whole."
         self._reference.freeze()
+
+# %% ../../nbs/models/09_base_policy.ipynb #0c7e36cf
+class Policy(GuidedNetwork):
+    "A diffusers pipeline as a policy: fp32 latents outside, the network in its own dtype inside, every evaluation counted."
+    patch = 1 # latents per token along a side
+    frames = 1 # of a video
+    negative = '' # prompt of the second evaluation
+    masked = False # are texts padded and masked?
+    _own_sigmas = staticmethod(pipeline_sigmas)
+
+    def __init__(self,
+        pipeline, # The pipeline; it is moved to `device` and changed in place
+        lora_rank:int|None=0, # Rank of the LoRA that is trained, >= 0; 0 = train the whole network, None = train nothing
+        resolution:int|str|None=None, # Side in pixels, a multiple of 16 (UNets: 8), or 'HEIGHTxWIDTH'; None = what the VAE was made for
+        guidance:float=3.5, # >= 0: an input of FLUX.1-dev, a scale of Stable Diffusion's two answers; 1 = one answer, unguided
+        device=None, # A device or its name; None = the best there is
+        dtype:str|None=None, # 'fp32', 'bf16' or 'fp16' of the network; None = `default_dtype`
+        micro_batch:int|None=None, # Most latents in one forward pass, >= 1: bounds memory; None = by their size
+        seed:int=0, # Seed of a LoRA's initial weights
+        lora_from=None, # A LoRA to start from, a folder, a .safetensors file or a hub id; its rank is kept
+        gradient_checkpointing:bool|None=None, # Compute activations again in the backward pass: less memory, a third more time
+        vae_tiling:bool|None=None, # Decode large images in overlapping tiles; changes the images a little
+        text_encoders:str|None=None, # keep, offload (on the device while embedding), drop (`drop_text_encoders`); None = keep
+        embeddings=None, # Folder in which prompts' embeddings are kept; None = the last ones in memory
+        compiled:bool|None=None, # Compile the network's blocks: minutes at the start, faster afterwards (`compile_blocks`)
+        attention:str|None=None, # Backend of diffusers' attention, e.g. flash or sage (`use_backend`); None = torch's own
+        mesh=None, # Processes that share the network (`torch.distributed` device mesh); None = this one holds it all
+        lora_alpha:float|None=None, # A new LoRA's product is scaled by alpha / rank; None = twice the rank
+        lora_targets=None, # Layers of a new LoRA: ends of names or classes of blocks (`lora_layers`); None = the usual ones
+    ):
+        check_settings(lora_rank, micro_batch, guidance, lora_from, text_encoders, embeddings, lora_alpha, lora_targets)
+        self.pipeline = pipeline
+        self.mesh = mesh
+        self.guidance = guidance
+        self.nfe = 0 # network evaluations so far
+        self.device = use_device(device)
+        self.dtype = torch_dtype(dtype, self.device)
+        choose_kernels(self.dtype, self.device)
+        self.resolution = self._check_resolution(resolution or own_resolution(pipeline))
+        self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, lora_targets)
+        self.lora_rank, self.fingerprint = self.trained.rank, self.trained.fingerprint
+        use_backend(list(networks_of(pipeline).values()), attention, self.dtype, self.device, lora_rank is not None, self.masked)
+        compiler = partial(compile_blocks, device=self.device) if compiled else None
+        if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()
+        if compiler: compiler(self.transformer)
+        self.prompts = PromptEncoder(pipeline, self.device, text_encoders or 'keep', self.text_length, embeddings)
+        place_vae(pipeline.vae, self.device, vae_tiling)
+        place_network(self.transformer, self.device, mesh, self.lora_rank, self.dtype)
+        self._explore()
+        self._gradients = GradientScale(self.parameters().values(), self.dtype == torch.float16)
+        self._passes = SharedPasses(mesh, self.device)
+        self._reference = Reference(pipeline, self.lora_rank, bool(lora_from), mesh is not None, compiler)
+        size = math.prod(self.latent_shape) * self.nfe_per_velocity
+        self.micro_batch = micro_batch or max(1, MICRO_BATCH_ELEMENTS // size)
+
+    @property
+    def text_length(self)->int|None:
+        "Tokens of a prompt, where the pipeline is told; None = the tokenizer's own."
+        return None
+
+    def _check_resolution(self, resolution): return check_side(resolution, self.patch * self.pipeline.vae_scale_factor)
+
+    @property
+    def latent_shape(self)->tuple: # (C,H,W)
+        "Shape of one image's latents."
+        return self.pipeline.vae.config.latent_channels, *self._sides(self.pipeline.vae_scale_factor)
+
+    def _sides(self, unit): return [side // unit for side in height_width(self.resolution)]
+
+    def sigmas(self,
+        num_steps:int=16, # T, denoising steps, >= 1
+        shift:float|Tensor|None=None, # A shift, or (T+1,) noise levels; None = the pipeline's own schedule
+    )->Tensor: # (T+1,) noise levels from 1 down to 0, fp32, on the CPU
+        "The schedule of this model at this resolution."
+        if shift is not None: return flow_sigmas(num_steps, shift)
+        return self._own_sigmas(self.pipeline, num_steps, self.resolution)
+
+    def encode(self,
+        prompts:list, # P prompts
+    )->Conditions: # Of P rows
+        "Embed prompts, or find them where they were embedded before."
+        return self.prompts.encode(prompts, self._embed)
+
+    def embed(self, prompts):
+        "Embed prompts ahead, so that `encode` finds them."
+        self.prompts.embed(prompts, self._embed)
+
+    def check_length(self, prompts):
+        "Warn, once, of prompts that are longer than the model reads."
+        self.prompts.check_length(prompts)
+
+    def _explore(self): pass # for families that find their shapes out, once all parts are in place
+    def _unguided(self, rows): return self.prompts.empty(rows, self._embed, self.negative)
+
+    def drop_text_encoders(self,
+        prompts:list=(), # What will be needed
+    ):
+        "Embed what is needed and not in the folder yet, then free the text encoders."
+        self.embed(prompts)
+        if self.nfe_per_velocity == 2 or self.mesh: self._unguided(1)
+        self.prompts.drop()
 
     def _decode(self, latents): return decode_scaled(self.pipeline.vae, latents)
 

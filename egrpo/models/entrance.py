@@ -176,6 +176,18 @@ def guidance_argument(
     if true is not None and true.default > 1: return 'true_cfg_scale'
     return 'guidance_scale' if 'guidance_scale' in takes else None
 
+def guidance_words(
+    takes, # Parameters of a pipeline's call
+    guidance:float, # Scale
+    unwanted:list, # A negative prompt for each row
+)->dict: # Arguments of the call
+    "Say the guidance as a pipeline wants it."
+    name = guidance_argument(takes)
+    if name is None: return {}
+    said = {name: guidance}
+    if name == 'guidance_scale' or guidance <= 1: return said
+    return said | dict(negative_prompt=unwanted)
+
 class Entrance:
     "A pipeline's own call, entered with given latents at a given noise level."
     def __init__(self,
@@ -201,7 +213,8 @@ class Entrance:
     ): # What it returns, or what it was left with
         "Run the pipeline's call with some of its methods replaced."
         noise = dict(generator=torch.Generator().manual_seed(0)) # so that no one else's random numbers are used up
-        asked = self.asked | noise | self._guide(guidance, len(prompts)) | asked
+        said = guidance_words(self.takes, guidance, [self.asked.get('negative_prompt', ' ')] * len(prompts))
+        asked = self.asked | noise | said | asked
         with ExitStack() as stack:
             stack.enter_context(patch.object(type(self.pipeline), '_execution_device', self.device)) # encoders may be elsewhere
             for name, hook in hooks.items():
@@ -210,18 +223,6 @@ class Entrance:
                 stack.enter_context(patch.object(owner, name, _signed_as(own, hook(own))))
             try: return self.body(self.pipeline, prompt=prompts, **asked)
             except _Left as left: return left.args[0]
-
-    def _guide(self,
-        guidance:float, # Scale
-        rows:int, # Prompts
-    )->dict: # Arguments of the call
-        "Say the guidance as this pipeline wants it."
-        name = guidance_argument(self.takes)
-        if name is None: return {}
-        said = {name: guidance}
-        if name == 'guidance_scale' or guidance <= 1: return said
-        unwanted = self.asked.get('negative_prompt', ' ')
-        return said | dict(negative_prompt=[unwanted] * rows)
 
     # ---- methods in place of the pipeline's
     def _replayed(self,

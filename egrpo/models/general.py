@@ -141,21 +141,13 @@ class GeneralPolicy(Policy):
 
     def _explore(self):
         "Find out what the pipeline does not say."
-        self.entrance = Entrance(self.pipeline, self.device, self._arguments())
+        self.entrance = Entrance(self.pipeline, self.device, call_arguments(self.pipeline, self.resolution, self.call))
         self.recorded_guidance = self.guidance # embeddings stay those of guidance while it is off
         try: self._try_call()
         except Exception as e: # each pipeline has errors of its own
             if is_out_of_memory(e): raise
             said = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
             raise ValueError(f"a {type(self.pipeline).__name__} cannot be entered at resolution {self.resolution} ({said})") from e
-
-    def _arguments(self)->dict: # Arguments of the pipeline's call
-        "Say the size, which some pipelines would round to one that they know."
-        takes = inspect.signature(type(self.pipeline).__call__).parameters
-        height, width = height_width(self.resolution)
-        plain = dict(height=height, width=width)
-        exact = dict(use_resolution_binning=False, max_area=height * width)
-        return plain | {name: value for name, value in exact.items() if name in takes} | self.call
 
     def _try_call(self):
         "Find the shape of latents, the layout of embeddings, and the network's times."
@@ -167,34 +159,14 @@ class GeneralPolicy(Policy):
         self.prompts.unprompted = self._empty
         self._shape = self.entrance.shape(one)
         self.entrance.learn_time(one)
-        if any(getattr(o, 'gradient_checkpointing', False) for o in self._networks()): self._check_checkpointing()
+        if any(getattr(o, 'gradient_checkpointing', False) for o in self._networks()): check_checkpointing(self)
 
-    def _networks(self)->list: # Networks
-        "The network, or both."
-        return list(networks_of(self.pipeline).values())
+    def _networks(self): return list(networks_of(self.pipeline).values()) # one, or both
 
-    def _check_checkpointing(self):
-        "Compare a velocity with gradient, where activations are dropped, with one without."
-        noise = torch.randn(1, *self.latent_shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        with torch.enable_grad(): dropped = self._enter(noise, .5, self._empty.rows, self.guidance).detach()
-        with torch.no_grad(): plain = self._enter(noise, .5, self._empty.rows, self.guidance)
-        if (dropped - plain).abs().max() < 1e-3 * plain.abs().max(): return # mostly to the bit
-        raise ValueError("gradient_checkpointing changes what this network computes (a fault of diffusers): leave it out")
-
-    def _count(self,
-        guidance:float, # Scale
-    )->int: # Rows through the network for one row of velocity
-        "Count the evaluations of one velocity."
-        if guidance in self._counts: return self._counts[guidance]
-        rows = []
-        hooks = [o.register_forward_hook(lambda module, inputs, out: rows.append(len(out[0]))) for o in self._networks()]
-        latents = torch.zeros(1, *self.latent_shape, device=self.device)
-        try:
-            with torch.no_grad(): self._enter(latents, .5, self._empty.rows, guidance)
-        finally:
-            for hook in hooks: hook.remove()
-        self._counts[guidance] = sum(rows)
-        return sum(rows)
+    def _count(self, guidance):
+        "Evaluations of one velocity at a guidance scale."
+        if guidance not in self._counts: self._counts[guidance] = count_rows(self, guidance)
+        return self._counts[guidance]
 
     # ---- prompts
     def _embed(self,
@@ -246,3 +218,43 @@ class GeneralPolicy(Policy):
         "Decode latents by the pipeline, in slices of a micro-batch."
         parts = latents.to(self.pipeline.vae.dtype).split(min(self.micro_batch, 32))
         return torch.cat([self.entrance.decode(x, self._empty.rows[0]).float().cpu() for x in parts])
+
+# %% ../../nbs/models/12_general.ipynb #f4c7250f
+def call_arguments(
+    pipeline, # A flow pipeline
+    resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
+    call:dict, # Further arguments
+)->dict: # Arguments of the pipeline's call
+    "Say the size, which some pipelines would round to one that they know."
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    height, width = height_width(resolution)
+    plain = dict(height=height, width=width)
+    exact = dict(use_resolution_binning=False, max_area=height * width)
+    return plain | {name: value for name, value in exact.items() if name in takes} | call
+
+def count_rows(
+    policy:GeneralPolicy, # A policy
+    guidance:float, # Scale
+)->int: # Rows through the network for one row of velocity
+    "Count the evaluations of one velocity."
+    rows = []
+    def count(module, inputs, out): rows.append(len(out[0]))
+    hooks = [network.register_forward_hook(count) for network in policy._networks()]
+    latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
+    try:
+        with torch.no_grad(): policy._enter(latents, .5, policy._empty.rows, guidance)
+    finally:
+        for hook in hooks: hook.remove()
+    return sum(rows)
+
+def check_checkpointing(
+    policy:GeneralPolicy, # A policy that drops activations
+):
+    "Compare a velocity with gradient, where activations are dropped, with one without."
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, *policy.latent_shape, generator=generator).to(policy.device)
+    inputs = noise, .5, policy._empty.rows, policy.guidance
+    with torch.enable_grad(): dropped = policy._enter(*inputs).detach()
+    with torch.no_grad(): plain = policy._enter(*inputs)
+    if (dropped - plain).abs().max() < 1e-3 * plain.abs().max(): return # mostly to the bit
+    raise ValueError("gradient_checkpointing changes what this network computes (a fault of diffusers): leave it out")

@@ -163,6 +163,22 @@ def _holds_something(path):
     if path.is_dir(): return any(path.iterdir())
     return path.is_file()
 
+# %% ../../nbs/train/05_run.ipynb #a1b2c3e2
+def check_space(
+    folder:Path, # It is made if it is not there
+    need:int, # Bytes, >= 0
+):
+    "Refuse a folder that cannot be written, or has not so much space."
+    name = repr(str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f: f.write(b'egrpo')
+    except OSError as e: raise ValueError(f"out: {name} cannot be written ({e.strerror}): name another folder") from e
+    free = shutil.disk_usage(folder).free
+    if free >= need: return
+    space = f"has {free / 2**20:.0f} MiB free, the run needs about {need / 2**20:.0f}"
+    raise ValueError(f"out: {name} {space}: free some space or name another folder")
+
 # %% ../../nbs/train/05_run.ipynb #3d114bf8
 class Run:
     "A run's folder: what lies in it, and what may be done with it."
@@ -227,15 +243,7 @@ class Run:
         need:int=0, # Bytes that will be written, about; >= 0
     ):
         "Make the folder and prove that it can hold what is to come."
-        name = repr(str(self.folder))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as f: f.write(b'egrpo')
-        except OSError as e: raise ValueError(f"out: {name} cannot be written ({e.strerror}): name another folder") from e
-        free = shutil.disk_usage(self.folder).free
-        if free >= need: return
-        space = f"has {free / 2**20:.0f} MiB free, the run needs about {need / 2**20:.0f}"
-        raise ValueError(f"out: {name} {space}: free some space or name another folder")
+        check_space(self.folder, need)
 
     # ---- its configuration
     def read_config(self)->dict:

@@ -159,9 +159,7 @@ class Trainer:
         self.resumed_from = None # iteration of the kept checkpoint that it came from
         self.laps = Laps(time.perf_counter)
 
-    def _prompts_of(self, iteration):
-        "The prompts of an iteration, of all processes together."
-        return iteration_prompts(self.prepared, iteration)
+    def _prompts_of(self, iteration): return iteration_prompts(self.prepared, iteration) # of all processes together
 
     def plan(self,
         iteration:int, # Number of the iteration, >= 0
@@ -253,20 +251,8 @@ class Trainer:
                     **phase_metrics(self.laps.seconds), **choice)
 
     def evaluate(self)->pd.DataFrame: # A row per prompt, a column per reward
-        "Score the evaluation prompts with the averaged weights, or with the weights where there is no average; each process its share."
-        places = self.processes.own(range(len(self.eval_prompts)))
-        prompts = [self.eval_prompts[i] for i in places]
-        schedule = self.config.num_steps, self.settings['shift']
-        latents = None
-        with self.weights.averaged(), self.policy.together():
-            if places: latents = sample_latents(self.policy, prompts, *schedule, ids=places)
-        self.samples.keep(places, latents)
-        def scored():
-            if not places: return []
-            scores = score_latents(self.policy, latents, prompts, self.eval_reward)
-            return [score_table(prompts, scores).set_axis(places)]
-        own = self.processes.in_all(scored, RewardError, FAILED_ELSEWHERE)
-        return pd.concat(gather_object(own)).sort_index()
+        "Score the evaluation prompts with the averaged weights, or with the weights where there is no average."
+        return evaluate_shares(self)
 
     def fit(self,
         callback=None, # Function of the trainer, called after every iteration; a true answer ends the run there
@@ -288,6 +274,26 @@ class Trainer:
         c = self.config
         over = c.budget is not None and self.nfe >= c.budget
         return over or is_stale(self.history, c.patience)
+
+# %% ../../nbs/train/09_trainer.ipynb #e11a647c
+def evaluate_shares(
+    trainer:Trainer, # The run
+)->pd.DataFrame: # A row per prompt, a column per reward; of all processes
+    "Score the evaluation prompts, each process its share."
+    t = trainer
+    places = t.processes.own(range(len(t.eval_prompts)))
+    prompts = [t.eval_prompts[i] for i in places]
+    schedule = t.config.num_steps, t.settings['shift']
+    latents = None
+    with t.weights.averaged(), t.policy.together():
+        if places: latents = sample_latents(t.policy, prompts, *schedule, ids=places)
+    t.samples.keep(places, latents)
+    def scored():
+        if not places: return []
+        scores = score_latents(t.policy, latents, prompts, t.eval_reward)
+        return [score_table(prompts, scores).set_axis(places)]
+    own = t.processes.in_all(scored, RewardError, FAILED_ELSEWHERE)
+    return pd.concat(gather_object(own)).sort_index()
 
 # %% ../../nbs/train/09_trainer.ipynb #149ed74a
 class Loop:
@@ -337,21 +343,13 @@ class Loop:
         if self.config.tracker: t.accelerator.init_trackers('egrpo', shown)
         self.visits = first_visits(t)
         self.evaluated = evaluation_metrics(t.history) if t.history else {}
-        if t.iteration == 0: self._try_saving()
+        if t.iteration == 0: try_saving(t)
 
     def _restore(self):
         "Put a kept checkpoint in the newest one's place, by the first process."
         def put():
             if self.processes.is_main: self.kept.restore(self.config.resume_from, partial(check_kept, self.trainer))
         self.processes.in_all(put, ValueError, "resume_from: the checkpoint cannot be taken: the first process says why")
-
-    def _try_saving(self):
-        "Save a checkpoint and the model: what cannot be saved shows now, not after days."
-        self.trainer.save()
-        if self.trainer.policy.lora_rank: return # saved with the checkpoint
-        trial = self.folder.folder/'model.trial'
-        save_model(self.trainer, trial)
-        if self.processes.is_main: shutil.rmtree(trial)
 
     def _iterate(self,
         callback, # As for `run`
@@ -503,6 +501,17 @@ def save_model(
     except (OSError, SafetensorError) as e:
         remedy = "free some space or name another `out`; the last checkpoint is kept"
         raise OSError(f"model {str(folder)!r} could not be written ({e}): {remedy}") from e
+
+def try_saving(
+    trainer, # A `Trainer` before its first iteration
+):
+    "Save a checkpoint and the model: what cannot be saved shows now, not after days."
+    t = trainer
+    t.save()
+    if t.policy.lora_rank: return # saved with the checkpoint
+    trial = t.run.folder/'model.trial'
+    save_model(t, trial)
+    if t.processes.is_main: shutil.rmtree(trial)
 
 def check_kept(
     trainer, # A `Trainer`
