@@ -27,7 +27,9 @@ class Option:
 
 def config_options()->dict: # Name -> Option, in the order of the fields
     "The fields of `TrainConfig` and the settings of methods as options."
-    return {name: Option(name, kind_of(f), f.default, f.metadata['help']) for name, f in SETTINGS.items()}
+    options = {}
+    for name, f in SETTINGS.items(): options[name] = Option(name, kind_of(f), f.default, f.metadata['help'])
+    return options
 
 # %% ../../nbs/cli/00_options.ipynb #c56a92c9
 def yes_or_no(
@@ -60,19 +62,21 @@ class Join(argparse.Action):
         known = getattr(namespace, self.dest, None) or {}
         setattr(namespace, self.dest, known | values if values else None)
 
+READERS = {'int': int, 'float': float, 'str': str, 'bool': yes_or_no, 'dict': named_value, 'int|str': pixels}
+WANTED = {'int': 'whole number', 'float': 'number', 'bool': 'yes or no', 'dict': 'name=value', 'int|str': 'number or HEIGHTxWIDTH'}
+
 def converter(
     kind:str, # An annotation as in `Option`
     name:str='it', # The option's name, which may have a limit of its own
 ):
     "The function that reads a word of the command line as a value of `kind`."
     plain = kind.removesuffix('|None')
-    read = {'int': int, 'float': float, 'str': str, 'bool': yes_or_no, 'dict': named_value, 'int|str': pixels}[plain]
-    wanted = {'int': 'whole number', 'float': 'number', 'bool': 'yes or no', 'dict': 'name=value', 'int|str': 'number or HEIGHTxWIDTH'}
+    read = READERS[plain]
     def convert(word):
         if kind.endswith('|None') and word.lower() == 'none': return None
         try: value = read(word)
         except ValueError:
-            raise argparse.ArgumentTypeError(f'invalid {wanted[plain]} value: {quote(word)}') from None
+            raise argparse.ArgumentTypeError(f'invalid {WANTED[plain]} value: {quote(word)}') from None
         try: return check_kind(name, value, plain)
         except ValueError as e: # argparse says the name
             fault = str(e).removeprefix(name).lstrip(' :')
@@ -83,7 +87,8 @@ def show_default(
     value, # A default
 )->str: # As one would write it on the command line
     "A default as text."
-    return 'none' if value is None else f'{value:g}' if isinstance(value, float) else str(value)
+    if value is None: return 'none'
+    return f'{value:g}' if isinstance(value, float) else str(value)
 
 SHOWN = {'int': 'N', 'float': 'X', 'str': 'TEXT', 'bool': 'yes|no', 'dict': 'NAME=VALUE', 'int|str': 'N'}
 
@@ -93,13 +98,17 @@ def add_option(
     default=None, # What the parsed arguments hold where it is not given
 ):
     "Give a parser an option."
-    flag, text = '--' + option.name.replace('_', '-'), option.text.replace('%', '%%').replace('None', 'none')
+    flag = '--' + option.name.replace('_', '-')
+    text = option.text.replace('%', '%%').replace('None', 'none')
     if option.kind == 'bool': return parser.add_argument(flag, action='store_true', default=default, help=text)
     plain = option.kind.removesuffix('|None')
     shown = option.shown or SHOWN[plain]
-    if plain == 'dict': text += '; may be repeated'
-    if option.default is not None or '|None' in option.kind: text += f' (default: {show_default(option.default)})'
-    more = dict(action=Join) if plain == 'dict' else {}
+    more = {}
+    if plain == 'dict':
+        text += '; may be repeated'
+        more = dict(action=Join)
+    may_be_none = '|None' in option.kind
+    if option.default is not None or may_be_none: text += f' (default: {show_default(option.default)})'
     if option.kind == 'bool|None': more = dict(nargs='?', const=True) # the flag by itself is a yes
     read = converter(option.kind, option.name)
     parser.add_argument(flag, type=read, default=default, metavar=shown, help=text, **more)
@@ -136,8 +145,10 @@ GROUPS = {
 def option_groups()->dict: # Title -> names
     "Every field of the configuration, in groups."
     groups = {title: names.split() for title, names in GROUPS.items()}
-    more = [name for name in config_options() if not any(name in names for names in groups.values())]
-    return {**groups, **({'more': more} if more else {})}
+    known = set().union(*groups.values())
+    more = [name for name in config_options() if name not in known]
+    if more: groups['more'] = more
+    return groups
 
 # %% ../../nbs/cli/00_options.ipynb #ce3c875f
 class Parser(argparse.ArgumentParser):
@@ -152,6 +163,8 @@ class Parser(argparse.ArgumentParser):
         none = [w for w in args or () if w.startswith('--') and w.endswith('=--')]
         if none: self.error(f"argument {none[0].partition('=')[0]}: expected a value, got '--'")
         found, left = super().parse_known_args(args, namespace)
-        near = get_close_matches(left[0].partition('=')[0], self._option_string_actions, 1, .75) if left else []
-        if left: self.error(f"unrecognized arguments: {' '.join(left)}" + ''.join(f', did you mean {o}?' for o in near))
-        return found, left
+        if not left: return found, left
+        option, *_ = left[0].partition('=')
+        near = get_close_matches(option, self._option_string_actions, 1, .75)
+        hint = ''.join(f', did you mean {other}?' for other in near)
+        self.error(f"unrecognized arguments: {' '.join(left)}{hint}")

@@ -27,13 +27,18 @@ def findings(
     seconds, unit = {}, None
     if name == 'speed': seconds, unit = total_seconds(data['seconds']), 'egrpo'
     if name == 'attention_benchmark': seconds, unit = data['attention']['seconds'], 'plain'
-    times = [f"{k} takes {time_ratio(seconds, k, unit)['min']:.2f} times as long as {unit}" for k in seconds if k != unit]
+    times = []
+    for contender in seconds:
+        if contender == unit: continue
+        ratio = time_ratio(seconds, contender, unit)
+        times.append(f"{contender} takes {ratio['min']:.2f} times as long as {unit}")
     def line(claim):
         "Line with a claim's verdict."
         found = claim.judge(data)
         equal = f' | at equal iterations: {found.equal.verdict} | {found.equal.seen}' if found.equal else ''
         return f'{claim.text}: {found.verdict} | {found.seen}{equal}'
-    return times + [line(c) for c in CLAIMS if c.record == name and c.registered >= registered]
+    own = [claim for claim in CLAIMS if claim.record == name and claim.registered >= registered]
+    return times + list(map(line, own))
 
 def run_reproduce(
     args, # Parsed arguments
@@ -43,16 +48,23 @@ def run_reproduce(
 
     from egrpo.paper.experiments import EXPERIMENTS, record_name, reproduce
     from egrpo.paper.records import get_scale, load_record, record_path
-    if args.name is None: return say(fold('\n'.join(f'{k:<16}  {o.title}  ({o.notebook})' for k, o in EXPERIMENTS.items())))
+    if args.name is None:
+        titles = [f'{name:<16}  {o.title}  ({o.notebook})' for name, o in EXPERIMENTS.items()]
+        return say(fold('\n'.join(titles)))
     if args.workers < 0: raise ValueError(f"workers must be >= 0, got {args.workers}: 0 runs in this process")
     scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini')
     name = record_name(args.name, scale)
-    path = Path('runs/smoke', f'{args.name}.json') if scale.name == 'smoke' else record_path(name)
+    is_smoke = scale.name == 'smoke'
+    path = Path('runs/smoke', f'{args.name}.json') if is_smoke else record_path(name)
     check_file(path, 'record')
     only = [o.strip() for o in args.only.split(',')] if args.only else None
     reproduce(args.name, scale.name, args.workers, path=path, partial=args.partial, only=only)
-    found = [] if only or scale.name == 'smoke' else findings(args.name, load_record(path)['data'], registered=name != args.name)
-    say(fold('\n'.join([*found, f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}'])))
+    lines = []
+    if not only and not is_smoke:
+        data = load_record(path)['data']
+        lines = findings(args.name, data, registered=name != args.name)
+    lines.append(f'record: {path}, drawn by {EXPERIMENTS[args.name].notebook}')
+    say(fold('\n'.join(lines)))
     if dist.is_initialized(): dist.destroy_process_group()
 
 def add_reproduce(
@@ -101,10 +113,14 @@ def run_notebooks(
     from egrpo.paper.records import shipped
     folder = Path(args.folder)
     for name in ('nbs', 'figures'):
-        if (folder/name).exists(): raise ValueError(f"folder: {quote(folder/name)} is there already: name another folder")
-    for name in ('nbs', 'figures'): shutil.copytree(shipped()/name, folder/name, ignore=shutil.ignore_patterns(*SKIPPED))
+        place = folder/name
+        if place.exists(): raise ValueError(f"folder: {quote(place)} is there already: name another folder")
+    came = shipped()
+    skipped = shutil.ignore_patterns(*SKIPPED)
+    for name in ('nbs', 'figures'): shutil.copytree(came/name, folder/name, ignore=skipped)
     for name in PAGES:
-        if not (folder/name).exists(): shutil.copy(shipped()/name, folder/name)
+        page = folder/name
+        if not page.exists(): shutil.copy(came/name, page)
     say(fold(f'notebooks and records are in {folder}\nnext: pip install jupyterlab ipywidgets'))
     say('      ' + shlex.join(['jupyter', 'lab', str(folder), '--LabApp.default_url=/lab/tree/nbs/index.ipynb']))
 

@@ -27,8 +27,15 @@ def plan_lengths(
     from egrpo.core.entropy import fixed_lengths, merge_lengths
     from egrpo.core.sigmas import flow_sigmas
     if settings.merge_length is not None: return fixed_lengths(settings.num_steps, settings.merge_length).tolist()
-    lengths = merge_lengths(flow_sigmas(settings.num_steps, settings.shift), settings.tau, settings.noise_level, settings.kernel).tolist()
-    return lengths if settings.first_step is None else [n or settings.num_steps - 1 - k for k, n in enumerate(lengths)]
+    sigmas = flow_sigmas(settings.num_steps, settings.shift)
+    lengths = merge_lengths(sigmas, settings.tau, settings.noise_level, settings.kernel).tolist()
+    if settings.first_step is None: return lengths
+    last = settings.num_steps - 1
+    return [length or last - k for k, length in enumerate(lengths)]
+
+def _level_cells(k, sigma):
+    "Cells of a noise level: its place, sigma and timestep."
+    return [str(k), f'{sigma:.4f}', f'{1000 * sigma:.1f}']
 
 def plan_table(
     settings, # A method's settings as attributes, as `method_settings` gives them
@@ -36,14 +43,20 @@ def plan_table(
     "Every step of the schedule: its noise level, its entropy alone and merged."
     from egrpo.core.entropy import step_entropy
     from egrpo.core.sigmas import flow_sigmas
-    sigmas, lengths, first = flow_sigmas(settings.num_steps, settings.shift), plan_lengths(settings), settings.first_step or 0
-    def entropy(k, length): return f'{step_entropy(sigmas, length, settings.noise_level, kernel=settings.kernel)[k]:.3f}'
+    sigmas = flow_sigmas(settings.num_steps, settings.shift)
+    lengths = plan_lengths(settings)
+    first = settings.first_step or 0
+    last = settings.num_steps - 1
+    def entropy(k, length):
+        "Entropy of step `k`, merged with `length` steps."
+        entropies = step_entropy(sigmas, length, settings.noise_level, kernel=settings.kernel)
+        return f'{entropies[k]:.3f}'
     def row(k, length):
         "Cells of step `k`, merged with `length` steps; 0 = cannot be stochastic."
-        none = '=' if k == settings.num_steps - 1 else '✗'
-        active = '●' * (first <= k < first + settings.active_steps)
-        merged = [str(length), entropy(k, length), active] if length else [none, '', '']
-        return [str(k), f'{sigmas[k]:.4f}', f'{1000 * sigmas[k]:.1f}', entropy(k, 1), *merged]
+        active = '●' if first <= k < first + settings.active_steps else ''
+        merged = ['=' if k == last else '✗', '', '']
+        if length: merged = [str(length), entropy(k, length), active]
+        return [*_level_cells(k, sigmas[k]), entropy(k, 1), *merged]
     rows = [row(k, length) for k, length in enumerate(lengths)]
     return table([['step', 'sigma', 'timestep', 'entropy', 'merge', 'merged entropy', 'active'], *rows])
 
@@ -53,9 +66,11 @@ def steps_table(
     "Every step of the schedule: its noise level, its entropy, and whether the plan samples and trains it."
     from egrpo.core.entropy import step_entropy
     entropies = step_entropy(plan.sigmas, 1, plan.noise_level, kernel=plan.kernel)
-    steps = [s for b in plan.branches for s in b.steps]
-    marks = {s.start: '●' if s.weight else '○' for s in steps} | {plan.num_steps - 1: '='}
-    def row(k, sigma, entropy): return [str(k), f'{sigma:.4f}', f'{1000 * sigma:.1f}', f'{entropy:.3f}', marks.get(k, '')]
+    marks = {}
+    for branch in plan.branches:
+        for step in branch.steps: marks[step.start] = '●' if step.weight else '○'
+    marks[plan.num_steps - 1] = '='
+    def row(k, sigma, entropy): return [*_level_cells(k, sigma), f'{entropy:.3f}', marks.get(k, '')]
     rows = [row(k, *step) for k, step in enumerate(zip(plan.sigmas, entropies))]
     return table([['step', 'sigma', 'timestep', 'entropy', 'active'], *rows])
 
@@ -63,7 +78,7 @@ def draws_table(
     plan, # A `Plan` with forward draws
 )->str: # Lines
     "Every noise level at which an image is noised again and trained."
-    rows = [[str(k), f'{sigma:.4f}', f'{1000 * sigma:.1f}'] for k, sigma in enumerate(plan.forward.sigmas)]
+    rows = [_level_cells(k, sigma) for k, sigma in enumerate(plan.forward.sigmas)]
     return table([['draw', 'sigma', 'timestep'], *rows])
 
 # %% ../../nbs/cli/05_planning.ipynb #7d9baf47
@@ -128,14 +143,16 @@ def memory_text(
     try: memory = run_memory(config, share)
     except NotCounted: return 'memory is not counted for this family'
     parts = {k: v / 2**30 for k, v in memory.items()}
-    total, digits = sum(parts.values()), 1 if sum(parts.values()) > 5 else 3
-    rows = table([['one device holds, GiB', ''], *([k, f'{v:.{digits}f}'] for k, v in parts.items()), ['all', f'{total:.{digits}f}']])
+    total = sum(parts.values())
+    digits = 1 if total > 5 else 3
+    rows = [['one device holds, GiB', '']]
+    for name, size in [*parts.items(), ('all', total)]: rows.append([name, f'{size:.{digits}f}'])
     kind = f'micro-batch {default_micro_batch(config)}, {network_dtype(config)}'
-    text = f'{rows}\n{kind}; decoding, rewards and what the allocator wastes come on top'
-    remedy = 'try --lora-rank 32, --gradient-checkpointing, --text-encoders offload, --micro-batch 1, or --share with more --processes'
+    text = f'{table(rows)}\n{kind}; decoding, rewards and what the allocator wastes come on top'
     if device_memory is None: return text
-    fits = 'fits in' if total <= device_memory else 'does not fit in'
-    return f'{text}\n{fits} {device_memory:g} GiB' + (f': {remedy}' if total > device_memory else '')
+    if total <= device_memory: return f'{text}\nfits in {device_memory:g} GiB'
+    remedy = 'try --lora-rank 32, --gradient-checkpointing, --text-encoders offload, --micro-batch 1, or --share with more --processes'
+    return f'{text}\ndoes not fit in {device_memory:g} GiB: {remedy}'
 
 def time_text(
     config, # A `TrainConfig`
@@ -148,8 +165,9 @@ def time_text(
     try: parts = iteration_seconds(config, seconds, processes)
     except NotCounted: return f'{each}; time of an iteration is not counted for this family'
     total = sum(parts.values())
+    hours = total * config.iterations / 3600
     phases = ', '.join(f'{k} {v:.3g}' for k, v in parts.items())
-    return f'an iteration takes {total:.3g} s ({phases}) at {each}; {config.iterations} iterations {total * config.iterations / 3600:.3g} h'
+    return f'an iteration takes {total:.3g} s ({phases}) at {each}; {config.iterations} iterations {hours:.3g} h'
 
 def schedule_text(
     config, # A `TrainConfig`
@@ -177,11 +195,15 @@ def run_text(
     config = replace(config, plan=fitting(method, config.plan))
     check_config(config)
     if args.processes < 1: raise ValueError(f"processes must be >= 1, got {args.processes}")
-    memory, seconds = memory_text(config, args.device_memory, args.processes if args.share else 1), entered_seconds(args, config)
-    prompts, devices = config.prompts_per_iteration, f'{args.processes} device' + 's' * (args.processes > 1)
+    share = args.processes if args.share else 1
+    memory = memory_text(config, args.device_memory, share)
+    seconds = entered_seconds(args, config)
+    prompts = config.prompts_per_iteration
+    devices = f'{args.processes} device' + 's' * (args.processes > 1)
     nfe = f'an iteration of {prompts} prompts on {devices} takes {iteration_nfe(config):,} velocities, those with gradient included'
-    missing = 'for seconds add --seconds-forward and --seconds-backward as measured on the device, or --probe on it'
-    return f'\n{memory}\n\n{nfe}\n' + (time_text(config, seconds, args.processes) if seconds else missing)
+    time = 'for seconds add --seconds-forward and --seconds-backward as measured on the device, or --probe on it'
+    if seconds: time = time_text(config, seconds, args.processes)
+    return f'\n{memory}\n\n{nfe}\n{time}'
 
 def asked_schedule(
     args, # Parsed arguments, a model among them
@@ -196,6 +218,23 @@ def plan_start(args)->dict:
     "Fields of the recipe and the scale that were named; later wins."
     return starting_point(args) if args.scale or args.recipe else {}
 
+def _asks_cost(args)->bool:
+    "Return whether an option on memory and time was given."
+    entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
+    if any(number is not None for number in entered): return True
+    asked = args.scale or args.recipe or args.probe or args.share or given(args, COST_OPTIONS)
+    return bool(asked) or args.processes != 1
+
+def _entered_plan(args)->dict:
+    "Settings of the plan; later wins: defaults, scale and recipe, options. Needs no trainer."
+    options = config_options()
+    settings = {name: options[name].default for name in PLAN_OPTIONS}
+    for name, value in plan_start(args).items():
+        if name in PLAN_OPTIONS: settings[name] = value
+    return settings | given(args, PLAN_OPTIONS)
+
+MERGING = {'tau', 'kernel', 'noise_level', 'merge_length', 'first_step', 'active_steps'} # settings of E-GRPO
+
 def run_plan(
     args, # Parsed arguments
 ):
@@ -204,26 +243,22 @@ def run_plan(
     from egrpo.methods.registry import check_plan, make_plan, method_settings
     check_picture(args.picture, '--picture')
     if args.iteration < 0: raise ValueError(f"iteration must be >= 0, got {args.iteration}: the first is 0")
-    entered = args.device_memory, args.seconds_forward, args.seconds_backward, args.seconds_image
-    asked = args.scale or args.recipe or args.probe or args.share or args.processes != 1
-    costs = asked or any(n is not None for n in entered) or given(args, COST_OPTIONS)
-    cost = run_text(args) if costs else '' # may take a moment, or be refused: before anything is printed
-    scale = {k: v for k, v in plan_start(args).items() if k in PLAN_OPTIONS}
-    settings = {name: config_options()[name].default for name in PLAN_OPTIONS} | scale | given(args, PLAN_OPTIONS) # needs no trainer
+    cost = run_text(args) if _asks_cost(args) else '' # may take a moment, or be refused: before anything is printed
+    settings = _entered_plan(args)
     schedule = ''
     if settings['shift'] is None:
         settings['shift'] = 3. # the miniature's
         if hasattr(args, 'model'): settings['shift'], schedule = asked_schedule(args, settings['num_steps'])
     method = settings.pop('method')
     check_plan(method, given_plan(args, settings['base']))
-    merging = {'tau', 'kernel', 'noise_level', 'merge_length', 'first_step', 'active_steps'} <= {*method_settings(method)} # E-GRPO's
-    if merging: say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
+    own = method_settings(method)
+    merges = MERGING <= own.keys()
+    if merges: say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
     plan = make_plan(method, args.iteration, **settings)
-    if not merging: say(draws_table(plan) if plan.forward else steps_table(plan))
+    if not merges: say(draws_table(plan) if plan.forward else steps_table(plan))
     say(fold(f'\n{describe(plan)}\n{plan_cost(plan)}'))
     if schedule: say(fold(f'schedule: {schedule}'))
-    chooses = 'steps' in method_settings(method)
-    if chooses: say(fold('the first steps stand for those that attention entropy will choose; its probes come on top'))
+    if 'steps' in own: say(fold('the first steps stand for those that attention entropy will choose; its probes come on top'))
     if cost: say(fold(cost))
     if args.picture: say('picture:', save_picture(plot_plan(plan).figure, args.picture))
 
@@ -238,18 +273,26 @@ def add_plan(
     group = parser.add_argument_group('memory and time, shown if one of these is given')
     add_own(group, Option('scale', 'str|None', None, 'Settings of a scale, smoke, mini, confirm, gpu or flux', 'NAME'))
     add_fields(group, COST_OPTIONS)
+    seconds = [Option(f'seconds_{name}', 'float|None', None, text) for name, text in SECONDS.items()]
     add_own(group, Option('processes', 'int', 1, 'Devices that share the prompts of an iteration'),
             Option('share', 'bool', False, 'They share the network, too: memory as with FSDP, traffic not in the seconds'),
             Option('device_memory', 'float|None', None, 'What a device has, in GiB: says whether the run fits'),
             Option('probe', 'bool', False, 'Load the model and measure what a latent takes'),
-            *(Option(f'seconds_{name}', 'float|None', None, text) for name, text in SECONDS.items()))
-    add_own(parser.add_argument_group('output'), Option('picture', 'str', None, 'Draw the plan as a timeline into this file', 'FILE'))
+            *seconds)
+    group = parser.add_argument_group('output')
+    add_own(group, Option('picture', 'str', None, 'Draw the plan as a timeline into this file', 'FILE'))
 
 # %% ../../nbs/cli/05_planning.ipynb #bbecd387
 COMMANDS['plan'] = Command(run_plan, add_plan, 'Show which steps explore, how they are merged to reach tau, and the cost of a rollout.',
                            'egrpo plan --tau 1.8 --picture plan.png')
 
 # %% ../../nbs/cli/05_planning.ipynb #e23228ea
+def _tried_row(micro_batch, seconds, size):
+    "Cells of a micro-batch that was tried."
+    forward = f'{1000 * seconds.forward:.4g}'
+    backward = f'{1000 * seconds.backward:.4g}'
+    return [str(micro_batch), forward, backward, f'{size / 2**20:,.0f}']
+
 def run_tune(
     args, # Parsed arguments
 ):
@@ -257,18 +300,22 @@ def run_tune(
     from egrpo.train.config import check_config
     from egrpo.train.cost import best_micro_batch, free_bytes, policy_of, tune
     from egrpo.train.prepare import prepare
-    config = TrainConfig(**(preset(args.scale) if args.scale else {}) | given(args, TUNE_OPTIONS + SUFFIX_OPTIONS))
+    scale = preset(args.scale) if args.scale else {}
+    config = TrainConfig(**scale | given(args, TUNE_OPTIONS + SUFFIX_OPTIONS))
     check_config(config)
-    prepared = prepare(replace(config, plan=dict(active_steps=config.num_steps // 2))) if args.suffix else None
+    half = dict(active_steps=config.num_steps // 2)
+    prepared = prepare(replace(config, plan=half)) if args.suffix else None
     if args.most < 1: raise ValueError(f"most must be >= 1, got {args.most}: the largest micro-batch to try")
     check_device(config.device)
     policy = policy_of(config)
     limit = free_bytes(policy.device) if args.limit is None else int(args.limit * 2**30)
     tried = tune(policy, limit, args.most)
-    rows = [[str(n), f'{1000 * s.forward:.4g}', f'{1000 * s.backward:.4g}', f'{b / 2**20:,.0f}'] for n, s, b in tried]
+    rows = [_tried_row(*one) for one in tried]
     say(table([['micro-batch', 'ms a latent', 'with gradient', 'MiB'], *rows]))
-    say(f'\nlargest that fits: {tried[-1][0]}; as fast as any: --micro-batch {best_micro_batch(tried)}')
-    policy.micro_batch = best_micro_batch(tried)
+    largest, *_ = tried[-1]
+    best = best_micro_batch(tried)
+    say(f'\nlargest that fits: {largest}; as fast as any: --micro-batch {best}')
+    policy.micro_batch = best
     if prepared: say(suffix_text(policy, prepared, args.probe_prompts, args.agreement))
 
 SUFFIX_OPTIONS = 'num_steps prompts reward'.split()
@@ -283,11 +330,12 @@ def suffix_text(
     from egrpo.paper.suffix import best_suffix, try_suffixes
     if prompts < 1: raise ValueError(f"probe-prompts must be >= 1, got {prompts}: 8 give a first answer")
     tried = try_suffixes(policy, prepared.prompts[:prompts], prepared.reward, prepared.config.num_steps)
-    rows = [[o.solver, str(o.stride), f'{o.agreement:.3f}', f'{o.saved:.0%}'] for o in tried]
+    rows = [['solver', 'stride', 'agreement', 'saved']]
+    for o in tried: rows.append([o.solver, str(o.stride), f'{o.agreement:.3f}', f'{o.saved:.0%}'])
     best = best_suffix(tried, least)
     answer = f'none keeps {least:g}: leave solver and stride out'
     if best: answer = f'saves most and keeps {least:g}: --solver {best.solver} --stride {best.stride}'
-    return f"\n{table([['solver', 'stride', 'agreement', 'saved'], *rows])}\n\n{answer}"
+    return f'\n{table(rows)}\n\n{answer}'
 
 TUNE_OPTIONS = '''model lora_rank lora_targets lora_from resolution guidance call device dtype gradient_checkpointing compiled attention
 vae_tiling text_encoders embeddings'''.split()

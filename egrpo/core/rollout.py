@@ -93,7 +93,8 @@ def transition_mean(
 )->tuple: # (R,C,H,W) mean, (R,1,1,1) std
     "Mean and standard deviation of the plan's stochastic step, or forward draw, at every row."
     if plan.forward:
-        std = parents.new_full((len(parents), *[1] * (parents.ndim - 1)), FORWARD_STD)
+        ones = [1] * (parents.ndim - 1)
+        std = parents.new_full((len(parents), *ones), FORWARD_STD)
         return velocity.to(parents), std
     sigmas = plan.sigmas.to(parents.device)
     noise_level = plan.noise_level if level is None else level
@@ -164,7 +165,8 @@ class _Trace:
         none = torch.full_like(place, -1)
         before = none if before is None else before + row
         after = none if after is None else after + place
-        self.transitions.append((children, row + self.num_rows, logp, group, *fixed, *leaves, before, after))
+        sampled = children, row + self.num_rows, logp, group
+        self.transitions.append((*sampled, *fixed, *leaves, before, after))
         self.rows.append(rows)
         self.num_rows += len(rows[0])
 
@@ -181,11 +183,12 @@ def _sample(
     "Sample `children` of every node, and their log-prob."
     parents = walker.latents
     n, device = len(parents), parents.device
-    start = torch.full((n,), step.start, device=device)
-    end = torch.full((n,), step.end, device=device)
-    prompt = torch.full((n,), walker.prompt, device=device)
+    def filled(value): return torch.full((n,), value, device=device)
+    start = filled(step.start)
+    end = filled(step.end)
+    prompt = filled(walker.prompt)
     row = torch.arange(n, device=device).repeat_interleave(step.children)
-    level = torch.full((n,), plan.level(step), device=device)
+    level = filled(plan.level(step))
     own = level if own_levels else None
     mean, std = transition_mean(velocity, parents, start, end, plan, own)
     eps = [noise(walker.prompt, b, step.start, c) for c in range(len(row))]
@@ -200,7 +203,8 @@ def _probe(walker, velocity, plan, b, first, trace):
         sigma = plan.sigmas[walker.k].item()
         trace.probes[first] = ode_step(velocity, walker.latents, sigma, 0.), walker.prompt
         return []
-    alone = replace(walker, branches=[b], stage=len(plan.branches[b].steps), stride=plan.strides[0], probe=first)
+    stage = len(plan.branches[b].steps)
+    alone = replace(walker, branches=[b], stage=stage, stride=plan.strides[0], probe=first)
     return _after_ode(_ode(alone, velocity, plan), plan, trace)
 
 def _split(
@@ -215,13 +219,16 @@ def _split(
     branch = plan.branches[b]
     step = branch.steps[walker.stage]
     rows, samples = _sample(walker, velocity, plan, b, step, noise, trace.own_levels)
-    children = samples[0]
+    children, *_ = samples
+    p = walker.prompt
     stage = walker.stage + 1
-    probes = [trace.first_probe.get((walker.prompt, b, i)) for i in (walker.stage, stage)]
-    trace.add(rows, samples, step, trace.first_leaf[walker.prompt, b], branch.leaves // len(children), probes)
-    strides = plan.strides if stage == len(branch.steps) else (1,)
-    ahead = [_Walker(walker.prompt, [b], children, step.end, stage, stride) for stride in strides]
-    if probes[0] is not None: ahead += _probe(walker, velocity, plan, b, probes[0], trace)
+    before, after = [trace.first_probe.get((p, b, i)) for i in (walker.stage, stage)]
+    below = branch.leaves // len(children)
+    trace.add(rows, samples, step, trace.first_leaf[p, b], below, (before, after))
+    is_last = stage == len(branch.steps)
+    strides = plan.strides if is_last else (1,)
+    ahead = [_Walker(p, [b], children, step.end, stage, stride) for stride in strides]
+    if before is not None: ahead += _probe(walker, velocity, plan, b, before, trace)
     return ahead
 
 # %% ../../nbs/core/09_rollout.ipynb #d4bc77c6
@@ -257,10 +264,11 @@ def _ode(
     k = min(walker.k + walker.stride, plan.num_steps)
     start = plan.sigmas[walker.k].item()
     end = plan.sigmas[k].item()
+    length = start - end
     mean = velocity
-    if walker.past: mean = ab2_velocity(velocity, start - end, *walker.past)
+    if walker.past: mean = ab2_velocity(velocity, length, *walker.past)
     latents = ode_step(mean, walker.latents, start, end)
-    past = (velocity, start - end) if _solves_twice(walker, plan) else ()
+    past = (velocity, length) if _solves_twice(walker, plan) else ()
     return replace(walker, latents=latents, k=k, past=past)
 
 def _advance(
@@ -282,9 +290,10 @@ def _advance(
 def _after_ode(walker, plan, trace):
     "Return a walker that goes on, or note where it has arrived."
     if walker.k < plan.num_steps: return [walker]
-    if walker.probe is not None: trace.probes[walker.probe] = walker.latents, walker.prompt
-    else:
-        for b in walker.branches: trace.leaves[walker.stride, walker.prompt, b] = walker.latents
+    p = walker.prompt
+    if walker.probe is None:
+        for b in walker.branches: trace.leaves[walker.stride, p, b] = walker.latents
+    else: trace.probes[walker.probe] = walker.latents, p
     return []
 
 # %% ../../nbs/core/09_rollout.ipynb #97619ff0
@@ -297,13 +306,21 @@ def _check_plans(
     "One plan per prompt; they may differ in their branches only."
     plans = [plans] * n if isinstance(plans, Plan) else list(plans)
     if len(plans) != n: raise ValueError(f"plans must be one Plan or one for each of the {n} prompts, got {len(plans)}")
-    def shared(p): return [p.sigmas.tolist(), *(getattr(p, name) for name in _FRAME)]
+    def shared(plan):
+        "Everything that all plans must have in common."
+        fields = [getattr(plan, name) for name in _FRAME]
+        return [plan.sigmas.tolist(), *fields]
     frame = shared(plans[0])
     if all(shared(p) == frame for p in plans): return plans
     names = ', '.join(['sigmas', *_FRAME])
     raise ValueError(f"plans of one rollout must have the same {names}: make several")
 
 # %% ../../nbs/core/09_rollout.ipynb #e794a4ea
+def _owners(sizes, device):
+    "(N,) the number of the piece that each row is of, where the pieces have these sizes."
+    pieces = torch.arange(len(sizes))
+    return pieces.repeat_interleave(torch.tensor(sizes)).to(device)
+
 def _velocities(
     policy, # A policy
     cond, # Conditions, a row per prompt
@@ -312,16 +329,27 @@ def _velocities(
 )->tuple: # (N,C,H,W) velocities of each walker
     "One batch for all walkers, whatever their prompt and noise level."
     sizes = [len(w.latents) for w in walkers]
-    which = torch.arange(len(walkers)).repeat_interleave(torch.tensor(sizes)).to(policy.device)
-    k = torch.tensor([w.k for w in walkers], device=policy.device)
-    prompt = torch.tensor([w.prompt for w in walkers], device=policy.device)
+    owner = _owners(sizes, policy.device)
+    k = torch.tensor([w.k for w in walkers], device=policy.device)[owner]
+    prompt = torch.tensor([w.prompt for w in walkers], device=policy.device)[owner]
     latents = torch.cat([w.latents for w in walkers])
-    return policy.velocity(latents, sigmas[k[which]], cond[prompt[which]]).split(sizes)
+    velocity = policy.velocity(latents, sigmas[k], cond[prompt])
+    return velocity.split(sizes)
 
 # %% ../../nbs/core/09_rollout.ipynb #dc3e6737
 def _columns(pieces, *empty):
     "Join pieces of a table, column by column; without pieces the columns are empty."
     return [torch.cat(column) for column in zip(*pieces)] or empty
+
+def _images(plan, trace):
+    "Clean latents and their prompt, piece by piece: all leaves for each stride, then the probes."
+    pieces = []
+    for stride in plan.strides:
+        for p, b in trace.first_leaf:
+            shared = trace.leaves.get((1, p, b)) # of a branch without stochastic steps
+            pieces.append((trace.leaves.get((stride, p, b), shared), p))
+    for first in sorted(trace.probes): pieces.append(trace.probes[first])
+    return pieces
 
 def _collect(
     plan:Plan, # Any of the prompts' plans
@@ -329,25 +357,19 @@ def _collect(
     policy, # Gives device and latent shape
 )->Rollout: # The rollout
     "Join what a rollout noted to flat tensors."
-    latents, prompts = [], []
-    probes = [trace.probes[first] for first in sorted(trace.probes)]
-    for stride in plan.strides:
-        for p, b in trace.first_leaf:
-            found = trace.leaves.get((stride, p, b), trace.leaves.get((1, p, b)))
-            latents.append(found)
-            prompts += [p] * len(found)
-    for found, p in probes:
-        latents.append(found)
-        prompts += [p] * len(found)
-    latents = torch.cat(latents)
+    pieces = _images(plan, trace)
+    latents = torch.cat([found for found, _ in pieces])
+    prompts = []
+    for found, p in pieces: prompts += [p] * len(found)
     empty = latents.new_zeros(0, *policy.latent_shape)
     none = torch.zeros(0, dtype=torch.long, device=policy.device)
     real = none.float()
     *rows, level = _columns(trace.rows, empty, empty, none, none, none, real)
+    if not trace.own_levels: level = None
     transitions = _columns(trace.transitions, empty, none, real, none, real, real, real, *[none] * 4)
     prompts = torch.tensor(prompts, device=policy.device)
-    num_probes = sum(len(found) for found, _ in probes)
-    return Rollout(plan, *rows, level if trace.own_levels else None, *transitions, latents, prompts, num_probes)
+    num_probes = sum(len(found) for found, _ in trace.probes.values())
+    return Rollout(plan, *rows, level, *transitions, latents, prompts, num_probes)
 
 # %% ../../nbs/core/09_rollout.ipynb #6b1e0004
 def _forward_rows(plan, p, leaves, noise):
@@ -368,25 +390,26 @@ def _draw_forward(
     "Noise all leaves again, and record each draw of a prompt as a group of transitions."
     pieces = []
     for p, plan in enumerate(plans):
-        leaves = torch.cat([trace.leaves[1, p, b] for b in range(len(plan.branches))])
+        branches = range(len(plan.branches))
+        leaves = torch.cat([trace.leaves[1, p, b] for b in branches])
         pieces += [(p, *row) for row in _forward_rows(plan, p, leaves, noise)]
-    sizes = [len(parents) for _, _, parents, _ in pieces]
-    which = torch.arange(len(pieces)).repeat_interleave(torch.tensor(sizes)).to(policy.device)
-    prompt = torch.tensor([p for p, *_ in pieces], device=policy.device)[which]
-    start = torch.tensor([k for _, k, *_ in pieces], device=policy.device)[which]
-    parents = torch.cat([latents for _, _, latents, _ in pieces])
-    targets = torch.cat([target for *_, target in pieces])
+    prompts, places, noised, differences = zip(*pieces)
+    sizes = [len(latents) for latents in noised]
+    owner = _owners(sizes, policy.device)
+    prompt = torch.tensor(prompts, device=policy.device)[owner]
+    start = torch.tensor(places, device=policy.device)[owner]
+    parents = torch.cat(noised)
+    targets = torch.cat(differences)
     sigmas = plans[0].start_sigmas.to(policy.device)
     velocity = policy.velocity(parents, sigmas[start], cond[prompt])
     row = torch.arange(len(parents), device=policy.device)
     logp, mean, _ = transition_log_prob(velocity, parents, targets, row, start, start, plans[0])
     level = torch.zeros_like(logp)
-    rows = [o.split(sizes) for o in (parents, mean, prompt, start, start, level)]
-    samples = [o.split(sizes) for o in (targets, logp)]
-    for i, (p, *_) in enumerate(pieces):
-        place = torch.arange(sizes[i], device=policy.device)
-        target, old = (o[i] for o in samples)
-        trace.add(tuple(o[i] for o in rows), (target, place, old), SDEStep(0), trace.first_leaf[p, 0], 1)
+    columns = [column.split(sizes) for column in (parents, mean, prompt, start, start, level)]
+    samples = zip(targets.split(sizes), logp.split(sizes))
+    for p, rows, (target, old) in zip(prompts, zip(*columns), samples):
+        place = torch.arange(len(target), device=policy.device)
+        trace.add(rows, (target, place, old), SDEStep(0), trace.first_leaf[p, 0], 1)
 
 # %% ../../nbs/core/09_rollout.ipynb #3fbbccff
 @torch.no_grad()
@@ -400,7 +423,8 @@ def rollout(
 )->Rollout: # The rollout
     "Roll out a plan for every prompt."
     plans = _check_plans(plans, len(cond))
-    if plans[0].forward and not getattr(policy, 'is_flow', True):
+    is_flow = getattr(policy, 'is_flow', True)
+    if plans[0].forward and not is_flow:
         raise ValueError("method trains forward draws, which need a flow model: take a method with stochastic steps")
     ids = range(len(cond)) if prompt_ids is None else prompt_ids
     def noise(p, *rest):
@@ -415,7 +439,8 @@ def rollout(
         for walker, velocity in zip(walkers, _velocities(policy, cond, sigmas, walkers)):
             ahead += _advance(walker, velocity, plans[walker.prompt], noise, trace)
         walkers = ahead
-        if progress: progress(sum(map(len, trace.leaves.values())))
+        arrived = sum(map(len, trace.leaves.values()))
+        if progress: progress(arrived)
     if plans[0].forward: _draw_forward(policy, cond, plans, noise, trace)
     return _collect(plans[0], trace, policy)
 

@@ -20,8 +20,11 @@ def _flash_weight(sigmas, k, noise_level, kernel='flash'):
     "Flash-GRPO's weight of a step, before it is divided by the mean."
     sigma = float(sigmas[k])
     length = sigma - float(sigmas[k + 1])
-    diffusion = float(step_std(sigmas[k], sigmas[k + 1], noise_level, kernel, sigmas[1])) / length**.5
-    return 1 / (length**.5 / diffusion + diffusion * length**.5 * (1 - sigma) / (2 * sigma))
+    root = length**.5
+    std = step_std(sigmas[k], sigmas[k + 1], noise_level, kernel, sigmas[1])
+    diffusion = float(std) / root
+    drift = diffusion * root * (1 - sigma) / (2 * sigma)
+    return 1 / (root / diffusion + drift)
 
 def flash_grpo(
     num_steps:int=20, # T, denoising steps, >= 2
@@ -41,8 +44,9 @@ def flash_grpo(
     sigmas = flow_sigmas(num_steps, shift)
     weights = [_flash_weight(sigmas, k, noise_level, kernel) for k in range(pool)]
     k = random_order(pool, seed, iteration, prompt)[0]
-    step = SDEStep(k, weight=weights[k] * pool / sum(weights))
-    return Plan(sigmas, (Branch((step,), noises=num_generations),), noise_level, kernel, (stride,), solver)
+    weight = weights[k] * pool / sum(weights)
+    branch = Branch((SDEStep(k, weight=weight),), noises=num_generations)
+    return Plan(sigmas, (branch,), noise_level, kernel, (stride,), solver)
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f0000a
 def flow_dppo(
@@ -63,7 +67,8 @@ def flow_dppo(
     if window > half: raise SettingError('window', f"must fit the first half, {half} of {num_steps} steps, got {window}")
     starts = sorted(random_order(half, seed, iteration)[:window])
     branch = Branch(chain(starts), noises=num_generations)
-    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), solver, 'dppo')
+    sigmas = flow_sigmas(num_steps, shift)
+    return Plan(sigmas, (branch,), noise_level, kernel, (stride,), solver, 'dppo')
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f0000d
 def dynamic_tree_rpo(
@@ -85,10 +90,16 @@ def dynamic_tree_rpo(
     depth = len(splits)
     check_counts(num_steps, depth, num_generations, name='num_generations')
     at_least('slide_every', slide_every, 1, '25 iterations are MixGRPO\'s')
-    first = iteration // slide_every % (num_steps - depth)
-    levels = [noise_level * (1 + growth * i / max(1, depth - 1)) for i in range(depth)]
-    steps = [SDEStep(first + i, 1, splits[i], noise_level=levels[i]) for i in range(depth)]
-    return Plan(flow_sigmas(num_steps, shift), (Branch(tuple(steps)),), noise_level, kernel, (stride,), solver)
+    windows = num_steps - depth
+    first = iteration // slide_every % windows
+    last = max(1, depth - 1)
+    steps = []
+    for i, children in enumerate(splits):
+        level = noise_level * (1 + growth * i / last)
+        steps.append(SDEStep(first + i, 1, children, noise_level=level))
+    branch = Branch(tuple(steps))
+    sigmas = flow_sigmas(num_steps, shift)
+    return Plan(sigmas, (branch,), noise_level, kernel, (stride,), solver)
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00010
 def _probed_chain(num_steps, num_generations):
@@ -114,7 +125,8 @@ def dense_grpo(
             raise SettingError('noise_levels', f"must be {n} numbers, one per stochastic step, got {len(noise_levels)}")
         steps = [replace(step, noise_level=level) for step, level in zip(branch.steps, noise_levels)]
         branch = replace(branch, steps=tuple(steps))
-    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), credit='gain', probe='ode')
+    sigmas = flow_sigmas(num_steps, shift)
+    return Plan(sigmas, (branch,), noise_level, kernel, (stride,), credit='gain', probe='ode')
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00013
 def stepwise_flow_grpo(
@@ -126,7 +138,8 @@ def stepwise_flow_grpo(
 )->Plan: # The plan of one prompt
     "Stepwise-Flow-GRPO (arXiv 2603.28718): chains in which every step is judged by its gain in the reward of the predicted image."
     branch = _probed_chain(num_steps, num_generations)
-    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, credit='gain')
+    sigmas = flow_sigmas(num_steps, shift)
+    return Plan(sigmas, (branch,), noise_level, kernel, credit='gain')
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00016
 def turningpoint_grpo(
@@ -139,4 +152,5 @@ def turningpoint_grpo(
 )->Plan: # The plan of one prompt
     "TurningPoint-GRPO (arXiv 2602.06422): dense credit, and at turning points the credit for all that follows."
     branch = _probed_chain(num_steps, num_generations)
-    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), credit='turning', probe='ode')
+    sigmas = flow_sigmas(num_steps, shift)
+    return Plan(sigmas, (branch,), noise_level, kernel, (stride,), credit='turning', probe='ode')

@@ -110,16 +110,21 @@ def held_out(
     "A stable split by hash: of the words after the prefix where two objects are combined, of the whole text elsewhere"
     key = text
     combined = parse_prompt(text).category in ('position', 'attribution')
-    if combined and any(p and text.startswith(p + ' ') for p in PREFIXES):
+    prefixed = any(p and text.startswith(p + ' ') for p in PREFIXES)
+    if combined and prefixed:
         key = ' '.join(text.split()[3:]) # every prefix has three words
     return blake2b(key.encode(), digest_size=8).digest()[0] % 10 == 0
 
 # %% ../../nbs/miniature/00_world.ipynb #9c15de66
+def _two(values, rng):
+    "Two different values"
+    i, j = rng.permutation(len(values))[:2]
+    return values[i], values[j]
+
 def _core(category, rng):
     "A random prompt of a category, without a prefix"
-    names = list(COLORS)
-    a, b = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
-    c, d = [names[i] for i in rng.permutation(len(names))[:2]]
+    a, b = _two(SHAPES, rng)
+    c, d = _two(list(COLORS), rng)
     def maybe(color): return color if rng.random() < .5 else None
     if category == 'single_object': return phrase(a)
     if category == 'colors': return phrase(a, c)
@@ -170,7 +175,8 @@ class Scene:
 def _draw_cells(spec, n, rng):
     "n distinct cells (column, row) of the 3x3 grid that stand as the relation says"
     while True:
-        cells = [divmod(int(i), 3)[::-1] for i in rng.permutation(9)[:n]]
+        order = rng.permutation(9).tolist()
+        cells = [(i % 3, i // 3) for i in order[:n]]
         if not spec.relation or relation_gap(spec.relation, *cells[:2]) > 0: return cells
 
 def relation_gap(
@@ -197,7 +203,8 @@ def sample_scene(
         wanted += [(shape, color)] * count
     def centre(cell): return (cell + .5) * 64 / 3 + rng.uniform(-1.5, 1.5)
     things = []
-    for (shape, color), (column, row) in zip(wanted, _draw_cells(spec, len(wanted), rng)):
+    cells = _draw_cells(spec, len(wanted), rng)
+    for (shape, color), (column, row) in zip(wanted, cells):
         things.append(Thing(shape, color, centre(column), centre(row), rng.uniform(6.5, 8.)))
     return Scene(things)
 
@@ -240,7 +247,9 @@ def _distance(shape, x, y, r):
 def _extent(centre, r, size):
     "Pixels that an object may cover in one direction, two or more to spare"
     scale = size / 64
-    return slice(max(0, int((centre - r - 2) * scale)), min(size, int((centre + r + 3) * scale)))
+    first = int((centre - r - 2) * scale)
+    end = int((centre + r + 3) * scale)
+    return slice(max(0, first), min(size, end))
 
 def draw(
     scene:Scene, # What to draw
@@ -302,13 +311,15 @@ def _segment(images):
     "Connected regions that differ from the ground: (labels (B,H,W) from 0, opacity (B,H,W), number of regions)"
     ground = images.new_tensor(BACKGROUND)[:, None, None]
     contrast = (images - ground).square().sum(1).sqrt().numpy()
-    labels, n = _label(contrast, MIN_AREA * (images.shape[-1] / 64) ** 2)
+    scale = images.shape[-1] / 64
+    labels, n = _label(contrast, MIN_AREA * scale**2)
     flat = labels.ravel()
     area = np.bincount(flat, minlength=n + 1)
     total = np.bincount(flat, contrast.ravel(), n + 1)
     full = (total / np.maximum(area, 1))[labels]
     opacity = np.minimum(contrast / np.maximum(full, 1e-6), 1)
-    return labels, np.where(labels > 0, opacity, 0).astype(np.float32), n
+    opacity = np.where(labels > 0, opacity, 0)
+    return labels, opacity.astype(np.float32), n
 
 # %% ../../nbs/miniature/00_world.ipynb #39702025
 WINDOW = 20 # side of the normalised crop that is compared with the templates
@@ -317,7 +328,8 @@ def _crops(masks, areas, cx, cy):
     "(N,WINDOW,WINDOW): each region's opacity, centred and scaled so that every shape has the same area"
     size = masks.shape[-1]
     shape = len(masks), WINDOW, WINDOW
-    line = 1.1 * areas.sqrt()[:, None] * torch.linspace(-1, 1, WINDOW)
+    reach = 1.1 * areas.sqrt()[:, None]
+    line = reach * torch.linspace(-1, 1, WINDOW)
     def place(centre): return (centre[:, None] + line) * 2 / size - 1
     x = place(cx)[:, None, :].expand(shape)
     y = place(cy)[:, :, None].expand(shape)
@@ -340,8 +352,9 @@ def _color_shares(pixels, region, n):
     "Share of each region's pixels (P,3) that are nearest to each colour (n,colors); 1 from nine tenths on"
     palette = np.array(list(COLORS.values()))
     distance = np.square(pixels[:, None] - palette).sum(-1)
-    pair = region * len(palette) + distance.argmin(1)
-    votes = np.bincount(pair, minlength=n * len(palette)).reshape(n, len(palette))
+    colors = len(palette)
+    pair = region * colors + distance.argmin(1)
+    votes = np.bincount(pair, minlength=n * colors).reshape(n, colors)
     counted = votes.sum(1, keepdims=True)
     shares = votes / np.maximum(counted, 1)
     return np.minimum(shares / .9, 1)
@@ -368,7 +381,8 @@ def _regions(images):
     core = alpha > .85
     pixels = images.numpy()[b[core], :, y[core], x[core]]
     colors = _color_shares(pixels, region[core], n)
-    return _Regions(image, standard(cx), standard(cy), standard(np.sqrt(area)), crops, colors)
+    places = standard(cx), standard(cy)
+    return _Regions(image, *places, standard(np.sqrt(area)), crops, colors)
 
 # %% ../../nbs/miniature/00_world.ipynb #6964b42f
 @lru_cache(maxsize=1)
@@ -416,7 +430,9 @@ def see_batch(
     overlap, scores = _shape_scores(regions.crops)
     scores[regions.size > MAX_SIZE] = 0
     seen = [[] for _ in images]
-    for i, image in enumerate(regions.image): seen[image].append(_found(regions, i, overlap[i], scores[i]))
+    for i, image in enumerate(regions.image):
+        found = _found(regions, i, overlap[i], scores[i])
+        seen[image].append(found)
     return seen
 
 def see(
@@ -454,8 +470,10 @@ def _position_score(relation, wanted, chosen):
     a, b = chosen[:2]
     if not (a and b): return 0.
     (first, _), (second, _) = wanted[:2]
-    kept = np.clip(.5 + _gap(relation, a, b) / (2 * MARGIN), 0, 1)
-    return float(kept * min(a.shapes[first], b.shapes[second]))
+    gap = _gap(relation, a, b)
+    kept = np.clip(.5 + gap / (2 * MARGIN), 0, 1)
+    clear = min(a.shapes[first], b.shapes[second])
+    return float(kept * clear)
 
 def _mean(values): return float(np.mean(values))
 
@@ -479,14 +497,17 @@ def _fault(wanted, found):
     shape, color = wanted
     if not found: return f'no {color} {shape}' if color else f'no {shape}'
     if found.shape != shape: return f'{found.shape} shape where a {shape} is wanted'
-    return f'{shape} is {found.color}, not {color}' if color and found.color != color else ''
+    if color in (None, found.color): return ''
+    return f'{shape} is {found.color}, not {color}'
 
 def _faults(spec, chosen, seen):
     "Words for all that is wrong; empty where nothing is"
     faults = list(filter(None, map(_fault, spec.wanted, chosen)))
     excess = len(seen) - len(chosen)
     if excess > 0: faults.append(f'{excess} too many')
-    if spec.relation and all(chosen) and _gap(spec.relation, *chosen[:2]) < MARGIN: faults.append(f'not {spec.relation}')
+    if not spec.relation or not all(chosen): return faults
+    gap = _gap(spec.relation, *chosen[:2])
+    if gap < MARGIN: faults.append(f'not {spec.relation}')
     return faults
 
 # %% ../../nbs/miniature/00_world.ipynb #8ca96fdf
@@ -498,7 +519,8 @@ def _judge(seen, prompt):
     faults = _faults(spec, chosen, seen)
     saw = ', '.join(f'{f.color} {f.shape}' for f in seen) or 'nothing'
     explanation = f"saw {saw}: {'; '.join(faults) or 'all right'}"
-    return Verdict(sum(parts.values()) / len(parts), not faults, seen, explanation, parts)
+    graded = sum(parts.values()) / len(parts)
+    return Verdict(graded, not faults, seen, explanation, parts)
 
 # %% ../../nbs/miniature/00_world.ipynb #2d6cf1b2
 def by_category(
@@ -507,8 +529,9 @@ def by_category(
     "Places of prompts by their category"
     try: kinds = [parse_prompt(p).category for p in prompts]
     except ValueError: return {}
-    places = {c: [i for i, kind in enumerate(kinds) if kind == c] for c in CATEGORIES}
-    return {c: found for c, found in places.items() if found}
+    places = {category: [] for category in CATEGORIES}
+    for i, kind in enumerate(kinds): places[kind].append(i)
+    return {category: found for category, found in places.items() if found}
 
 def verify_batch(
     images:Tensor, # (B,3,H,W) in 0..1

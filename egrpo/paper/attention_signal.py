@@ -85,7 +85,8 @@ def policy_gradient(
     for chunk in rows.split(policy.micro_batch):
         with torch.enable_grad(): loss, _, index, _ = rows_loss(policy, cond, out, chunk, advantages, config)
         loss.backward()
-        total += float(loss_weights(out, config)[index].sum())
+        weights = loss_weights(out, config)[index]
+        total += float(weights.sum())
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     gradient = torch.cat([part.flatten() for part in parts])
     for p in parameters: p.grad = None
@@ -105,7 +106,8 @@ def half_scores(
     if samples < 2 or samples % 2: raise ValueError(f"samples must be even and >= 2, got {samples}: they are split into halves")
     each = repeat_each(prompts, samples)
     images = sample_images(policy, each, num_steps, shift, seed=seed)
-    return reward.total(images, each).view(len(prompts), 2, -1).mean(-1)
+    halves = reward.total(images, each).view(len(prompts), 2, -1)
+    return halves.mean(-1)
 
 def group_signals(
     trainer:Trainer, # A trainer: policy, reward, method and configuration
@@ -120,9 +122,11 @@ def group_signals(
     for i, prompt in enumerate(prompts):
         cond = policy.encode([prompt])
         out = rollout(policy, cond, plan, *address, prompt_ids=[i])
-        rewards = trainer.reward(policy.decode(out.latents), [prompt] * len(out.latents))
+        images = policy.decode(out.latents)
+        rewards = trainer.reward(images, [prompt] * len(images))
         advantages, _ = trainer.advantages(out, rewards)
-        gradient = policy_gradient(policy, cond, prune(out, advantages), advantages, trainer.config)
+        trained = prune(out, advantages)
+        gradient = policy_gradient(policy, cond, trained, advantages, trainer.config)
         total = trainer.reward.weigh(rewards)[:out.num_leaves]
         variance.append(float(total.double().var()))
         length.append(float(gradient.norm()))
@@ -181,6 +185,8 @@ def _state(
     return signals | group | dict(blocks=profiles.mean(0), profiles=mean)
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #9bb76dab
+def _stacked(states, name): return torch.stack([state[name] for state in states])
+
 def watch(
     config:TrainConfig, # The run; its prompts, evaluation and folder are not used
     prompts:list, # P different prompts, trained and measured
@@ -204,8 +210,9 @@ def watch(
         reward.append(metrics['reward/LastScores'])
         if trainer.iteration in checkpoints: states.append(_state(trainer, noted, reference, samples))
     seen = dict(reward=reward, nfe=trainer.policy.nfe)
-    for name in SIGNALS: seen[name] = torch.stack([state[name] for state in states[1:]])
-    for name in states[0]: seen[name] = torch.stack([state[name] for state in states])
+    before, *later = states
+    for name in SIGNALS: seen[name] = _stacked(later, name)
+    for name in before: seen[name] = _stacked(states, name)
     return seen
 
 # %% ../../nbs/paper/07_attention_signal.ipynb #3d314985
@@ -227,7 +234,9 @@ def _peak_counts(
     middle = entropy[:, 1:-1]
     higher = (middle > entropy[:, :-2]) & (middle > entropy[:, 2:])
     maxima = [0., *higher.mean(0).tolist()]
-    chosen = step_mask([entropy_peaks(profile, list(range(n)), top) for profile in profiles], n)
+    steps = list(range(n))
+    peaks = [entropy_peaks(profile, steps, top) for profile in profiles]
+    chosen = step_mask(peaks, n)
     return dict(maxima=maxima, chosen=chosen.mean(0).tolist())
 
 def attention_profile_data(
@@ -238,7 +247,8 @@ def attention_profile_data(
     profiles, names = block_profiles(policy, prompts)
     mean = profiles.mean(-1)
     blocks = [column_intervals(block) for block in profiles.permute(2, 0, 1)]
-    data = dict(prompts=len(prompts), nfe=policy.nfe, names=names, profile=column_intervals(mean), blocks=blocks)
+    data = dict(prompts=len(prompts), nfe=policy.nfe, names=names)
+    data |= dict(profile=column_intervals(mean), blocks=blocks)
     data |= dict(between_prompts=rounded(mean.std(0), 5), profiles=rounded(mean, 4))
     return data | _peak_counts(mean)
 
@@ -252,8 +262,10 @@ def _futures(
     "Values to be predicted, of each prompt after each checkpoint but the last."
     score = seen['score']
     now = score[:, :-1]
-    return {'gain to the next': score[:, 1:] - now, 'gain to the last': score[:, -1:] - now,
-            'gradient norm': seen['gradient'][:, :-1], 'reward variance': seen['variance'][:, :-1]}
+    values = {'gain to the next': score[:, 1:] - now, 'gain to the last': score[:, -1:] - now}
+    values['gradient norm'] = seen['gradient'][:, :-1]
+    values['reward variance'] = seen['variance'][:, :-1]
+    return values
 
 def _ceilings(
     seen:dict, # Signal -> (S,C,P)
@@ -262,16 +274,19 @@ def _ceilings(
     half_a = _futures(seen | dict(score=seen['before']))
     half_b = _futures(seen)
     gains = 'gain to the next', 'gain to the last'
-    return {name: draws_interval(correlation_draws(half_a[name], half_b[name])) for name in gains}
+    ceilings = {}
+    for name in gains: ceilings[name] = draws_interval(correlation_draws(half_a[name], half_b[name]))
+    return ceilings
 
 def _predictions(
     seen:dict, # Signal -> (S,C,P)
 )->dict: # correlation: value -> predictor -> interval; over_rivals: value -> rival -> interval of the lead
     "Rank correlation of each signal with each value, and ΔEntropy's lead."
+    own, *rivals = PREDICTORS
+    now = {name: seen[name][:, :-1] for name in PREDICTORS}
     correlation, over_rivals = {}, {}
     for value, future in _futures(seen).items():
-        draws = {name: correlation_draws(seen[name][:, :-1], future) for name in PREDICTORS}
-        own, *rivals = PREDICTORS
+        draws = {name: correlation_draws(signal, future) for name, signal in now.items()}
         correlation[value] = {name: draws_interval(drawn) for name, drawn in draws.items()}
         over_rivals[value] = {rival: draws_interval(draws[own] - draws[rival]) for rival in rivals}
     return dict(correlation=correlation, over_rivals=over_rivals)
@@ -299,14 +314,16 @@ def learning_value_data(
     distinct = dict.fromkeys(load_prompts('shapes', 'train', 2 * number))
     prompts = list(distinct)[:number]
     runs = _watched_runs(size, prompts)
-    def stacked(name): return np.stack([np.asarray(run[name], dtype=float) for run in runs])
+    def stacked(name): return np.array([np.asarray(run[name]) for run in runs], dtype=float)
     seen = {name: stacked(name) for name in SIGNALS}
     score = seen['score']
-    data = dict(size, seeds=list(range(size['seeds'])), watched=prompts, nfe=sum(run['nfe'] for run in runs))
-    data |= dict(settings=LEARNING, blocks=rounded(stacked('blocks'), 4), profiles=rounded(stacked('profiles'), 4))
+    nfe = sum(run['nfe'] for run in runs)
+    data = dict(size, seeds=list(range(size['seeds'])), watched=prompts, nfe=nfe, settings=LEARNING)
+    for name in ('blocks', 'profiles'): data[name] = rounded(stacked(name), 4)
     data['signals'] = {name: rounded(values) for name, values in seen.items()}
     data['reward'] = [rounded(run['reward'], 4) for run in runs]
     data |= _predictions(seen)
     data['ceiling'] = _ceilings(seen)
-    data['rise'] = bootstrap_interval(score[:, -1] - score[:, 0])
+    rise = score[:, -1] - score[:, 0]
+    data['rise'] = bootstrap_interval(rise)
     return data

@@ -53,13 +53,17 @@ def _pack(
         for name, scores in packed.items(): scores[str(iteration)] = _whole_numbers(rows[name])
     return packed
 
+def _arrays(
+    kept:dict, # iteration -> a score per prompt, in thousandths
+)->dict: # The same; iterations as numbers, scores as (P,) arrays
+    "Scores of one reward as arrays."
+    return {int(iteration): np.array(values) / 1000 for iteration, values in kept.items()}
+
 def _unpack(
     cell:dict, # What a cell's file holds
 )->dict: # The same; its scores: reward -> iteration -> (P,) array
     "Scores as arrays."
-    scores = {}
-    for name, kept in cell['scores'].items():
-        scores[name] = {int(iteration): np.array(values) / 1000 for iteration, values in kept.items()}
+    scores = {name: _arrays(kept) for name, kept in cell['scores'].items()}
     return cell | dict(scores=scores)
 
 # %% ../../nbs/paper/13_cells.ipynb #e5a438c3
@@ -76,13 +80,14 @@ def _costs(
         reward.append(round(weighted_sum(scores, weights), 4))
     train = sum(m['seconds_rollout'] + m['seconds_update'] for m in metrics)
     ratio_error = max(m['ratio_error'] for m in metrics)
-    costs = dict(nfe=sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics))
-    costs |= dict(seconds=round(busy, 1), train_seconds=round(train * busy / wall, 1))
+    nfe = sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics)
+    costs = dict(nfe=nfe, seconds=round(busy, 1), train_seconds=round(train * busy / wall, 1))
     costs |= dict(ratio_error=float(f'{ratio_error:.3g}'), reward=reward)
     probes = [m for m in metrics if 'nfe_probe' in m]
     if probes:
-        seconds = sum(m['seconds_probe'] for m in probes)
-        costs['probe'] = dict(nfe=round(sum(m['nfe_probe'] for m in probes), 1), seconds=round(seconds * (busy / wall), 1))
+        nfe = sum(m['nfe_probe'] for m in probes)
+        seconds = sum(m['seconds_probe'] for m in probes) * (busy / wall)
+        costs['probe'] = dict(nfe=round(nfe, 1), seconds=round(seconds, 1))
     return costs
 
 # %% ../../nbs/paper/13_cells.ipynb #731386ed
@@ -127,7 +132,9 @@ def _kept_places(
 )->dict: # fixed, hacked: places of evaluation prompts
     "Choose the evaluation prompts whose images are kept."
     prompts = trainer.eval_prompts
-    if 'verifier' not in frame: return dict(fixed=list(range(len(prompts)))[:12], hacked=[])
+    if 'verifier' not in frame:
+        first = range(min(12, len(prompts)))
+        return dict(fixed=list(first), hacked=[])
     before = frame[frame.iteration == frame.iteration.min()]
     after = frame[frame.iteration == frame.iteration.max()]
     names = list(trainer.reward.weights)
@@ -187,12 +194,14 @@ def run_cell(
         where = dict(out=str(folder), checkpoint_every=every, samples=0, resume=resume)
         plan = fitting(config.method, config.plan)
         trainer = Trainer(replace(config, plan=plan, **where))
-        if len(set(gather_object([cell_key(config)]))) > 1:
+        cells = gather_object([cell_key(config)])
+        if len(set(cells)) > 1:
             raise ValueError("the processes were about to run different cells: another command fills this store, let it end first")
         frame = trainer.fit()
         if trainer.iteration < config.iterations and not trainer.spent(): raise KeyboardInterrupt
         due = frame.iteration.map(lambda i: evaluation_is_due(config, i))
-        frame = frame[due | (frame.iteration == frame.iteration.max())] # without those of an interruption
+        is_last = frame.iteration == frame.iteration.max()
+        frame = frame[due | is_last] # without those of an interruption
         wall = time.perf_counter() - began
         device = trainer.policy.device
         busy = time.process_time() - computing if device.type == 'cpu' else wall
@@ -201,7 +210,8 @@ def run_cell(
         log = (folder/'metrics.jsonl').read_text(encoding='utf-8')
         metrics = [json.loads(line) for line in log.splitlines()]
     costs = _costs(metrics, wall, busy, trainer.reward.weights)
-    return dict(config=result_settings(config), **_made_by(config, device), scores=_pack(frame), **costs, **images)
+    made = _made_by(config, device)
+    return dict(config=result_settings(config), **made, scores=_pack(frame), **costs, **images)
 
 # %% ../../nbs/paper/13_cells.ipynb #abd1c9da
 def store_dir()->Path: # The folder of finished cells

@@ -7,6 +7,7 @@ __all__ = ['CLAIMS']
 
 # %% ../../nbs/paper/23_claims.ipynb #98ab00bc
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,7 +171,8 @@ def quoted(
     (_, best), *others = PAPER[record].items()
     shown = []
     for setting, scores in others:
-        if over is None or setting in over: shown.append(f'{_short(scores[place])} ({_name(setting)})')
+        if over is not None and setting not in over: continue
+        shown.append(f'{_short(scores[place])} ({_name(setting)})')
     return f"{_short(best[place])}; {', '.join(shown)}"
 
 ROUNDED = .001 # the last digit of the paper's numbers
@@ -183,7 +185,8 @@ def scaled(
     "The paper's differences, scaled to our gain; none where the paper's own gain is lost in rounding."
     if record not in PAPER: return {}
     best = data['best']
-    gain, _, _ = data['settings'][best][rewards_of(data)[place]]['gain']
+    reward = rewards_of(data)[place]
+    gain, _, _ = data['settings'][best][reward]['gain']
     scores = {setting: scores[place] for setting, scores in PAPER[record].items()}
     top = scores.pop(best)
     paper_gain = top - PAPER_BEFORE[place]
@@ -229,7 +232,8 @@ def _p_value(
     "p-value of a verdict, corrected over the rivals."
     above, below = zip(*map(_tails, leads))
     if word == 'holds': return float(2 * max(above))
-    if word == 'does not hold': return float(min(1., 2 * len(below) * min(below)))
+    corrected = 2 * len(below) * min(below)
+    if word == 'does not hold': return float(min(1., corrected))
     return None
 
 def _interval(lead)->tuple: return lead.interval() if isinstance(lead, Estimate) else tuple(lead)
@@ -244,13 +248,15 @@ def _by_intervals(
     if not leads or few_seeds: return Finding(seen, 'open', seeds=seeds or 0)
     intervals = {rival: _interval(lead) for rival, lead in leads.items()}
     word = verdict(*intervals.values())
-    if word == 'does not hold' and _p_value(word, list(intervals.values())) >= .05: word = 'open' # among several
+    among_all = _p_value(word, list(intervals.values()))
+    if word == 'does not hold' and among_all >= .05: word = 'open' # one of several may be below by chance
     def against(rival):
         "Order by a high end below 0, then by the low end."
         _, low, high = intervals[rival]
         return min(high, 0), low
     rival = min(intervals, key=against)
-    return Finding(seen, word, _p_value(word, list(leads.values())), rival, intervals[rival], seeds=seeds)
+    p = _p_value(word, list(leads.values()))
+    return Finding(seen, word, p, rival, intervals[rival], seeds=seeds)
 
 def _estimates(
     known:dict, # setting -> reward -> fields of an `Estimate`
@@ -309,7 +315,8 @@ def best(
             equal = _by_margin(same, margin, seeds, paper)
             equal = replace(equal, seen=_lead_text(own, equal))
         score = show_interval(data['settings'][own][reward]['after'])
-        return replace(end, seen=f'{_name(own)} {score}; {_lead_text(own, end)}', equal=equal)
+        seen = f'{_name(own)} {score}; {_lead_text(own, end)}'
+        return replace(end, seen=seen, equal=equal)
     return find
 
 def moves(
@@ -325,7 +332,8 @@ def moves(
         gains = _estimates(data['comparisons']['gain'], reward, settings)
         if not gains: return NOTHING
         claimed = gains if up else {setting: -gain for setting, gain in gains.items()}
-        found = _by_margin(claimed, margins_of(record)[reward], seeds_of(data, settings), {})
+        margin = margins_of(record)[reward]
+        found = _by_margin(claimed, margin, seeds_of(data, settings), {})
         shown = show_interval(gains[found.rival].interval(), '+')
         return replace(found, seen=f"{_name(found.rival)} {shown}")
     return find
@@ -341,15 +349,17 @@ def training_best(
             "At one kind of equality, unless a setting is missing."
             rises = data['comparisons'].get(kind, {})
             leads = {setting: Estimate(**rises[setting]) for setting in rises if setting in over}
-            found = _by_intervals('', leads, seeds_of(data, (own, *over))) if leads else NOTHING
+            if not leads: return NOTHING, 0
+            found = _by_intervals('', leads, seeds_of(data, (own, *over)))
             if found.rival: found = replace(found, seen=_lead_text(own, found))
             return found, len(leads)
         found, rivals = judge_rise('rise')
         equal, shared = judge_rise('rise_equal')
         if not rivals: return NOTHING
+        if shared != rivals: equal = None
         rise = f"{_name(own)} rises by {show_interval(data['training_rise'][own], '+')}"
         if not data['minus_base']: rise += ' (the base model is not subtracted)'
-        return replace(found, seen=f'{rise}; {found.seen}', equal=equal if shared == rivals else None)
+        return replace(found, seen=f'{rise}; {found.seen}', equal=equal)
     return find
 
 # %% ../../nbs/paper/23_claims.ipynb #d92846b4
@@ -362,8 +372,14 @@ def explores(
     def find(data):
         "Ratio of variances; judged is its logarithm."
         pair = data['contrasts']['clip'][name]
-        return _by_intervals(f"{name}: {_ratio_text(pair['ratio'])}", {name: Estimate(**pair['log_ratio'])})
+        log_ratio = Estimate(**pair['log_ratio'])
+        return _by_intervals(f"{name}: {_ratio_text(pair['ratio'])}", {name: log_ratio})
     return find
+
+def _below(level:float, interval:tuple)->tuple:
+    "Distance of an interval below a level."
+    mean, low, high = interval
+    return level - mean, level - high, level - low
 
 def ambiguous(
     data:dict, # Data of the record of Fig. 3
@@ -372,9 +388,10 @@ def ambiguous(
     shown, short = [], {}
     for chain, credit in data['credit']['preference'].items():
         if chain == 'DanceGRPO': continue
-        mean, low, high = credit['reliability']['all']
-        shown.append(f"{chain} {show_interval(credit['flips']['all'])}, {mean:+.2f}")
-        if chain != '1 step': short[chain] = .5 - mean, .5 - high, .5 - low
+        reliability = credit['reliability']['all']
+        flips = show_interval(credit['flips']['all'])
+        shown.append(f'{chain} {flips}, {reliability[0]:+.2f}')
+        if chain != '1 step': short[chain] = _below(.5, reliability)
     return _by_intervals(f"signs that flip, reliability: {'; '.join(shown)}", short)
 
 def _closed_form(seen:str, holds:bool)->Finding: return Finding(seen, 'holds' if holds else 'does not hold')
@@ -392,8 +409,9 @@ def merging_raises(
 )->Finding: # Of a closed form
     "Merging raises the entropy of every step."
     one, two, four = [np.array(data['entropy'][length]) for length in '124']
-    ratios = [two / one[:len(two)], four / two[:len(four)]]
-    gains = np.concatenate(ratios) - 1
+    to_two = two / one[:len(two)]
+    to_four = four / two[:len(four)]
+    gains = np.concatenate([to_two, to_four]) - 1
     least, most = gains.min(), gains.max()
     return _closed_form(f'by {least:.0%} to {most:.0%} for twice the length', least > 0)
 
@@ -402,12 +420,13 @@ def hacked(
 )->Finding: # On the share that is not real
     "Of what training on a learned reward alone gains in it, a part comes without a gain in truth."
     found = data['settings']['egrpo']
-    if found['real_share'] is None: return replace(NOTHING, seen='no gain')
-    seen = f"{show_interval(found['real_share'])} of the gain is real; "
+    real = found['real_share']
+    if real is None: return replace(NOTHING, seen='no gain')
+    seen = f'{show_interval(real)} of the gain is real; '
     seen += f"{show_interval(found['hacked'])} of the samples gain in it and get worse, "
     seen += f"{show_interval(found['beyond_chance'], '+')} beyond chance"
-    mean, low, high = found['real_share']
-    return _by_intervals(seen, dict(unreal=(1 - mean, 1 - high, 1 - low)), len(data['seeds_finished']['egrpo']))
+    seeds = len(data['seeds_finished']['egrpo'])
+    return _by_intervals(seen, dict(unreal=_below(1, real)), seeds)
 
 def predicts(
     data:dict, # Data of the record of learning values
@@ -426,8 +445,10 @@ def pays(
         return '{:+.5f} [{:+.5f}, {:+.5f}]'.format(*interval)
     def find(data):
         "The lead of the peaks under each kernel."
-        kernels = data['kernels']
-        leads = {name: Estimate(**kernels[name]['statistics'][value]['lead']) for name in ('dance', 'flow')}
+        leads = {}
+        for name in ('dance', 'flow'):
+            statistics = data['kernels'][name]['statistics']
+            leads[name] = Estimate(**statistics[value]['lead'])
         shown = [f'{name}: {text(lead.interval())}' for name, lead in leads.items()]
         return _by_intervals(f"peaks against other steps, kernel {'; '.join(shown)}", leads)
     return find
@@ -470,8 +491,7 @@ def overhead(
         if setting not in shares: return NOTHING
         own_first = sorted(shares, key=lambda name: name != setting)
         shown = ['{} {:+.1%} [{:+.1%}, {:+.1%}]'.format(name, *shares[name]) for name in own_first]
-        mean, low, high = shares[setting]
-        below = at_most - mean, at_most - high, at_most - low
+        below = _below(at_most, shares[setting])
         seeds = seeds_of(data, (setting, data['base']), paired=True)
         return _by_intervals('; '.join(shown), {setting: below}, seeds)
     return find
@@ -499,15 +519,16 @@ def _best_claim(
     registered:bool=False, # Is it among the registered ones?
 )->Claim: # With the paper's numbers
     "A claim that a setting has the best score."
-    return Claim(where, text, quoted(record, place, over), record, best(place, over, record), registered=registered)
+    paper = quoted(record, place, over)
+    return Claim(where, text, paper, record, best(place, over, record), registered=registered)
 
 def _weights_claim(
     text:str, # What is gained
     place:int, # Which score
 )->Claim: # On the weights of E-GRPO's steps
     "Claim that steps weighted by std/Δ gain more than plain ones."
-    return Claim('Ours', f'E-GRPO with steps weighted by std/Δ gains {text}', 'not in it', 'step_weights', best(place, ('plain',)),
-                 registered=True)
+    claim = f'E-GRPO with steps weighted by std/Δ gains {text}'
+    return Claim('Ours', claim, 'not in it', 'step_weights', best(place, ('plain',)), registered=True)
 
 # %% ../../nbs/paper/23_claims.ipynb #1bfb351a
 CLAIMS = (
@@ -605,8 +626,9 @@ def counts_text(
     words, # Verdicts
 )->str: # e.g. '✓ holds 9, ○ open 3'
     "Count of each verdict."
-    words = list(words)
-    return ', '.join(f'{mark} {w} {words.count(w)}' for w, mark in MARKS.items() if w in words)
+    counts = Counter(words)
+    shown = [f'{mark} {word} {counts[word]}' for word, mark in MARKS.items() if counts[word]]
+    return ', '.join(shown)
 
 # %% ../../nbs/paper/23_claims.ipynb #b5be1306
 def _beside(
@@ -622,17 +644,19 @@ def _lines(
     "Lines of a claim for a terminal."
     notes = ', exploratory' * row.exploratory + ', survives Holm' * row.survives + _beside(row)
     ours = f' | ours {row.ours} ({row.scale})' if row.ours else ''
-    lines = [f'{row.place:<8} {row.claim}: {row.verdict}{notes}', f'paper {row.paper}{ours} | {row.notebook}']
-    if row.ours_iterations:
-        lines[0] += f'; at equal iterations: {row.verdict_iterations}'
-        lines.append(f'at equal iterations {row.ours_iterations}')
-    return lines
+    head = f'{row.place:<8} {row.claim}: {row.verdict}{notes}'
+    numbers = f'paper {row.paper}{ours} | {row.notebook}'
+    if not row.ours_iterations: return [head, numbers]
+    head += f'; at equal iterations: {row.verdict_iterations}'
+    return [head, numbers, f'at equal iterations {row.ours_iterations}']
+
+INDENT = '\n' + 9 * ' '
 
 def claims_text()->str: # Lines
     "The claims for a terminal: the count of each verdict, then what is claimed, its verdict and the numbers."
     table = claims_table()
     lines = [f'{len(table)} claims: {counts_text(table.word)}', margins_text().replace('`', '')]
-    for row in table.itertuples(): lines.append(f"\n{'':<9}".join(_lines(row)))
+    for row in table.itertuples(): lines.append(INDENT.join(_lines(row)))
     return '\n'.join(lines)
 
 def _numbers(
@@ -667,7 +691,8 @@ def _cells(
     "Row of the table."
     found = row.found
     verdict = f'{MARKS[row.word]} {row.verdict}{_beside(row)}'
-    equal = f'{MARKS[found.equal.word]} {found.equal.verdict}: {found.equal.seen}' if row.ours_iterations else ''
+    same = found.equal
+    equal = f'{MARKS[same.word]} {same.verdict}: {same.seen}' if row.ours_iterations else ''
     paper = row.paper if found.paper is None else f'{row.paper}; scaled to our gain {found.paper:+.4f}'
     seeds = '' if found.seeds is None else f'{found.seeds}' + ', exploratory' * row.exploratory
     p = ''
@@ -683,7 +708,8 @@ def _line(cells)->str: return '| ' + ' | '.join(cell.replace('|', '\\|') for cel
 def claims_markdown()->str: # A table in Markdown, with links as they work from nbs/
     "The claims as a table."
     rows = [_line(_cells(row)) for row in claims_table().itertuples()]
-    return '\n'.join([_line(COLUMNS), '|---' * len(COLUMNS) + '|', *rows])
+    rule = '|---' * len(COLUMNS) + '|'
+    return '\n'.join([_line(COLUMNS), rule, *rows])
 
 # What stands on the front page: (figure or table, start of the claim)
 HEADLINES = (
@@ -698,7 +724,8 @@ def _headline(
     row, # A row of `claims_table`
 )->str: # e.g. '✓ holds, Fig. 1a: …'
     "A claim in a line: verdict, claim, and our first number."
-    ours, *_ = row.ours.split('; ') if row.found.equal is None else row.ours.split('; ')[::-1]
+    numbers = row.ours.split('; ')
+    ours = numbers[0] if row.found.equal is None else numbers[-1]
     return f'{MARKS[row.word]} {row.word} ({row.place}): {row.claim}. Ours: {ours}.'
 
 def claims_summary()->str: # Six items of a list in Markdown, with links as they work from nbs/
@@ -706,7 +733,8 @@ def claims_summary()->str: # Six items of a list in Markdown, with links as they
     table = claims_table()
     lines = [f'{len(table)} claims: {counts_text(table.word)}. All with numbers: [PAPERS.md](../PAPERS.md).']
     for place, start in HEADLINES:
-        found = table[(table.place == place) & table.claim.str.startswith(start)]
+        is_meant = table.claim.str.startswith(start) & (table.place == place)
+        found = table[is_meant]
         lines += [_headline(row) for row in found.itertuples()]
     return '\n'.join(f'- {line}' for line in lines)
 
@@ -738,7 +766,8 @@ def _counts_by_paper(
     ours = table.place == 'Ours'
     lines = []
     for name, chosen in {'E-GRPO': ~(aegpo | ours), 'AEGPO': aegpo, 'Ours': ours}.items():
-        lines.append(f'{name}, {sum(chosen)} claims: {counts_text(table.word[chosen])}.')
+        words = table.word[chosen]
+        lines.append(f'{name}, {len(words)} claims: {counts_text(words)}.')
     equal = [found.equal.word for found in table.found if found.equal]
     lines.append(f'At equal iterations, as the papers compare, {len(equal)} claims: {counts_text(equal)}.')
     known = sum(found.p is not None for found in table.found)
@@ -752,4 +781,3 @@ def papers_markdown()->str: # Markdown, with links as they work from nbs/
     table = claims_table()
     counts = f'{len(table)} claims: {counts_text(table.word)}.\n\n{_counts_by_paper(table)}'
     return PAGE.format(counts=counts, margins=margins_text(), confirming=CONFIRMING, table=claims_markdown())
-

@@ -23,8 +23,12 @@ def scores_at(
     iteration:int|None=None, # Which evaluation; None = the last
 )->np.ndarray: # (S,P) scores of S seeds and P prompts
     "Scores at one evaluation."
-    evaluations = [result['scores'][reward] for result in results]
-    return np.stack([scores[max(scores) if iteration is None else iteration] for scores in evaluations])
+    found = []
+    for result in results:
+        scores = result['scores'][reward]
+        place = max(scores) if iteration is None else iteration
+        found.append(scores[place])
+    return np.stack(found)
 
 def changes(
     results:list, # Results of one setting, a seed each
@@ -39,7 +43,8 @@ def _evaluated_on(
     "Identify the prompts of a result's scores."
     config = result['config']
     field = 'eval_prompts' if config.get('eval_prompts') else 'prompts'
-    return config.get(field), config.get('eval_size'), result.get('sources', {}).get(field)
+    sources = result.get('sources', {})
+    return config.get(field), config.get('eval_size'), sources.get(field)
 
 @lru_cache
 def _texts(
@@ -70,7 +75,9 @@ def summarize(
     texts = evaluation_texts(results)
     summary = {}
     for reward in results[0]['scores']:
-        shown = dict(before=scores_at(results, reward, 0), after=scores_at(results, reward), gain=changes(results, reward))
+        before = scores_at(results, reward, 0)
+        after = scores_at(results, reward)
+        shown = dict(before=before, after=after, gain=after - before)
         summary[reward] = {name: difference(scores, None, texts).interval() for name, scores in shown.items()}
     return summary
 
@@ -117,7 +124,7 @@ def evaluations(
     "Scores at every evaluation; of runs that a budget ends at different iterations, each one's last is the last."
     evaluated = [sorted(result['scores'][reward]) for result in results]
     n = min(map(len, evaluated))
-    places = [[*own[:n - 1], own[-1]] for own in evaluated]
+    places = [own[:n - 1] + own[-1:] for own in evaluated]
     scores = []
     for at in zip(*places):
         each = [result['scores'][reward][i] for result, i in zip(results, at)]
@@ -132,7 +139,9 @@ def held_out_curve(
     texts = evaluation_texts(results)
     places, scores = evaluations(results, reward)
     start = scores[0]
-    return {round(i): difference(s - start, None, texts).interval() for i, s in zip(places, scores)}
+    curve = {}
+    for i, values in zip(places, scores): curve[round(i)] = difference(values - start, None, texts).interval()
+    return curve
 
 # %% ../../nbs/paper/16_comparisons.ipynb #b550bd8a
 def run_cost(
@@ -145,13 +154,18 @@ def run_cost(
     return dict(iterations=round(iterations), nfe=round(nfe), seconds=round(seconds, 1))
 
 # %% ../../nbs/paper/16_comparisons.ipynb #1759c82c
+def _evaluated(result:dict)->set:
+    "Iterations at which a result was evaluated."
+    scores, *_ = result['scores'].values()
+    return set(scores)
+
 def shared_iteration(
     results:list, # Results of one setting
     others:list, # Results of another
 )->int: # An iteration, 0 where only the start is shared
     "The last iteration at which both were evaluated."
-    first, *rest = [next(iter(result['scores'].values())) for result in (*results, *others)]
-    return max(set(first).intersection(*rest))
+    iterations = map(_evaluated, (*results, *others))
+    return max(set.intersection(*iterations))
 
 def _pooled(
     settings:list, # Results of every setting of a grid
@@ -251,14 +265,17 @@ def grid_data(
     if best not in results:
         raise ValueError(f"no cell of the setting {best!r}, with which all are compared, is finished: run more cells")
     grid = list(results.values()) if pool else None
-    pairs = {name: Comparison(results[best], other, grid) for name, other in results.items() if name != best}
+    pairs = {}
+    for name, other in results.items():
+        if name != best: pairs[name] = Comparison(results[best], other, grid)
     own = swap_keys({name: _setting_data(runs) for name, runs in results.items()})
     end = swap_keys({name: _end_data(pair) for name, pair in pairs.items()})
     equal = swap_keys({name: _equal_data(pair) for name, pair in pairs.items() if pair.iteration})
     every = [result for runs in results.values() for result in runs]
     comparisons = dict(end=end['end'], equal=equal['equal'], gain=own.pop('gain'))
     comparisons |= dict(rise=end['rise'], rise_equal=equal['rise_equal'])
-    cost, cells = own.pop('cost'), own.pop('cells')
+    cost = own.pop('cost')
+    cells = own.pop('cells')
     data = dict(best=best, settings=own.pop('settings'), against_best=end['against_best'])
     data |= dict(equal_iterations=equal['equal_iterations'], comparisons=comparisons)
     data['minus_base'] = all(base_reward(result) is not None for result in every)

@@ -104,8 +104,9 @@ def redraw_chains(
     versions = [(p, at) for p in numbers for at in (None, *ends)]
     roots = torch.stack([addressed_noise(shape, *address, p, 'root', 0) for p, _ in versions])
     x = roots.to(policy.device).repeat_interleave(chains, 0)
-    rows = torch.arange(len(cond), device=policy.device).repeat_interleave((1 + len(ends)) * chains)
-    every_cond = cond[rows]
+    walks = 1 + len(ends)
+    rows = torch.arange(len(cond), device=policy.device)
+    every_cond = cond[rows.repeat_interleave(walks * chains)]
     k = 0
     while k < plan.num_steps:
         noise = None
@@ -115,7 +116,7 @@ def redraw_chains(
         end = ends.get(k, k + 1)
         x = _chain_step(policy, x, every_cond, plan, k, end, noise)
         k = end
-    return x.view(len(cond), 1 + len(ends), chains, *shape)
+    return x.view(len(cond), walks, chains, *shape)
 
 # %% ../../nbs/paper/05_credit.ipynb #6a83da30
 def redraw_scores(
@@ -135,7 +136,9 @@ def redraw_scores(
         ids = list(range(first, first + len(some)))
         latents = redraw_chains(policy, policy.encode(some), plan, 'credit', seed, keep=keep, ids=ids)
         shape = latents.shape[:3]
-        scores = rewards(policy.decode(latents.flatten(0, 2)), repeat_each(some, shape[1] * shape[2]))
+        _, walks, chains = shape
+        images = policy.decode(latents.flatten(0, 2))
+        scores = rewards(images, repeat_each(some, walks * chains))
         parts.append({name: values.view(shape) for name, values in scores.items()})
     return join_scores(parts)
 
@@ -147,13 +150,16 @@ def redraw_advantages(
     group = torch.arange(scores.numel()) // generations
     return group_advantages(scores.flatten(), group).view(scores.shape)
 
+def _group_and_redraws(advantages): return advantages[:, :1], advantages[:, 1:]
+
 # %% ../../nbs/paper/05_credit.ipynb #83bb020a
 def credit_shares(
     advantages:Tensor, # (P,1+n,G) from `redraw_advantages` of scores with keep='past'
 )->Tensor: # (P,n) share of each step, estimated; they sum to 1 where rewards differ
     "Fraction of reward variance explained by each step, given the earlier steps."
-    settled = reliability(advantages[:, :1], advantages[:, 1:])
-    return settled.diff(dim=1, prepend=torch.zeros_like(settled[:, :1]))
+    settled = reliability(*_group_and_redraws(advantages))
+    nothing = torch.zeros_like(settled[:, :1])
+    return settled.diff(dim=1, prepend=nothing)
 
 # %% ../../nbs/paper/05_credit.ipynb #549a380d
 CHAINS = {'1 step': dict(length=1), '2 steps': dict(length=2), '4 steps': dict(length=4), '8 steps': dict(length=8),
@@ -172,8 +178,8 @@ def _level(
     "Spread and mean of groups."
     return dict(variance=bootstrap_interval(spread(scores)), mean=bootstrap_interval(scores.mean(1)))
 
-def _flips(advantages): return sign_flips(advantages[:, :1], advantages[:, 1:])
-def _reliability(advantages): return reliability(advantages[:, :1], advantages[:, 1:])
+def _flips(advantages): return sign_flips(*_group_and_redraws(advantages))
+def _reliability(advantages): return reliability(*_group_and_redraws(advantages))
 
 def _credit(
     scores:dict, # Chain -> (P,1+n,G) scores of the chains and their redraws
@@ -200,7 +206,8 @@ def _shares(
     scores, # (P,1+n,G) scores of a chain and of redraws that keep the past
 )->dict: # by_step: (mean, low, high) for each step
     "Share of a reward that each step of a chain explains."
-    return dict(by_step=column_intervals(credit_shares(redraw_advantages(scores))))
+    shares = credit_shares(redraw_advantages(scores))
+    return dict(by_step=column_intervals(shares))
 
 # %% ../../nbs/paper/05_credit.ipynb #9fd01e22
 def credit_data(
@@ -208,22 +215,24 @@ def credit_data(
 )->dict: # The record's data
     "Measure how ambiguous advantages are in chains of several stochastic steps (E-GRPO, Fig. 3)."
     size, policy, prompts = untrained('credit', scale)
+    generations = size['generations']
     rewards = get_reward(REWARDS)
     scores, past = {}, {}
     for chain, settings in CHAINS.items():
-        plan = chain_plan(num_generations=size['generations'], **settings)
+        plan = chain_plan(num_generations=generations, **settings)
         scores[chain] = redraw_scores(policy, prompts, plan, rewards)
         if chain in ('4 steps', '8 steps'): past[chain] = redraw_scores(policy, prompts, plan, rewards, keep='past')
     spans = [(0, CHAINS[chain]['length']) for chain in SAME_KERNEL]
-    merged = explore(policy, prompts, exploration_plan(spans, size['generations']), rewards).scores
-    data = dict(prompts=len(prompts), generations=size['generations'], seed=0, nfe=policy.nfe, chains=CHAINS)
+    merged = explore(policy, prompts, exploration_plan(spans, generations), rewards).scores
+    data = dict(prompts=len(prompts), generations=generations, seed=0, nfe=policy.nfe, chains=CHAINS)
     data |= dict(credit={}, merged={}, shares={}, growth={})
     for reward in rewards.names:
         own = {chain: values[reward] for chain, values in scores.items()}
         advantages = {chain: redraw_advantages(values) for chain, values in own.items()}
         data['credit'][reward] = _credit(own, advantages)
         data['growth'][reward] = _growth(advantages)
-        data['merged'][reward] = dict(zip(SAME_KERNEL, map(_level, merged[reward].unbind(1))))
+        levels = map(_level, merged[reward].unbind(1))
+        data['merged'][reward] = dict(zip(SAME_KERNEL, levels))
         data['shares'][reward] = {chain: _shares(values[reward]) for chain, values in past.items()}
         if reward == 'preference':
             data['advantages'] = {chain: rounded(a.transpose(0, 1), 3) for chain, a in advantages.items()}

@@ -63,7 +63,8 @@ def sample_steps(
     per_prompt = (len(prompts), -1)
     images = policy.decode(out.latents).unflatten(0, per_prompt)
     latents = out.latents.unflatten(0, per_prompt)
-    samples = images[:, :-1].unflatten(1, (len(plan.branches) - 1, -1))
+    steps = len(plan.branches) - 1
+    samples = images[:, :-1].unflatten(1, (steps, -1))
     return samples, images[:, -1], latents[:, -1]
 
 # %% ../../nbs/paper/04_exploration.ipynb #6481fec8
@@ -72,7 +73,8 @@ def moved(
     reference:Tensor, # (...,3,H,W) the image they are compared with
 )->Tensor: # (...,G) root mean square difference, pixel values in [0, 1]
     "Distance of samples from a reference image."
-    return (images - reference.unsqueeze(-4)).square().flatten(-3).mean(-1).sqrt()
+    squares = (images - reference.unsqueeze(-4)).square()
+    return squares.flatten(-3).mean(-1).sqrt()
 
 # %% ../../nbs/paper/04_exploration.ipynb #7effd9c0
 def _score_steps(
@@ -86,7 +88,9 @@ def _score_steps(
     "Sample the steps of some prompts and score them."
     samples, ode, latents = sample_steps(policy, prompts, plan, seed, ids)
     shape = samples.shape[:3]
-    found = rewards(samples.flatten(0, 2), repeat_each(prompts, shape[1] * shape[2]))
+    _, steps, generations = shape
+    each = repeat_each(prompts, steps * generations)
+    found = rewards(samples.flatten(0, 2), each)
     scores = {name: values.view(shape) for name, values in found.items()}
     scores['moved'] = moved(samples, ode[:, None])
     of_ode = rewards(ode, prompts)
@@ -99,7 +103,9 @@ def join_scores(
     "Join the scores of several batches of prompts."
     parts = list(parts)
     joined = {}
-    for name in parts[0]: joined[name] = torch.cat([part[name] for part in parts])
+    for name in parts[0]:
+        pieces = [part[name] for part in parts]
+        joined[name] = torch.cat(pieces)
     return joined
 
 def explore(
@@ -129,7 +135,8 @@ def spread(
     scores:Tensor, # (P,B,G) or (P,G) scores of G samples each, G >= 2
 )->Tensor: # (P,B) or (P,) variance among the samples, unbiased
     "Spread of a reward among samples of one step."
-    if scores.shape[-1] < 2: raise ValueError(f"scores must hold 2 samples of a step or more, got {scores.shape[-1]}: give more")
+    samples = scores.shape[-1]
+    if samples < 2: raise ValueError(f"scores must hold 2 samples of a step or more, got {samples}: give more")
     return scores.double().var(-1)
 
 # %% ../../nbs/paper/04_exploration.ipynb #25364b59
@@ -143,8 +150,9 @@ def add_noise(
     if not 0 <= level <= 1: raise ValueError(f"level must be a share from 0 to 1, got {level}: the paper's is 0.1")
     noisy = []
     for p, one in enumerate(clean):
-        noise = torch.stack([addressed_noise(one.shape, *address, p, g) for g in range(num_generations)])
-        noisy.append((1 - level) * one + level * noise.to(clean))
+        drawn = [addressed_noise(one.shape, *address, p, g) for g in range(num_generations)]
+        noise = torch.stack(drawn).to(clean)
+        noisy.append((1 - level) * one + level * noise)
     return torch.stack(noisy)
 
 # %% ../../nbs/paper/04_exploration.ipynb #1a24720e
@@ -158,9 +166,9 @@ def noise_on_result(
 )->Tensor: # (P,G,3,H,W) images in [0, 1]
     "Images with noise on the finished result: what exploration is not."
     if where not in ('latents', 'image'): raise ValueError(f"where must be 'latents' or 'image', got {where!r}")
-    address = 'result', where, seed
-    if where == 'image': return add_noise(policy.decode(latents), level, num_generations, *address).clamp(0, 1)
-    noisy = add_noise(latents, level, num_generations, *address)
+    def noised(clean): return add_noise(clean, level, num_generations, 'result', where, seed)
+    if where == 'image': return noised(policy.decode(latents)).clamp(0, 1)
+    noisy = noised(latents)
     return policy.decode(noisy.flatten(0, 1)).unflatten(0, noisy.shape[:2])
 
 # %% ../../nbs/paper/04_exploration.ipynb #4a9273bc
@@ -199,7 +207,8 @@ def _noise_variance(
     variance = {name: {} for name in rewards.names}
     for where in ('image', 'latents'):
         images = noise_on_result(policy, found.latents, where, .1, generations)
-        scores = rewards(images.flatten(0, 1), repeat_each(prompts, generations))
+        each = repeat_each(prompts, generations)
+        scores = rewards(images.flatten(0, 1), each)
         for name, values in scores.items():
             variance[name][where] = spread(values.view(len(prompts), generations))
     return variance
@@ -238,7 +247,8 @@ def one_step_data(
     mapped = _step_map(policy, prompts[:size['mapped']], rewards, size)
     noise_variance, contrasts = {}, {}
     for name in rewards.names:
-        variance = dict(zip(steps, spread(found.scores[name]).T))
+        by_step = spread(found.scores[name]).T
+        variance = dict(zip(steps, by_step))
         contrasts[name] = _contrasts(variance | noise[name], prompts)
         noise_variance[name] = {where: rounded(values, 9) for where, values in noise[name].items()}
     data = dict(prompts=len(prompts), texts=len(set(prompts)), generations=generations)

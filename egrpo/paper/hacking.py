@@ -48,8 +48,9 @@ def hacking(
     rise = changes(results, learned)
     truth = changes(results, 'verifier')
     fell = _fell(truth)
+    rose = truth >= FALL - 1e-9
     beyond = _centred(fell) * _centred(rise > 0)
-    shares = dict(hacked=_hacked(rise, truth), fell=fell, rose=truth >= FALL - 1e-9, beyond_chance=beyond)
+    shares = dict(hacked=_hacked(rise, truth), fell=fell, rose=rose, beyond_chance=beyond)
     intervals = {name: bootstrap_interval(values) for name, values in shares.items()}
     return dict(real_share=real_share(rise, truth)) | intervals
 
@@ -60,9 +61,14 @@ def contrast_hacking(
 )->dict: # real_share (None where one has not gained), hacked and verifier: (mean, low, high) of joint minus alone
     "Compare hacking with and without the second reward, paired by seed and prompt."
     alone, joint = paired_seeds(alone, joint)
-    before = changes(alone, 'preference'), changes(alone, 'verifier')
-    after = changes(joint, 'preference'), changes(joint, 'verifier')
-    both_gained = real_share(*before) and real_share(*after)
-    more = means_interval(lambda mean: _share(*after, mean) - _share(*before, mean)) if both_gained else None
-    hacked = paired_interval(_hacked(*before).astype(float), _hacked(*after).astype(float))
-    return dict(real_share=more, hacked=hacked, verifier=paired_interval(before[1], after[1]))
+    before = changes(alone, 'preference')
+    truth_before = changes(alone, 'verifier')
+    after = changes(joint, 'preference')
+    truth_after = changes(joint, 'verifier')
+    def more(mean): return _share(after, truth_after, mean) - _share(before, truth_before, mean)
+    both_gained = real_share(before, truth_before) and real_share(after, truth_after)
+    share = means_interval(more) if both_gained else None
+    hacked_before = _hacked(before, truth_before).astype(float)
+    hacked_after = _hacked(after, truth_after).astype(float)
+    hacked = paired_interval(hacked_before, hacked_after)
+    return dict(real_share=share, hacked=hacked, verifier=paired_interval(truth_before, truth_after))

@@ -8,7 +8,7 @@ __all__ = ['difference', 'judge']
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0004
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -31,22 +31,25 @@ class Estimate:
         level:float=.95, # Two-sided coverage, in (0, 1)
     )->tuple: # (mean, low, high)
         "The interval of a level."
-        half = stats.t.ppf((1 + level) / 2, self.df) * self.se
+        upper = (1 + level) / 2
+        half = stats.t.ppf(upper, self.df) * self.se
         return self.mean, self.mean - half, self.mean + half
 
     def p_above(self,
         value:float=0., # What the mean is claimed to exceed
     )->float: # One-sided p-value
         "Probability of so high a mean if the truth is at most `value`."
-        return float(stats.t.sf((self.mean - value) / self.se, self.df))
+        distance = (self.mean - value) / self.se
+        return float(stats.t.sf(distance, self.df))
 
     def p_below(self,
         value:float=0., # What the mean is claimed to fall short of
     )->float: # One-sided p-value
         "Probability of so low a mean if the truth is at least `value`."
-        return float(stats.t.cdf((self.mean - value) / self.se, self.df))
+        distance = (self.mean - value) / self.se
+        return float(stats.t.cdf(distance, self.df))
 
-    def __neg__(self): return Estimate(-self.mean, self.se, self.df, self.seeds, self.per_seed, self.rest)
+    def __neg__(self): return replace(self, mean=-self.mean)
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0008
 def _by_text(
@@ -72,7 +75,9 @@ def _spread(
     "Variance of a weighted mean over texts."
     texts = len(share)
     deviation = x - (x @ share)[..., None]
-    return texts / max(texts - 1, 1) * (share**2 * deviation**2).sum(-1)
+    correction = texts / max(texts - 1, 1)
+    squares = share**2 * deviation**2
+    return correction * squares.sum(-1)
 
 def _degrees(
     variance:float, # Of a mean, > 0
@@ -104,7 +109,8 @@ def _seed_variance(
     for x in sides:
         variance, rest = _seed_part(x, share)
         residual += rest
-        if len(x) > 1: own.append((variance / len(x), len(x) - 1))
+        seeds = len(x)
+        if seeds > 1: own.append((variance / seeds, seeds - 1))
     return own, residual
 
 def _mixed(
@@ -119,8 +125,8 @@ def _mixed(
     of_texts = _spread(effect, share)
     variance = max(of_seeds + of_texts - residual, residual, 1e-30)
     texts = max(1 / (share**2).sum() - 1, 1.) # one text says nothing of others
-    parts = [*own, (of_texts, texts), (residual, texts * max(seeds - 1, 1))]
-    df = _degrees(variance, parts)
+    of_residual = texts * max(seeds - 1, 1)
+    df = _degrees(variance, [*own, (of_texts, texts), (residual, of_residual)])
     mean = float(effect @ share)
     rest = float(max(of_texts - residual, 0.))
     return Estimate(mean, math.sqrt(variance), df, seeds, float(of_seeds * seeds), rest)
@@ -159,8 +165,9 @@ def pooled_training(
     if len(means) < 2 or min(m.var() for m in means) == 0: return None
     if stats.bartlett(*means).pvalue < level: return None
     degrees = [len(m) - 1 for m in means]
+    df = sum(degrees)
     squares = sum(n * m.var(ddof=1) for n, m in zip(degrees, means))
-    return squares / sum(degrees), sum(degrees)
+    return squares / df, df
 
 # %% ../../nbs/paper/02_intervals.ipynb #1b7e0016
 def seeds_needed(
@@ -173,11 +180,14 @@ def seeds_needed(
     "Seeds that find a difference, by the variance that is known now."
     upper = 1 - level / 2
     rest = math.sqrt(e.rest)
-    if (stats.norm.ppf(upper) + stats.norm.ppf(power)) * rest > effect: return None
+    least_factor = stats.norm.ppf(upper) + stats.norm.ppf(power)
+    if least_factor * rest > effect: return None
+    known = max(e.seeds - 1, 1)
     for n in range(2, most):
-        df = max(e.df * (n - 1) / max(e.seeds - 1, 1), 1.)
+        df = max(e.df * (n - 1) / known, 1.)
         factor = stats.t.ppf(upper, df) + stats.t.ppf(power, df)
-        if factor * math.sqrt(e.per_seed / n + e.rest) <= effect: return n
+        se = math.sqrt(e.per_seed / n + e.rest)
+        if factor * se <= effect: return n
         if n > 100 and factor * rest > effect: return None
     return None
 
@@ -201,12 +211,14 @@ def log_ratio(
     floor:float=FLOOR, # As in `log_variance`
 )->Estimate: # Of log(over / under)
     "Mean log ratio of variances over prompts."
-    over, under = np.asarray(over, dtype=float), np.asarray(under, dtype=float)
+    over = np.asarray(over, dtype=float)
+    under = np.asarray(under, dtype=float)
     if over.shape != under.shape:
         raise ValueError(f"under must be as many variances as over, {over.shape}, got {under.shape}: give the same prompts")
     log_over, log_under = log_variance(np.stack([over, under]), floor)
     ratio = log_over - log_under
-    per_prompt = ratio.reshape(-1, ratio.shape[-1]).mean(0)
+    prompts = ratio.shape[-1]
+    per_prompt = ratio.reshape(-1, prompts).mean(0)
     return difference(per_prompt, None, texts)
 
 def as_ratio(
@@ -224,10 +236,12 @@ def correlation(
     "Pearson's correlation along the last axis."
     a = a - a.mean(-1, keepdims=True)
     b = b - b.mean(-1, keepdims=True)
-    size = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    squares = (a**2).sum(-1) * (b**2).sum(-1)
+    size = np.sqrt(squares)
     defined = size > least
     found = np.zeros_like(size)
-    np.divide((a * b).sum(-1), size, out=found, where=defined)
+    products = (a * b).sum(-1)
+    np.divide(products, size, out=found, where=defined)
     return found, defined
 
 def rank_correlation(
@@ -258,7 +272,8 @@ def correlation_draws(
     drawn_a = np.take_along_axis(a[runs], places, -1) # (n,S,C,P)
     drawn_b = np.take_along_axis(b[runs], places, -1)
     measured = rank_correlation(a, b).mean()
-    return np.array([measured, *rank_correlation(drawn_a, drawn_b).mean((1, 2))])
+    drawn = rank_correlation(drawn_a, drawn_b).mean((1, 2))
+    return np.array([measured, *drawn])
 
 def quantiles(
     draws, # (n,) resampled numbers
@@ -310,20 +325,25 @@ def judge(
         rival = pick(p, key=p.get)
         return Verdict(word, p[rival], rival)
     n = len(leads)
-    worst = min(leads, key=lambda k: leads[k].mean / leads[k].se)
+    def in_errors(rival): return leads[rival].mean / leads[rival].se
+    worst = min(leads, key=in_errors)
     differences = paper or {}
     large = [k for k in leads if abs(differences.get(k, margin)) >= margin]
-    above = {k: 2 * e.p_above() for k, e in leads.items()}
-    below = {k: min(1., 2 * n * e.p_below()) for k, e in leads.items()}
-    within = {k: max(e.p_above(-margin), e.p_below(margin)) for k, e in leads.items()}
+    above, below, within = {}, {}, {}
+    for k, e in leads.items():
+        above[k] = 2 * e.p_above()
+        below[k] = min(1., 2 * n * e.p_below())
+        within[k] = max(e.p_above(-margin), e.p_below(margin))
     excluded = {k: min(1., n * leads[k].p_below(margin)) for k in large}
-    if max(above.values()) < level: return Verdict('holds', max(above.values()), worst)
+    highest = max(above.values())
+    if highest < level: return Verdict('holds', highest, worst)
     if min(below.values()) < level: return decide('does not hold', below, min)
     if not large: return Verdict("paper's effect too small", None, worst)
     if max(within.values()) < level: return decide('equivalent', within, max)
     if min(excluded.values()) < level: return decide('not better', excluded, min)
     needed = [seeds_needed(leads[k], margin) for k in large]
-    return Verdict('open', None, worst, None if None in needed else max(needed))
+    most = None if None in needed else max(needed)
+    return Verdict('open', None, worst, most)
 
 # %% ../../nbs/paper/02_intervals.ipynb #3f304216
 def holm(
@@ -335,6 +355,7 @@ def holm(
     known.sort(key=p.get)
     survives = dict.fromkeys(p, False)
     for i, claim in enumerate(known):
-        if p[claim] > level / (len(known) - i): break
+        left = len(known) - i
+        if p[claim] > level / left: break
         survives[claim] = True
     return survives

@@ -27,7 +27,8 @@ def _gaussian_slope(
 )->Tensor: # (1,1) v(x, sigma) for x = 1, fp64
     "The exact velocity of Gaussian data at x = 1."
     share = 1 - sigma
-    slope = (sigma - share*data_std**2) / (share**2*data_std**2 + sigma**2)
+    variance = data_std**2
+    slope = (sigma - share*variance) / (share**2*variance + sigma**2)
     return torch.full((1, 1), slope, dtype=torch.float64)
 
 def gaussian_std(
@@ -42,15 +43,17 @@ def gaussian_std(
     sigmas = (flow_sigmas() if sigmas is None else sigmas).double()
     ends = {start: start + length for start, length in steps}
     one = torch.ones(1, 1, dtype=torch.float64)
+    sigma_max = sigmas[1].item()
     variance = 1.
     k = 0
     while k < len(sigmas) - 1:
         end = ends.get(k, k + 1)
-        levels = sigmas[k].item(), sigmas[end].item()
-        velocity = _gaussian_slope(levels[0], data_std)
+        sigma = sigmas[k].item()
+        sigma_next = sigmas[end].item()
+        velocity = _gaussian_slope(sigma, data_std)
         std = torch.zeros(1)
-        if k in ends: slope, std = sde_step(velocity, one, *levels, noise_level, kernel, sigmas[1].item())
-        else: slope = ode_step(velocity, one, *levels)
+        if k in ends: slope, std = sde_step(velocity, one, sigma, sigma_next, noise_level, kernel, sigma_max)
+        else: slope = ode_step(velocity, one, sigma, sigma_next)
         variance = slope.item()**2 * variance + std.item()**2
         k = end
     return variance**.5
@@ -80,7 +83,8 @@ def largest_safe_tau(
     if not 1 <= active_steps <= last: raise ValueError(f"active_steps must be from 1 to {last}, got {active_steps}: never the last")
     bounds = []
     for k in range(active_steps):
-        longest = int(allowed[k, :last - k].long().cumprod(0).sum()) # all shorter ones are allowed, too
+        all_shorter = allowed[k, :last - k].long().cumprod(0) # 1 while every shorter length is allowed, too
+        longest = int(all_shorter.sum())
         bounds.append(_highest_entropy(sigmas, k, longest, noise_level, kernel))
     lowest = min(bounds)
     return lowest, bounds.index(lowest)
@@ -133,16 +137,18 @@ def roughness(
     prompts=None, # Not looked at: rewards take prompts
 )->Tensor: # (B,) root mean square Laplacian over 2√5: the std of the noise, if noise is all there is
     "Energy of an image at the scale of single pixels."
-    kernel = torch.tensor([[0., 1, 0], [1, -4, 1], [0, 1, 0]]).expand(3, 1, 3, 3).to(images)
+    laplacian = torch.tensor([[0., 1, 0], [1, -4, 1], [0, 1, 0]])
+    kernel = laplacian.expand(3, 1, 3, 3).to(images)
     edges = F.conv2d(images, kernel, groups=3)
-    return edges.square().flatten(1).mean(1).sqrt() / 20**.5
+    energy = edges.square().flatten(1).mean(1)
+    return energy.sqrt() / 20**.5
 
 # %% ../../nbs/paper/06_merging_noise.ipynb #62953e26
 MARGIN = 0.05 # of the verifier's graded score, in [0, 1]: how much worse than the ODE a merged step may be
 
 def _merging_steps()->list: # (start, length)
     "Steps whose noise is measured."
-    return [(k, length) for k, length in all_steps(16, range(1, 15)) if length <= 8]
+    return all_steps(16, range(1, 9))
 
 def _guard(
     steps:list, # (start, length)
@@ -153,7 +159,9 @@ def _guard(
     guard = {}
     for i, name in enumerate(('mean', 'low', 'high')):
         allowed = torch.zeros(16, 15, dtype=torch.bool) # what was not measured is not allowed
-        for (k, length), interval in zip(steps, change): allowed[k, length - 1] = interval[i] >= -margin
+        for (k, length), interval in zip(steps, change):
+            loses_little = interval[i] >= -margin
+            allowed[k, length - 1] = loses_little
         guard[name] = largest_safe_tau(allowed, flow_sigmas())
     return guard
 
@@ -169,10 +177,12 @@ def merging_noise_data(
     for name, before in found.ode.items():
         if name == 'moved': continue
         ode[name] = bootstrap_interval(before)
-        change[name] = [paired_interval(before, after) for after in found.scores[name][..., 0].T]
+        by_step = found.scores[name][..., 0].T
+        change[name] = [paired_interval(before, after) for after in by_step]
     gaussian = dict(data_std=.5, ode=gaussian_std([]), all_stochastic=gaussian_std(all_steps()))
     gaussian['std'] = [gaussian_std([step]) for step in steps]
     shares = landing_shares(flow_sigmas())
     share = [shares[k, length - 1] for k, length in steps]
-    return dict(prompts=len(prompts), seed=0, steps=steps, nfe=found.nfe, ode=ode, change=change, share=share,
-                gaussian=gaussian, margin=MARGIN, guard=_guard(steps, change['verifier']))
+    data = dict(prompts=len(prompts), seed=0, steps=steps, nfe=found.nfe, ode=ode, change=change)
+    guard = _guard(steps, change['verifier'])
+    return data | dict(share=share, gaussian=gaussian, margin=MARGIN, guard=guard)

@@ -48,10 +48,12 @@ def moved_along(
 ):
     "Inside: the weights are moved along a direction; a direction of zero moves nothing."
     kept = {name: p.detach().clone() for name, p in parameters.items()}
-    unit = direction * (length / direction.norm().clamp(min=1e-20)) if direction.any() else direction
+    factor = length / direction.norm().clamp(min=1e-20)
+    step = direction * factor if direction.any() else direction
     sizes = [p.numel() for p in parameters.values()]
+    parts = step.split(sizes)
     with torch.no_grad():
-        for p, part in zip(parameters.values(), unit.split(sizes)): p.add_(part.view_as(p))
+        for p, part in zip(parameters.values(), parts): p.add_(part.view_as(p))
     try: yield
     finally:
         with torch.no_grad():
@@ -69,8 +71,10 @@ def step_groups(
     "Roll out and score a prompt's groups, one per step."
     cond = policy.encode([prompt])
     out = rollout(policy, cond, plan, 'steps', seed, prompt_ids=[number])
-    scores = reward.total(policy.decode(out.latents), [prompt] * len(out.latents))
-    samples = scores[:-1].view(len(plan.branches) - 1, -1)
+    images = policy.decode(out.latents)
+    scores = reward.total(images, [prompt] * len(images))
+    steps = len(plan.branches) - 1
+    samples = scores[:-1].view(steps, -1)
     return cond, out, samples, scores[-1]
 
 def step_gradients(
@@ -118,7 +122,8 @@ def mean_score(
     plan = ode_plan(len(sigmas) - 1, sigmas)
     each = [prompt] * samples
     out = rollout(policy, policy.encode(each), plan, 'other noise', prompt_ids=ids)
-    return float(reward.total(policy.decode(out.latents), each).double().mean())
+    scores = reward.total(policy.decode(out.latents), each)
+    return float(scores.double().mean())
 
 def step_values(
     policy, # A policy; its weights are as they were afterwards
@@ -140,9 +145,11 @@ def step_values(
         start = mean_score(*asked)
         gains = []
         for gradient in gradients:
-            with moved_along(policy.parameters(), -gradient, length): gains.append(mean_score(*asked) - start)
+            with moved_along(policy.parameters(), -gradient, length): moved = mean_score(*asked)
+            gains.append(moved - start)
         variance = scores.double().var(-1).float()
-        found.append((variance, scores.amax(-1) - ode, torch.tensor(gains), repeat))
+        best = scores.amax(-1) - ode
+        found.append((variance, best, torch.tensor(gains), repeat))
     variance, best, gain, repeat = map(torch.stack, zip(*found))
     return StepValues(variance, best, gain, repeat, policy.nfe - before)
 
@@ -155,9 +162,14 @@ def chosen_minus_rest(
     values = np.asarray(values, dtype=float)
     picked = step_mask(chosen, values.shape[1])
     some = picked.any(1) & ~picked.all(1)
-    if len(picked) != len(values) or not some.all():
-        raise ValueError(f"chosen must name some but not all of the {values.shape[1]} steps, for each of {len(values)} prompts")
-    return np.array([own[mask].mean() - own[~mask].mean() for own, mask in zip(values, picked)])
+    prompts, steps = values.shape
+    if len(picked) != prompts or not some.all():
+        raise ValueError(f"chosen must name some but not all of the {steps} steps, for each of {prompts} prompts")
+    leads = []
+    for own, mask in zip(values, picked):
+        rest = own[~mask].mean()
+        leads.append(own[mask].mean() - rest)
+    return np.array(leads)
 
 # %% ../../nbs/paper/08_peaks.ipynb #e364d7b2
 STEP_KERNELS = {'flow': dict(kernel='flow', noise_level=.7), 'dance': dict(kernel='dance', noise_level=.3)}
@@ -185,7 +197,8 @@ def _choices(
     peaks = differences.pop('attention peaks')
     over = {rule: difference(peaks - d, None, texts).interval() for rule, d in differences.items()}
     lead = asdict(chosen['attention peaks'])
-    return dict(over_rules=over, chosen={rule: e.interval() for rule, e in chosen.items()}, lead=lead)
+    intervals = {rule: e.interval() for rule, e in chosen.items()}
+    return dict(over_rules=over, chosen=intervals, lead=lead)
 
 def _step_statistics(
     values, # (P,B) a value of every step
@@ -217,7 +230,9 @@ def kernel_statistics(
     "Statistics of both entropies against the steps of a kernel; variances enter as logarithms."
     rules = _rules(profiles, entropy)
     found = {}
-    for name, own in values.items(): found[name] = _step_statistics(own, profiles, entropy, rules, texts, name == 'variance')
+    for name, own in values.items():
+        logs = name == 'variance'
+        found[name] = _step_statistics(own, profiles, entropy, rules, texts, logs)
     return found
 
 def _kernel_steps(
@@ -233,7 +248,8 @@ def _kernel_steps(
     entropy = step_entropy(flow_sigmas(), 1, **settings)[:15]
     values = {name: getattr(found, name) for name in STEP_VALUES}
     statistics = kernel_statistics(values, profiles, entropy, prompts)
-    return dict(step_entropy=entropy, values={n: rounded(v, 10) for n, v in values.items()}, statistics=statistics)
+    short = {name: rounded(own, 10) for name, own in values.items()}
+    return dict(step_entropy=entropy, values=short, statistics=statistics)
 
 # %% ../../nbs/paper/08_peaks.ipynb #7252ef04
 def peaks_data(
@@ -244,6 +260,8 @@ def peaks_data(
     policy = load_policy()
     prompts = load_prompts('shapes', 'held_out', size['prompts'])
     profiles = entropy_profiles(policy, prompts)[:, :15]
-    kernels = {name: _kernel_steps(policy, prompts, profiles, size, settings) for name, settings in STEP_KERNELS.items()}
-    peaks = [entropy_peaks(profile, list(range(15))) for profile in profiles]
+    kernels = {}
+    for name, settings in STEP_KERNELS.items(): kernels[name] = _kernel_steps(policy, prompts, profiles, size, settings)
+    steps = list(range(15))
+    peaks = [entropy_peaks(profile, steps) for profile in profiles]
     return dict(size, seed=0, nfe=policy.nfe, length=LENGTH, profiles=rounded(profiles, 5), kernels=kernels, peaks=peaks)

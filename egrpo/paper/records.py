@@ -68,11 +68,13 @@ def shipped()->Path: # Folder with `nbs` and `figures`
 
 def figures_dir()->Path: # Folder of records and pictures; it need not exist yet
     "EGRPO_FIGURES if set; figures/ of the checkout, or of a copy by `egrpo notebooks` one is in; else ./figures."
-    if os.environ.get('EGRPO_FIGURES'): return Path(os.environ['EGRPO_FIGURES'])
+    asked = os.environ.get('EGRPO_FIGURES')
+    if asked: return Path(asked)
     here = Path.cwd()
-    checkout = shipped() if (shipped()/'settings.ini').exists() else here
+    came = shipped()
+    checkout = came if (came/'settings.ini').exists() else here
     for root in (checkout, here, *here.parents):
-        if (root/'nbs').is_dir() and (root/'nbs/index.ipynb').exists(): return root/'figures'
+        if (root/'nbs/index.ipynb').exists(): return root/'figures'
     return here/'figures'
 
 # %% ../../nbs/paper/00_records.ipynb #24a714d7
@@ -87,7 +89,8 @@ def _plain(
     if isinstance(value, (list, tuple, set)): return [_plain(o) for o in value]
     if isinstance(value, torch.Tensor): value = value.detach().cpu().numpy()
     if isinstance(value, (np.ndarray, np.generic)): return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value): raise ValueError(f"a record cannot hold {value}: leave it out, or use None")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a record cannot hold {value}: leave it out, or use None")
     if value is None or isinstance(value, (str, int, float, bool)): return value
     raise ValueError(f"a record cannot hold a {type(value).__name__}: give numbers, strings, lists, dicts, tensors or arrays")
 
@@ -97,8 +100,20 @@ def _strings(
 )->list: # Every string in it, keys included
     "All strings of a record."
     if isinstance(value, str): return [value]
-    if isinstance(value, dict): return [s for kv in value.items() for o in kv for s in _strings(o)]
-    return [s for o in value for s in _strings(o)] if isinstance(value, list) else []
+    parts = []
+    if isinstance(value, dict): parts = [*value, *value.values()]
+    if isinstance(value, list): parts = value
+    found = []
+    for part in parts: found += _strings(part)
+    return found
+
+def _is_of_this_machine(
+    text:str, # A string of a record
+)->bool: # True for an absolute path, or one below the home folder
+    "Return whether a text names a place on this machine."
+    home = str(Path.home())
+    below_home = len(home) > 1 and home + os.sep in text
+    return below_home or os.path.isabs(text)
 
 # %% ../../nbs/paper/00_records.ipynb #d5209933
 def check_record(
@@ -110,18 +125,20 @@ def check_record(
         raise ValueError(f"{where} must hold a JSON object, got a {type(record).__name__}: write it with save_record")
     for key, kind in FIELDS.items():
         if key not in record: raise ValueError(f"{where} has no {key!r}: write it with save_record")
-        if not isinstance(record[key], kind) or isinstance(record[key], bool):
+        value = record[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
             kinds = ' or '.join(o.__name__ for o in np.atleast_1d(kind))
-            raise ValueError(f"{where}: {key!r} must be {kinds}, got {record[key]!r:.60}: write it with save_record")
+            raise ValueError(f"{where}: {key!r} must be {kinds}, got {value!r:.60}: write it with save_record")
     get_scale(record['scale'])
     if not all(type(o) is int for o in record['seeds']):
         raise ValueError(f"{where}: seeds must be whole numbers, got {record['seeds']}: list the seeds that were run")
-    if not (record['wall_time'] >= 0 and record['nfe'] >= 0 and record['command'].strip()):
+    wall_time, nfe, command = record['wall_time'], record['nfe'], record['command']
+    if not (wall_time >= 0 and nfe >= 0 and command.strip()):
         raise ValueError(f"{where}: wall_time (s) and nfe must be >= 0 and command not empty, "
-                         f"got {record['wall_time']}, {record['nfe']}, {record['command']!r}: measure them, 0 for a closed form")
+                         f"got {wall_time}, {nfe}, {command!r}: measure them, 0 for a closed form")
     missing = {'python', 'torch', 'egrpo'} - set(record['versions'])
     if missing: raise ValueError(f"{where}: versions lack {sorted(missing)}: write it with save_record")
-    paths = [s for s in _strings(record) if os.path.isabs(s) or (len(str(Path.home())) > 1 and str(Path.home()) + os.sep in s)]
+    paths = [text for text in _strings(record) if _is_of_this_machine(text)]
     if paths: raise ValueError(f"{where} names a place on this machine ({paths[0]!r}): give paths relative to the repository")
     return record
 
@@ -129,12 +146,14 @@ def check_record(
 def code_commit()->str|None: # None where there is none to be known
     "Return the commit of the code that runs, with + where it was changed: EGRPO_COMMIT if set, else that of its checkout."
     import egrpo
+    given = os.environ.get('EGRPO_COMMIT')
+    if given: return given
     folder = Path(egrpo.__file__).parent
-    if os.environ.get('EGRPO_COMMIT'): return os.environ['EGRPO_COMMIT']
-    try: asked = subprocess.run(['git', 'rev-parse', '--short=10', 'HEAD'], cwd=folder, capture_output=True, text=True)
+    def git(*words): return subprocess.run(['git', *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+    try: commit = git('rev-parse', '--short=10', 'HEAD')
     except OSError: return None
-    changed = subprocess.run(['git', 'status', '--porcelain', '.'], cwd=folder, capture_output=True, text=True).stdout.strip()
-    return asked.stdout.strip() + '+' * bool(changed) or None
+    changed = git('status', '--porcelain', '.')
+    return commit + '+' * bool(changed) or None
 
 # %% ../../nbs/paper/00_records.ipynb #2f18a58e
 def versions()->dict: # Package -> version, of those that are installed
@@ -155,7 +174,9 @@ def device_name(
     if ' ' in str(device): return device
     device = torch.device(device or best)
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} thread{'s'[:torch.get_num_threads() != 1]})"
+    threads = torch.get_num_threads()
+    word = 'thread' if threads == 1 else 'threads'
+    return f"{device.type} ({platform.machine()}, {threads} {word})"
 
 # %% ../../nbs/paper/00_records.ipynb #f40a5fec
 def record_path(
@@ -170,7 +191,8 @@ def known_record(
 )->Path: # Where to read it; it need not exist
     "The file of a record in `figures_dir()`, or else of the one that came with the package."
     path = record_path(name)
-    if path.exists() or Path(name).suffix == '.json' or os.environ.get('EGRPO_FIGURES'): return path
+    is_path = Path(name).suffix == '.json'
+    if path.exists() or is_path or os.environ.get('EGRPO_FIGURES'): return path
     came = shipped()/'figures'/f'{name}.json'
     return came if came.exists() else path
 
@@ -191,10 +213,11 @@ def save_record(
     path = record_path(path)
     clash = set(extra) & {'name', 'versions'}
     if clash: raise ValueError(f"{sorted(clash)} are filled in by save_record: choose other names")
-    record = _plain(dict(name=path.stem, scale=scale, seeds=list(seeds), command=command, wall_time=wall_time, nfe=nfe,
-                         device=device_name(device), versions=versions(), **extra, data=data))
-    text = json.dumps(check_record(record, path.name), indent=1, ensure_ascii=False, allow_nan=False) + '\n'
-    write_text(path, text)
+    record = dict(name=path.stem, scale=scale, seeds=list(seeds), command=command, wall_time=wall_time, nfe=nfe)
+    record |= dict(device=device_name(device), versions=versions(), **extra, data=data)
+    record = check_record(_plain(record), path.name)
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + '\n')
     return path
 
 # %% ../../nbs/paper/00_records.ipynb #65adf9bc
@@ -227,7 +250,8 @@ def verdict(
     "Verdict of intervals on a claim."
     if seeds < SEEDS_NEEDED: return f'open ({seeds} of {SEEDS_NEEDED} seeds)'
     if any(high < 0 for *_, high in intervals): return 'does not hold'
-    return 'holds' if intervals and all(low > 0 for _, low, _ in intervals) else 'open'
+    above = all(low > 0 for _, low, _ in intervals)
+    return 'holds' if intervals and above else 'open'
 
 def show_interval(
     interval:tuple, # (mean, low, high)

@@ -72,6 +72,18 @@ def _words(text:str, small:str=''): return Cell(text, small, 'left')
 def _named(setting:str): return NAMES.get(setting, setting)
 
 # %% ../../nbs/paper/30_report.ipynb #ca573923
+def _align(line, widths):
+    "Pad the texts of a line to the widths of their columns."
+    padded = map(str.ljust, line, widths)
+    return '  '.join(padded).rstrip()
+
+def _head_cell(name, below):
+    "The name of a column, at the left above words."
+    left = ' class=left' if below.kind in ('left', 'own') else ''
+    return f'<th{left}>{escape(name)}</th>'
+
+def _row_html(row): return f'<tr>{"".join(cell.html for cell in row)}</tr>'
+
 @dataclass(frozen=True)
 class Table:
     "Rows of cells below a title."
@@ -82,17 +94,17 @@ class Table:
     @property
     def plain(self)->str: # Lines
         "The table as text, with aligned columns."
-        lines = [list(self.columns)] + [[c.plain for c in row] for row in self.rows]
+        lines = [self.columns]
+        for row in self.rows: lines.append([cell.plain for cell in row])
         widths = [max(map(len, column)) for column in zip(*lines)]
-        aligned = ['  '.join(text.ljust(w) for text, w in zip(line, widths)).rstrip() for line in lines]
+        aligned = [_align(line, widths) for line in lines]
         return '\n'.join([self.title, *aligned])
 
     @property
     def html(self)->str: # HTML
         "The table in HTML."
-        words = [cell.kind in ('left', 'own') for cell in self.rows[0]]
-        head = ''.join(f'<th{" class=left" * left}>{escape(c)}</th>' for c, left in zip(self.columns, words))
-        body = ''.join(f'<tr>{"".join(c.html for c in row)}</tr>' for row in self.rows)
+        head = ''.join(map(_head_cell, self.columns, self.rows[0]))
+        body = ''.join(map(_row_html, self.rows))
         return f'<p><b>{escape(self.title)}</b></p><table><tr>{head}</tr>{body}</table>'
 
 @dataclass(frozen=True)
@@ -110,7 +122,9 @@ class Page:
 
     def __repr__(self)->str:
         "Text for a terminal."
-        return '\n\n'.join(['\n'.join(self.lines), *(t.plain for t in self.tables)]).strip()
+        lines = '\n'.join(self.lines)
+        tables = [t.plain for t in self.tables]
+        return '\n\n'.join([lines, *tables]).strip()
 
 # %% ../../nbs/paper/30_report.ipynb #59bef290
 def _verdict_cell(
@@ -119,7 +133,8 @@ def _verdict_cell(
     "A verdict with its mark, and small what an open one lacks."
     if finding is None: return BLANK
     short, _, rest = finding.verdict.partition(' (')
-    return _words(f'{MARKS[finding.word]} {short}', f'({rest}' * bool(rest))
+    small = f'({rest}' if rest else ''
+    return _words(f'{MARKS[finding.word]} {short}', small)
 
 def _claim_row(
     row:dict, # As `judged` gives it
@@ -146,13 +161,17 @@ def answer(
     return Page([], [Table('What we see', columns, rows)], box=True)
 
 # %% ../../nbs/paper/30_report.ipynb #3dd84b7c
+def _direction(low, high, nothing=0):
+    "up or down where an interval excludes what no effect is, else nothing."
+    if low > nothing: return 'up'
+    return 'down' if high < nothing else ''
+
 def _difference(
     interval:tuple, # (mean, low, high)
 )->Cell: # Coloured where the interval excludes 0
     "A difference with its interval."
     mean, low, high = interval
-    kind = 'up' if low > 0 else 'down' if high < 0 else ''
-    return Cell(f'{mean:+.3f}', f'[{low:+.3f}, {high:+.3f}]', kind)
+    return Cell(f'{mean:+.3f}', f'[{low:+.3f}, {high:+.3f}]', _direction(low, high))
 
 def _finding(
     record:dict, # A record of a grid
@@ -175,7 +194,9 @@ def comparison(
         found = _finding(record, rival)
         equal = data['equal_iterations'].get(rival)
         same = _difference(equal['against_best'][reward]) if equal else BLANK
-        rows.append([_words(_named(rival)), _difference(end[reward]), _verdict_cell(found), same, _verdict_cell(found.equal)])
+        verdict = _verdict_cell(found)
+        verdict_equal = _verdict_cell(found.equal)
+        rows.append([_words(_named(rival)), _difference(end[reward]), verdict, same, verdict_equal])
     own = _named(data['best'])
     columns = (f'minus {own}', 'at equal evaluations', f'{own} is better', 'at equal iterations', f'{own} is better')
     return Page([], [Table(f'What we see, in {reward}', columns, rows)], box=True)
@@ -205,7 +226,8 @@ def _time(
     if seconds < 1: return 'less than a second'
     if seconds < 90: return f'{seconds:.0f} s of one core'
     minutes = seconds / 60
-    return f'{minutes / 60:.1f} hours of one core' if minutes >= 60 else f'{minutes:.0f} minutes of one core'
+    if minutes < 60: return f'{minutes:.0f} minutes of one core'
+    return f'{minutes / 60:.1f} hours of one core'
 
 def record_line(
     record:dict, # A record
@@ -213,7 +235,8 @@ def record_line(
     "Scale, seeds, cost and device of a record."
     data = record['data']
     parts = [f"Scale {record['scale']}"]
-    if seeds := [len(o) for o in data.get('seeds_finished', {}).values()]:
+    seeds = [len(finished) for finished in data.get('seeds_finished', {}).values()]
+    if seeds:
         parts.append(f"{min(seeds)} of {data['seeds_planned']} seeds of every setting")
     parts.append(_time(record['wall_time']))
     if record['nfe']: parts.append(f"{record['nfe']:,} network evaluations")
@@ -240,7 +263,8 @@ def _score(
 )->Cell: # Bold where it is the highest
     "A score with its interval."
     mean, low, high = interval
-    return Cell(f'{mean:.3f}', f'[{low:.3f}, {high:.3f}]', 'best' if mean == top else '')
+    kind = 'best' if mean == top else ''
+    return Cell(f'{mean:.3f}', f'[{low:.3f}, {high:.3f}]', kind)
 
 def _own(
     setting:str, # A setting
@@ -250,13 +274,18 @@ def _own(
     name = _named(setting)
     return Cell(f'▸ {name}', kind='own') if setting == data['best'] else _words(name)
 
+def _paper_cell(score, top):
+    "A score of the paper, bold where it is the highest."
+    kind = 'best' if score == top else ''
+    return Cell(f'{score:.3f}', kind=kind)
+
 def _paper_cells(
     scores:tuple, # The paper's of a setting; () where it has none
     highest:tuple, # Of each column
 )->list: # Of `Cell`
     "The paper's scores, the highest bold."
     if not scores: return [BLANK] * len(highest)
-    return [Cell(f'{v:.3f}', kind='best' if v == top else '') for v, top in zip(scores, highest)]
+    return list(map(_paper_cell, scores, highest))
 
 def score_rows(
     data:dict, # Data of a record of a grid
@@ -264,20 +293,26 @@ def score_rows(
 )->Table: # A row per setting, the highest in the reward trained on first, then the start
     "Scores after training, with iterations and seconds of a run."
     rewards = rewards_of(data)
+    trained, *others = rewards
     settings = data['settings']
-    order = sorted(settings, key=lambda k: -settings[k][rewards[0]]['after'][0])
-    top = {r: max(s[r]['after'][0] for s in settings.values()) for r in rewards}
+    def mean_after(setting, reward): return settings[setting][reward]['after'][0]
+    order = sorted(settings, key=lambda setting: -mean_after(setting, trained))
+    top = {}
+    for reward in rewards: top[reward] = max(mean_after(setting, reward) for setting in settings)
     highest = [max(column) for column in zip(*paper.values())]
     rows = []
-    for k in order:
-        cost = data['cost'][k]
-        scores = [_score(settings[k][r]['after'], top[r]) for r in rewards]
+    for setting in order:
+        own = settings[setting]
+        scores = [_score(own[reward]['after'], top[reward]) for reward in rewards]
+        cost = data['cost'][setting]
         spent = [Cell(f"{cost['iterations']:,}"), Cell(f"{cost['seconds']:.0f}")]
-        rows.append([_own(k, data), *scores, *spent, *_paper_cells(paper.get(k, ()), highest)])
-    before = [_score(settings[order[0]][r]['before'], 2.) for r in rewards]
+        theirs = _paper_cells(paper.get(setting, ()), highest)
+        rows.append([_own(setting, data), *scores, *spent, *theirs])
+    first = settings[order[0]]
+    before = [_score(first[reward]['before'], 2.) for reward in rewards]
     shown = _paper_cells(PAPER_BEFORE, highest) if paper else []
     rows.append([_words('before training'), *before, BLANK, BLANK, *shown])
-    columns = ['', f'{rewards[0]} (trained on)', *rewards[1:], 'iterations', 'seconds']
+    columns = ['', f'{trained} (trained on)', *others, 'iterations', 'seconds']
     if paper: columns += [f'paper: {s}' for s in SCORES]
     return Table('Held-out scores after training', columns, rows)
 
@@ -288,20 +323,30 @@ def difference_rows(
     "Differences from the setting in question, on the same prompts, with the verdict in the reward trained on."
     data = record['data']
     rewards = rewards_of(data)
+    trained, *others = rewards
     equal = data['equal_iterations']
-    differences = {k: e['against_best'] for k, e in equal.items()} if equal_iterations else data['against_best']
+    differences = data['against_best']
+    if equal_iterations: differences = {k: e['against_best'] for k, e in equal.items()}
     rows = []
-    for rival in sorted(differences, key=lambda k: -differences[k][rewards[0]][0]):
+    for rival in sorted(differences, key=lambda k: -differences[k][trained][0]):
         found = _finding(record, rival)
         verdict = _verdict_cell(found.equal if equal_iterations else found)
         place = f"at {equal[rival]['iteration']}" if equal_iterations else ''
         shown = [_difference(differences[rival][r]) for r in rewards]
         rows.append([_words(_named(rival), place), *shown, verdict])
-    own, kind = _named(data['best']), 'iterations' if equal_iterations else 'network evaluations'
-    columns = ['', f'{rewards[0]} (trained on)', *rewards[1:], f'{own} is better']
+    own = _named(data['best'])
+    kind = 'iterations' if equal_iterations else 'network evaluations'
+    columns = ['', f'{trained} (trained on)', *others, f'{own} is better']
     return Table(f'Minus {own}, at equal {kind}', columns, rows)
 
 # %% ../../nbs/paper/30_report.ipynb #bd3c7194
+def _ratio(
+    interval:tuple, # (mean, low, high)
+)->Cell: # Coloured where the interval excludes 1
+    "A factor with its interval."
+    mean, low, high = interval
+    return Cell(f'× {mean:.2f}', f'[{low:.2f}, {high:.2f}]', _direction(low, high, 1))
+
 def speed_rows(
     data:dict, # Data of a record with `speed_up`
 )->Table: # A row per setting and score
@@ -310,11 +355,8 @@ def speed_rows(
     rows = []
     for setting, speeds in data['speed_up'].items():
         for reward in rewards:
-            row = [_own(setting, data), _words(reward)]
-            for mean, low, high in speeds[reward].values():
-                kind = 'up' if low > 1 else 'down' if high < 1 else ''
-                row.append(Cell(f'× {mean:.2f}', f'[{low:.2f}, {high:.2f}]', kind))
-            rows.append(row)
+            ratios = map(_ratio, speeds[reward].values())
+            rows.append([_own(setting, data), _words(reward), *ratios])
     columns = ('', 'score', 'by iterations', 'by network evaluations', 'by seconds')
     return Table(f"Speed, to the last score of {data['base']}", columns, rows)
 
@@ -341,7 +383,8 @@ def rises(
     "Rise of the training reward, and the difference from the setting in question."
     data = find_record(name)['data']
     rows = []
-    rise, against = data['training_rise'], data['rise_against_best']
+    rise = data['training_rise']
+    against = data['rise_against_best']
     for k in sorted(rise, key=lambda k: -rise[k][0]):
         equal = data['equal_iterations'].get(k)
         end = _difference(against[k]) if k in against else BLANK
@@ -357,9 +400,12 @@ def _later(
     iteration:int, # An evaluated one
 )->tuple: # (S,P) gains, (P,) texts of the prompts
     "Gains of its runs after an iteration, in the reward trained on."
-    cells = [load_cell(store_dir()/f'{key}.json') for key in data['cells'][setting].values()]
-    scores = [cell['scores'][rewards_of(data)[0]] for cell in cells]
-    return np.stack([s[max(s)] - s[iteration] for s in scores]), evaluation_texts(cells)
+    reward = rewards_of(data)[0]
+    store = store_dir()
+    cells = [load_cell(store/f'{key}.json') for key in data['cells'][setting].values()]
+    scores = [cell['scores'][reward] for cell in cells]
+    gains = [own[max(own)] - own[iteration] for own in scores]
+    return np.stack(gains), evaluation_texts(cells)
 
 def later_gains(
     name:str, # A name in `EXPERIMENTS`, of a grid of runs whose cells are kept
@@ -368,10 +414,13 @@ def later_gains(
     data = find_record(name)['data']
     rows = []
     for setting, equal in data['equal_iterations'].items():
-        own, texts = _later(data, data['best'], equal['iteration'])
-        more, _ = _later(data, setting, equal['iteration'])
-        rows.append([_words(_named(setting)), _difference(difference(more, own, texts).interval())])
-    return Page([], [Table(f"Gained after equal iterations, minus {data['best']}", ('', rewards_of(data)[0]), rows)])
+        iteration = equal['iteration']
+        own, texts = _later(data, data['best'], iteration)
+        more, _ = _later(data, setting, iteration)
+        lead = difference(more, own, texts).interval()
+        rows.append([_words(_named(setting)), _difference(lead)])
+    columns = ('', rewards_of(data)[0])
+    return Page([], [Table(f"Gained after equal iterations, minus {data['best']}", columns, rows)])
 
 # %% ../../nbs/paper/30_report.ipynb #046b77b4
 PLAIN = 'As it is, this notebook reads what was measured and takes seconds.'
@@ -381,7 +430,8 @@ def _run_count(
     scale:str, # A name in `SCALES`
 )->int: # Runs; a measurement is one
     "Runs that an experiment needs."
-    return sum(map(len, cells_of(name, get_scale(scale)).values())) or 1
+    cells = cells_of(name, get_scale(scale))
+    return sum(map(len, cells.values())) or 1
 
 def _seconds_of_run(
     name:str, # A name in `EXPERIMENTS`, of a grid
@@ -414,7 +464,8 @@ def durations(
     "How long a notebook takes as it is, and each scale of its records."
     tables = []
     for name in names:
-        rows = [[_words(scale), Cell(str(runs)), _words(takes)] for scale, runs, takes in _duration_rows(name)]
+        rows = []
+        for scale, runs, takes in _duration_rows(name): rows.append([_words(scale), Cell(str(runs)), _words(takes)])
         tables.append(Table(f'egrpo reproduce {name} --scale …', ('scale', 'runs', 'takes'), rows))
     return Page([PLAIN], tables)
 

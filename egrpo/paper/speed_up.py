@@ -24,7 +24,9 @@ def _reaches(
     j = above[0]
     if j == 0: return float(x[0])
     width = x[j] - x[j-1]
-    return float(x[j-1] + width * (level - y[j-1]) / (y[j] - y[j-1]))
+    rise = y[j] - y[j-1]
+    missing = level - y[j-1]
+    return float(x[j-1] + width * missing / rise)
 
 def _ratio(
     x:np.ndarray, # (J,) cost of a setting at its evaluations
@@ -60,10 +62,12 @@ def speed_up(
     own, base = paired_seeds(results, others)
     x, gains = _climb(own, reward, by)
     base_x, base_gains = _climb(base, reward, by)
-    ratio = _ratio(x, _curve(gains, np.mean), base_x, _curve(base_gains, np.mean))
+    curve = _curve(gains, np.mean)
+    base_curve = _curve(base_gains, np.mean)
     draws = _curve(gains, bootstrap_means).T
     base_draws = _curve(base_gains, bootstrap_means).T
-    return ratio, *quantiles([_ratio(x, y, base_x, base_y) for y, base_y in zip(draws, base_draws)])
+    ratios = [_ratio(x, y, base_x, base_y) for y, base_y in zip(draws, base_draws)]
+    return _ratio(x, curve, base_x, base_curve), *quantiles(ratios)
 
 # %% ../../nbs/paper/17_speed_up.ipynb #c1374673
 COSTS = ('iterations', 'nfe', 'seconds')
@@ -79,7 +83,8 @@ def speed_ups(
     found = {}
     for setting, runs in results.items():
         if setting == base: continue
-        found[setting] = {reward: _by_cost(runs, results[base], reward) for reward in runs[0]['scores']}
+        rewards = runs[0]['scores']
+        found[setting] = {reward: _by_cost(runs, results[base], reward) for reward in rewards}
     return found
 
 def _probe_share(
@@ -94,7 +99,10 @@ def _probe_share(
         shares.append([probe / (result[whole] - probe)])
     return bootstrap_interval(shares)
 
-def _iteration_seconds(results:list): return np.array([[r['train_seconds'] / len(r['reward'])] for r in results])
+def _iteration_seconds(results:list)->np.ndarray:
+    "(S,1) seconds of an iteration, by seed."
+    seconds = [result['train_seconds'] / len(result['reward']) for result in results]
+    return np.array(seconds)[:, None]
 
 def _extra_time(
     results:list, # Results of one setting, a seed each
@@ -102,7 +110,8 @@ def _extra_time(
 )->tuple: # (mean, low, high) share of the other's time
     "Relative extra time of an iteration over another setting's, without evaluations."
     own, base = paired_seeds(results, others)
-    return bootstrap_interval(_iteration_seconds(own) / _iteration_seconds(base) - 1)
+    ratio = _iteration_seconds(own) / _iteration_seconds(base)
+    return bootstrap_interval(ratio - 1)
 
 def overhead(
     results:dict, # setting -> list of results

@@ -24,6 +24,12 @@ from ..train.evaluate import evaluate
 from ..train.prompts import load_prompts, prompt_batch
 
 # %% ../../nbs/paper/15_training_reward.ipynb #3d0c5a06
+def _digest(
+    texts:list, # Prompts
+)->str: # By which a record knows them again
+    "Hash of prompts."
+    return digest(json.dumps(texts).encode())
+
 def base_scores_data(
     scale, # A `Scale`
 )->dict: # The record's data
@@ -37,12 +43,15 @@ def base_scores_data(
     found = []
     for first in range(0, len(each), 128):
         some = each[first:first + 128]
-        found.append(evaluate(policy, some, rewards, seed=1, ids=range(first, first + len(some))))
+        ids = range(first, first + len(some))
+        found.append(evaluate(policy, some, rewards, seed=1, ids=ids))
     found = pd.concat(found)
     scores = {name: found[name].to_numpy().reshape(-1, noises) for name in rewards.names}
-    data = dict(size, texts=len(texts), digest=digest(json.dumps(texts).encode()), seed=1, nfe=policy.nfe)
-    data['scores'] = {name: rounded(values.mean(1), 4) for name, values in scores.items()}
-    data['noise_std'] = {name: float(values.std(1, ddof=1).mean()) for name, values in scores.items()}
+    data = dict(size, texts=len(texts), digest=_digest(texts), seed=1, nfe=policy.nfe)
+    data |= dict(scores={}, noise_std={})
+    for name, values in scores.items():
+        data['scores'][name] = rounded(values.mean(1), 4)
+        data['noise_std'][name] = float(values.std(1, ddof=1).mean())
     return data
 
 # %% ../../nbs/paper/15_training_reward.ipynb #3d0c5b02
@@ -61,7 +70,7 @@ def _base_scores(
     "Scores of the training prompts before training."
     data = load_record(path)['data']
     texts = list(dict.fromkeys(_training_texts('shapes')[:data['prompts']]))
-    if digest(json.dumps(texts).encode()) != data['digest']:
+    if _digest(texts) != data['digest']:
         raise ValueError(f"{path.name} is of other prompts: make it again with `egrpo reproduce base_scores`")
     return {reward: dict(zip(texts, scores)) for reward, scores in data['scores'].items()}
 
@@ -78,11 +87,12 @@ def base_reward(
     if not weights.keys() <= scores.keys(): return None
     n = config['prompts_per_iteration']
     prompts = _training_texts('shapes')
-    batches = [prompt_batch(prompts, n, i, config['seed']) for i in range(len(result['reward']))]
-    texts = [text for batch in batches for text in batch]
+    texts = []
+    for i in range(len(result['reward'])): texts += prompt_batch(prompts, n, i, config['seed'])
     measured = scores[next(iter(weights))]
     if not measured.keys() >= set(texts): return None
-    table = pd.DataFrame({reward: scores[reward] for reward in weights}).loc[texts]
+    own = {reward: scores[reward] for reward in weights}
+    table = pd.DataFrame(own).loc[texts]
     total = weighted_sum(table, weights).to_numpy()
     return total.reshape(-1, n).mean(1)
 
@@ -103,7 +113,8 @@ def training_curve(
     rewards = training_rewards(results)
     parts = min(parts, *map(len, rewards))
     def means(x): return [part.mean() for part in np.array_split(x, parts)]
-    middles = np.mean([means(np.arange(len(reward)) + .5) for reward in rewards], axis=0)
+    places = [means(np.arange(len(reward)) + .5) for reward in rewards]
+    middles = np.mean(places, axis=0)
     levels = np.array([means(reward) for reward in rewards])
     intervals = [difference(level[:, None], None).interval() for level in levels.T]
     return [(float(middle), *interval) for middle, interval in zip(middles, intervals)]
@@ -117,5 +128,6 @@ def training_rise(
     for reward in training_rewards(results):
         reward = reward[:iterations]
         quarter = max(1, len(reward) // 4)
-        rises.append([reward[-quarter:].mean() - reward[:quarter].mean()])
+        first = reward[:quarter].mean()
+        rises.append([reward[-quarter:].mean() - first])
     return np.array(rises)

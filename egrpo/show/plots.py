@@ -59,6 +59,13 @@ def _axes(
     ax.tick_params(labelsize=STYLE['xtick.labelsize'], color=GREY, labelcolor=INK)
     return ax
 
+def _short_numbers(
+    ax:Axes, # Axes
+):
+    "Write 12k for 12,000 along x."
+    formatter = plt.matplotlib.ticker.EngFormatter(sep='')
+    ax.xaxis.set_major_formatter(formatter)
+
 # %% ../../nbs/show/00_plots.ipynb #2789b453
 def _shades(
     n:int, # How many
@@ -105,8 +112,9 @@ def _steps_axis(
 ):
     "Label the axis, noise on the left and image on the right."
     num_steps = len(sigmas) - 1
+    every = max(1, num_steps//8)
     if x == 'timestep': ax.set_xlim(1030, -30)
-    else: ax.set(xlim=(-.5, num_steps - .5), xticks=range(0, num_steps, max(1, num_steps//8)))
+    else: ax.set(xlim=(-.5, num_steps - .5), xticks=range(0, num_steps, every))
     ax.set_xlabel(f'{_X[x]}  (noise → image)')
 
 # %% ../../nbs/show/00_plots.ipynb #4bd4f6e3
@@ -227,7 +235,8 @@ def total_nfe(
     frame = load_metrics(metrics)
     nfe = frame.nfe_rollout + frame.nfe_gradient
     spent = nfe.groupby(frame.iteration).mean().sort_index().cumsum()
-    return pd.concat([pd.Series([0.], [0]), spent.set_axis(spent.index + 1)])
+    nothing = pd.Series([0.], [0])
+    return pd.concat([nothing, spent.set_axis(spent.index + 1)])
 
 # %% ../../nbs/show/00_plots.ipynb #38956271
 NOT_REWARDS = ('iteration', 'prompt', 'seed', 'method', 'category', 'nfe')
@@ -270,7 +279,8 @@ def _curves(
             row, column = divmod(i, len(rewards))
             look = dict(color=COLORS[row % 6], ls=['-', '--', ':', '-.'][column % 4])
             label = method if len(rewards) == 1 else f'{method}, {reward}'
-        lines.append((method, label, look, learning_curve(methods[method], reward, change)))
+        curve = learning_curve(methods[method], reward, change)
+        lines.append((method, label, look, curve))
     return lines
 
 # %% ../../nbs/show/00_plots.ipynb #79533dd2
@@ -296,9 +306,10 @@ def plot_learning(
         ax.plot(at, curve['mean'], label=label, **look)
         ax.fill_between(at, curve['low'], curve['high'], color=look['color'], alpha=.18, lw=0)
     if change: ax.axhline(0, color=GREY, lw=1, zorder=0)
-    if x == 'nfe': ax.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=''))
+    if x == 'nfe': _short_numbers(ax)
     score = rewards[0] if len(rewards) == 1 else 'score'
-    ax.set(xlabel='network evaluations' if x == 'nfe' else x, ylabel=f"{'change in ' * change}{score} (held-out prompts)")
+    xlabel = 'network evaluations' if x == 'nfe' else x
+    ax.set(xlabel=xlabel, ylabel=f"{'change in ' * change}{score} (held-out prompts)")
     ax.legend()
     return ax
 
@@ -353,7 +364,8 @@ def _ratio_panel(
     for edge in (low, high): ax.plot(edge, color=COLORS[0], lw=1)
     for bound in (-1, 1): ax.axhline(bound, color=INK, lw=1, ls=DASHED, zorder=1)
     error = np.maximum(part.ratio_max - 1, 1 - part.ratio_min)
-    ax.set_title(f'first {error.iloc[0]:.0e}\nmax {error.max():.0e}', fontsize=8, loc='right', color=GREY)
+    title = f'first {error.iloc[0]:.0e}\nmax {error.max():.0e}'
+    ax.set_title(title, fontsize=8, loc='right', color=GREY)
 
 # %% ../../nbs/show/00_plots.ipynb #3cd25d97
 @style()
@@ -384,6 +396,15 @@ def plot_ratio(
     return axes[:need]
 
 # %% ../../nbs/show/00_plots.ipynb #58efe16b
+def _is_interval(
+    row, # Anything
+)->bool: # True for (mean, low, high), with the mean between the ends
+    "Return whether a row of a table is an interval."
+    if np.shape(row) != (3,): return False
+    mean, low, high = row
+    slack = 1e-9 # a constant's mean is off by rounding
+    return low - slack <= mean <= high + slack
+
 def _check_table(
     table:dict, # Name -> (mean, low, high)
     name:str, # What to call it in messages
@@ -391,8 +412,7 @@ def _check_table(
     "One line for a table that holds something else than intervals."
     if not table: raise ValueError(f"{name} is empty: give name -> (mean, low, high)")
     for key, row in table.items():
-        is_interval = np.shape(row) == (3,) and row[1] - 1e-9 <= row[0] <= row[2] + 1e-9 # a constant's mean is off by rounding
-        if not is_interval:
+        if not _is_interval(row):
             raise ValueError(f"{name}[{key!r}] must be (mean, low, high) with low <= mean <= high, got {row}: see bootstrap_interval")
 
 # %% ../../nbs/show/00_plots.ipynb #c7c3e1d2
@@ -401,7 +421,8 @@ def _rows(
     names, # One row each, from top to bottom
 ):
     "Name the rows, with faint lines to follow."
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .4, -.6))
+    n = len(names)
+    ax.set(yticks=range(n), yticklabels=names, ylim=(n - .4, -.6))
     ax.tick_params(axis='y', length=0)
     ax.spines.left.set_visible(False)
     ax.grid(axis='y', color=PALE, lw=1)
@@ -418,12 +439,18 @@ def _numbers(
     for x, y in zip(values, rows): ax.annotate(f'{x:.3f}', (x, y), (0, 7), **look)
 
 # %% ../../nbs/show/00_plots.ipynb #3670e64e
+def _columns(
+    table:dict, # Name -> (mean, low, high)
+)->np.ndarray: # (3,N) means, low and high ends
+    "A table of intervals as an array."
+    return np.array(list(table.values()), dtype=float).T
+
 def _intervals(
     ax:Axes, # Axes
     table:dict, # Name -> (mean, low, high)
 ):
     "Dots with whiskers and numbers, a row each."
-    mean, low, high = np.array(list(table.values()), dtype=float).T
+    mean, low, high = _columns(table)
     whiskers = np.stack([mean - low, high - mean]).clip(0)
     rows = range(len(table))
     ax.errorbar(mean, rows, xerr=whiskers, fmt='o', color=COLORS[0], ms=8, lw=2, capsize=0, zorder=3)
@@ -466,9 +493,10 @@ def plot_scores(
     own, *others = axes
     _intervals(own, table)
     if not paper: return own
+    theirs, = others
     places = [names.index(name) for name in paper]
-    others[0].plot(list(paper.values()), places, 'D', color=GREY, mfc='white', ms=7, mew=2)
-    _numbers(others[0], paper.values(), places)
+    theirs.plot(list(paper.values()), places, 'D', color=GREY, mfc='white', ms=7, mew=2)
+    _numbers(theirs, paper.values(), places)
     return axes
 
 # %% ../../nbs/show/00_plots.ipynb #1667230e
@@ -515,7 +543,8 @@ def plot_rewards(
     for panel, reward in zip(axes, rewards):
         after = {name: scores[reward]['after'] for name, scores in settings.items()}
         plot_scores(after, ax=panel)
-        panel.axvline(first[reward]['before'][0], color=GREY, ls=':', lw=1.2, zorder=1)
+        before, *_ = first[reward]['before']
+        panel.axvline(before, color=GREY, ls=':', lw=1.2, zorder=1)
         if best:
             against = {name: more[reward] for name, more in data['against_best'].items()}
             _differences(panel, settings, after[best][0], against)
@@ -547,7 +576,8 @@ def _training_curve(
         at, *band = np.array(data['training'][setting], dtype=float).T
         return at, *[_moving_mean(values, smooth) for values in band]
     curve = data['held_out'][setting][reward]
-    return np.array([int(i) for i in curve], dtype=float), *np.array(list(curve.values()), dtype=float).T
+    at = np.array([int(i) for i in curve], dtype=float)
+    return at, *_columns(curve)
 
 # %% ../../nbs/show/00_plots.ipynb #52a3b57c
 @style()
@@ -568,9 +598,10 @@ def plot_training(
         cost = data['cost'][name]
         at = at * cost[x] / cost['iterations']
         color = COLORS[i % 6]
-        ax.plot(at, mean, label=name, color=color, ls='-' if i < 6 else '--')
+        line = '-' if i < 6 else '--'
+        ax.plot(at, mean, label=name, color=color, ls=line)
         if band: ax.fill_between(at, low, high, color=color, alpha=.15, lw=0)
-    if x == 'nfe': ax.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=''))
+    if x == 'nfe': _short_numbers(ax)
     label = 'training reward minus base model' if data.get('minus_base') else 'reward of the training samples'
     if reward: label = f'change of {reward}, held-out'
     ax.set(xlabel=COSTS[x], ylabel=label)
@@ -589,7 +620,9 @@ def plot_convergence(
     size = 15, 3.7 * len(rewards)
     figure, axes = plt.subplots(len(rewards), len(COSTS), figsize=size, dpi=64, sharey='row', squeeze=False)
     for row, reward in zip(axes, rewards):
-        for ax, x in zip(row, COSTS): plot_training(data, x, reward=reward, ax=ax, **kwargs).get_legend().remove()
+        for ax, x in zip(row, COSTS):
+            plot_training(data, x, reward=reward, ax=ax, **kwargs)
+            ax.get_legend().remove()
         for ax in row[1:]: ax.set_ylabel('')
     lines = axes[0, 0].get_legend_handles_labels()
     figure.legend(*lines, loc='outside right upper')
@@ -612,8 +645,8 @@ def plot_categories(
     ax = _axes(ax, (7, 1 + .5*len(before)))
     rows = np.arange(len(before))
     _rows(ax, [category.replace('_', ' ') for category in before])
-    a, *a_ends = np.array(list(before.values()), dtype=float).T
-    b, *b_ends = np.array(list(after.values()), dtype=float).T
+    a, *a_ends = _columns(before)
+    b, *b_ends = _columns(after)
     ax.hlines(rows, a, b, color=GREY, lw=3, zorder=2)
     ax.plot(a, rows, 'o', ms=9, zorder=3, label='before', color=GREY, mfc='white', mew=2)
     ax.hlines(rows + .22, *a_ends, color=GREY, lw=1.5)
@@ -722,11 +755,15 @@ def plot_before_after(
     between = np.ones((height, gap, 3))
     axes = _grid(len(a), columns, 2.7, 1.85, figure)
     for i, ax in enumerate(axes):
-        ax.imshow(np.concatenate([a[i], between, b[i]], axis=1))
-        marks = [('', GREY)] * 2 if verdicts is None else [_mark(passed) for passed in verdicts[i]]
-        labels = [f'{word} {sign}'.strip() for word, (sign, _) in zip(('before', 'after'), marks)]
+        pair = np.concatenate([a[i], between, b[i]], axis=1)
+        ax.imshow(pair)
+        marks = [('', GREY)] * 2 if verdicts is None else map(_mark, verdicts[i])
+        (sign_before, color_before), (sign_after, color_after) = marks
+        labels = f'before {sign_before}'.strip(), f'after {sign_after}'.strip()
         ax.set_xticks([width/2, 1.5*width + gap], labels, fontsize=8)
-        for label, (_, color) in zip(ax.get_xticklabels(), marks): label.set_color(color)
+        left, right = ax.get_xticklabels()
+        left.set_color(color_before)
+        right.set_color(color_after)
         ax.tick_params(length=0, pad=1)
         _title(ax, prompts[i], 32, 2)
     return axes
@@ -741,11 +778,13 @@ def plot_side_by_side(
 )->np.ndarray: # (N,M) Axes
     "The same prompts and noise after several models."
     pixels = {k: _pixels(v, f'images[{k!r}]') for k, v in images.items()}
-    if any(len(v) != len(prompts) for v in pixels.values()):
-        raise ValueError(f"images must be one per prompt, got {[len(v) for v in pixels.values()]} for {len(prompts)} prompts")
-    size = 2.2 + .9*len(pixels), .3 + 1.05*len(prompts)
+    rows, columns = len(prompts), len(pixels)
+    counts = [len(own) for own in pixels.values()]
+    if any(count != rows for count in counts):
+        raise ValueError(f"images must be one per prompt, got {counts} for {rows} prompts")
+    size = 2.2 + .9*columns, .3 + 1.05*rows
     figure = figure or plt.figure(figsize=size)
-    axes = figure.subplots(len(prompts), len(pixels), squeeze=False, gridspec_kw=dict(wspace=.04, hspace=.02))
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw=dict(wspace=.04, hspace=.02))
     for column, (name, own) in zip(axes.T, pixels.items()):
         column[0].set_title(name, fontsize=8, loc='center')
         for ax, image in zip(column, own):

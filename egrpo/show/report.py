@@ -106,16 +106,21 @@ def _extent(values):
 def _heights(series):
     "All values of a curve that must fit."
     values = [y for _, y in series.dots]
-    for _, *own in series.points: values += [y for y in own if y is not None]
-    if series.base is not None: values.append(series.base)
-    return values
+    for _, *interval in series.points: values += interval
+    values.append(series.base)
+    return [value for value in values if value is not None]
+
+def _level_line(kind, height):
+    "A line across the chart."
+    return f'<line class="{kind}" x1="{LEFT}" x2="{RIGHT}" y1="{height}" y2="{height}"/>'
 
 def _axes(x, y):
     "Lines and numbers behind the curves."
     parts = []
     for value in ticks(y.low, y.high):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y(value)}" y2="{y(value)}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(value) + 4}" text-anchor="end">{short(value)}</text>')
+        height = y(value)
+        parts.append(_level_line('grid', height))
+        parts.append(f'<text x="{LEFT - 8}" y="{height + 4}" text-anchor="end">{short(value)}</text>')
     for value in ticks(x.low, x.high):
         parts.append(f'<text x="{x(value)}" y="{BOTTOM + 17}" text-anchor="middle">{short(value)}</text>')
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{SIZE[1] - 5}" text-anchor="middle">iterations</text>')
@@ -143,8 +148,7 @@ def _marks(series, color, x, y):
 def _curve(series, color, x, y):
     "A curve with all that belongs to it."
     parts = []
-    if series.base is not None:
-        parts.append(f'<line class="base" x1="{LEFT}" x2="{RIGHT}" y1="{y(series.base)}" y2="{y(series.base)}"/>')
+    if series.base is not None: parts.append(_level_line('base', y(series.base)))
     parts += [f'<circle class="dot" cx="{x(at)}" cy="{y(value)}" r="2" fill="{color}"/>' for at, value in series.dots]
     line = [(x(at), y(mean)) for at, mean, _, _ in series.points]
     parts += _band(series, color, x, y)
@@ -156,20 +160,25 @@ def line_chart(
     title:str, # What the heights are
 )->str: # HTML
     "Curves over the iterations."
-    places = [point[0] for own in series for point in [*own.points, *own.dots]]
-    heights = [value for own in series for value in _heights(own)]
+    places, heights = [], []
+    for own in series:
+        places += [at for at, *_ in own.points + own.dots]
+        heights += _heights(own)
     first, last = min(places), max(places)
     x = _Scale(first, max(last, first + 1), LEFT, RIGHT)
     y = _Scale(*_extent(heights), BOTTOM, TOP)
-    parts, keys = _axes(x, y), []
+    parts = _axes(x, y)
+    keys = []
     for own in series:
         color = f'var(--c{own.color % 6})'
         parts += _curve(own, color, x, y)
         keys.append(f'<span><i style="background: {color}"></i>{escape(own.name)}</span>')
     alone = len(series) == 1 and series[0].color == 0
     legend = '' if alone else f'<div class="legend">{"".join(keys)}</div>'
-    svg = f'<svg viewBox="0 0 {SIZE[0]} {SIZE[1]}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    return f'<div class="chart"><h3>{escape(title)}</h3>{legend}{svg}</div>'
+    width, height = SIZE
+    title = escape(title)
+    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+    return f'<div class="chart"><h3>{title}</h3>{legend}{svg}</div>'
 
 # %% ../../nbs/show/02_report.ipynb #25f06b58
 def score_series(
@@ -183,6 +192,14 @@ def score_series(
         if points: found.append(Series(run.name, points, base=points[0][1], color=i))
     return found
 
+def _running_mean(values, window):
+    "Mean of the last `window` values at every place."
+    sums = np.cumsum([0, *values])
+    ends = np.arange(len(values)) + 1
+    begins = np.maximum(0, ends - window)
+    means = (sums[ends] - sums[begins]) / (ends - begins)
+    return means.tolist()
+
 def training_series(
     runs:list, # `RunData`
     metric:str, # Name of a metric
@@ -194,11 +211,9 @@ def training_series(
     for number, run in enumerate(runs):
         dots = [(m['iteration'], m[metric]) for m in run.metrics if metric in m]
         if len(dots) < 5: continue
-        sums = np.cumsum([0, *[value for _, value in dots]])
-        points = []
-        for i, (at, _) in enumerate(dots):
-            begin = max(0, i + 1 - window)
-            points.append((at, float((sums[i + 1] - sums[begin]) / (i + 1 - begin)), None, None))
+        places, values = zip(*dots)
+        means = _running_mean(values, window)
+        points = [(at, mean, None, None) for at, mean in zip(places, means)]
         step = max(1, len(dots) // 1000) # a line needs no more
         found.append(Series(run.name, points[::step], dots[::step], base, number))
     return found
@@ -236,32 +251,41 @@ def training_change(
 
 WORDS = dict(rose='rose:', fell='fell:', flat='did not change beyond chance:')
 
+def _change_text(name, change):
+    "A reward, how it changed, and by how much."
+    return f'{name} {WORDS[verdict(change)]} {interval_text(change)}'
+
+def _hacking(run, changes):
+    "A warning where a trained reward rose and another fell."
+    rose = [name for name in run.trained if changes.get(name) == 'rose']
+    others = [name for name in changes if name not in run.trained]
+    fell = [name for name in others if changes[name] == 'fell']
+    if not rose or not fell: return []
+    words = f"{', '.join(rose)}, trained on, rose while {', '.join(fell)} fell. Reward hacking looks like this"
+    remedy = 'compare the pictures; train on a sum of rewards, raise beta, or stop earlier'
+    return [('warning', f'{words}: {remedy}.')]
+
 def claims(
     run:RunData, # A run
 )->list: # (rose, fell, flat or warning; text)
     "Say what a run has changed."
     said, changes = [], {}
+    where = f'over {run.prompts} {run.evaluated}, on the same noise'
     for name, gain in run.gains.items():
         if gain[1] is None: continue # of one prompt
-        kind = verdict(gain)
-        changes[name] = kind
-        where = f'over {run.prompts} {run.evaluated}, on the same noise'
-        said.append((kind, f'{name} {WORDS[kind]} {interval_text(gain)} {where}'))
+        changes[name] = verdict(gain)
+        said.append((changes[name], f'{_change_text(name, gain)} {where}'))
+    where = 'from the first to the last third of the iterations, training samples'
     for name in run.trained:
         change = None if name in changes else training_change(run.metrics, f'reward/{name}')
         if change is None: continue
         changes[name] = verdict(change)
-        words = f'{name} {WORDS[changes[name]]} {interval_text(change)}'
-        said.append((changes[name], f'{words} from the first to the last third of the iterations, training samples'))
-    rose = [name for name in run.trained if changes.get(name) == 'rose']
-    fell = [name for name, kind in changes.items() if kind == 'fell' and name not in run.trained]
-    if rose and fell:
-        words = f"{', '.join(rose)}, trained on, rose while {', '.join(fell)} fell. Reward hacking looks like this"
-        remedy = 'compare the pictures; train on a sum of rewards, raise beta, or stop earlier'
-        said.append(('warning', f'{words}: {remedy}.'))
-    return said
+        said.append((changes[name], f'{_change_text(name, change)} {where}'))
+    return said + _hacking(run, changes)
 
 # %% ../../nbs/show/02_report.ipynb #a0d3e7c6
+MARK_SPANS = {'✓': '<span class="yes">✓</span>', '✗': '<span class="no">✗</span>'}
+
 def image_uri(
     image:Image.Image, # RGB
 )->str: # data:image/…
@@ -271,7 +295,8 @@ def image_uri(
     if small: image.save(buffer, 'png')
     else: fit_height(image, 2 * HEIGHT).save(buffer, 'jpeg', quality=88)
     kind = 'png' if small else 'jpeg'
-    return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'
+    encoded = base64.b64encode(buffer.getvalue())
+    return f'data:image/{kind};base64,{encoded.decode()}'
 
 def figure(
     picture:Picture, # An image with its scores
@@ -279,12 +304,14 @@ def figure(
 )->str: # HTML
     "An image with its caption."
     shown = ' · '.join(f'{score:.2f}' for score in picture.scores.values())
-    rows = [f'<tr><th>{escape(name)}</th><td>{score:.4g}</td></tr>' for name, score in picture.scores.items()]
-    mark = {'✓': '<span class="yes">✓</span>', '✗': '<span class="no">✗</span>'}.get(picture.mark, '')
+    prompt = escape(picture.prompt)
+    rows = []
+    for name, score in picture.scores.items(): rows.append(f'<tr><th>{escape(name)}</th><td>{score:.4g}</td></tr>')
+    mark = MARK_SPANS.get(picture.mark, '')
     small = ' class="small"' if picture.image.height < HEIGHT else ''
-    return (f'<figure tabindex="0"><img{small} src="{image_uri(picture.image)}" alt="{escape(picture.prompt)}">'
+    return (f'<figure tabindex="0"><img{small} src="{image_uri(picture.image)}" alt="{prompt}">'
             f'<figcaption><span>{escape(label)}: {shown}</span>{mark}</figcaption>'
-            f'<div class="more">{escape(picture.prompt)}<table>{"".join(rows)}</table></div></figure>')
+            f'<div class="more">{prompt}<table>{"".join(rows)}</table></div></figure>')
 
 def _block(prompt, figures):
     "A prompt with its images."
@@ -294,6 +321,13 @@ def _columns(blocks, images):
     "Blocks in as many columns as there is room for."
     return f'<div class="pictures" style="--block: {170 * images}px">{"".join(blocks)}</div>'
 
+def _earlier(first, picture):
+    "The image before training, where it is of an earlier iteration."
+    if first is None or first.iteration >= picture.iteration: return []
+    return [figure(first, 'before')]
+
+def _moment(picture): return f'after {picture.iteration}' if picture.iteration else 'before'
+
 def picture_blocks(
     runs:list, # `RunData`
 )->list: # HTML, a block for each prompt
@@ -302,11 +336,8 @@ def picture_blocks(
     for run in runs:
         for place, picture in run.now.items():
             key = place, picture.prompt
-            first = run.before.get(place)
-            if key not in figures:
-                is_earlier = first and first.iteration < picture.iteration
-                figures[key] = [figure(first, 'before')] if is_earlier else []
-            label = run.name if len(runs) > 1 else 'before' if picture.iteration == 0 else f'after {picture.iteration}'
+            if key not in figures: figures[key] = _earlier(run.before.get(place), picture)
+            label = run.name if len(runs) > 1 else _moment(picture)
             figures[key].append(figure(picture, label))
     return [_block(prompt, own) for (_, prompt), own in figures.items()]
 
@@ -330,22 +361,34 @@ def time_text(
     minutes = round(seconds / 60)
     return f'{minutes} min' if minutes < 90 else f'{minutes // 60} h {minutes % 60:02} min'
 
+def _row(cells): return f'<tr>{"".join(cells)}</tr>'
+def _cell(content): return content if content.startswith('<td') else f'<td>{content}</td>'
+
 def _table(rows):
     "Rows of HTML cells, the first one a header."
     head, *body = rows
-    lines = ['<tr>' + ''.join(f'<th>{cell}</th>' for cell in head) + '</tr>']
-    for row in body: lines.append('<tr>' + ''.join(cell if cell.startswith('<td') else f'<td>{cell}</td>' for cell in row) + '</tr>')
+    lines = [_row(f'<th>{cell}</th>' for cell in head)]
+    for row in body: lines.append(_row(map(_cell, row)))
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 def _tile(value, text): return f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
 
+def _spent(run):
+    "Network evaluations and time of a run, in words."
+    seconds = sum(seconds_by_phase(run).values())
+    return short(run.total('nfe_rollout', 'nfe_gradient')), time_text(seconds)
+
 def _tiles(run):
     "The few numbers of a run."
-    tiles = [_tile(interval_text(gain).split(' ')[0], f'gain of {name}') for name, gain in run.gains.items()][:3]
+    tiles = []
+    for name, gain in list(run.gains.items())[:3]:
+        mean, *_ = interval_text(gain).split(' ')
+        tiles.append(_tile(mean, f'gain of {name}'))
     asked = run.get('iterations')
     tiles.append(_tile(f'{run.iterations}', f'of {asked} iterations' if asked else 'iterations'))
-    tiles.append(_tile(short(run.total('nfe_rollout', 'nfe_gradient')), 'network evaluations'))
-    tiles.append(_tile(time_text(sum(seconds_by_phase(run).values())), 'of training'))
+    evaluations, time = _spent(run)
+    tiles.append(_tile(evaluations, 'network evaluations'))
+    tiles.append(_tile(time, 'of training'))
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 def _gain_cell(run, reward):
@@ -357,16 +400,19 @@ def _gain_cell(run, reward):
 
 def _comparison(runs, rewards):
     "Runs in a table."
-    rows = [['run', 'iterations', *[f'gain of {escape(reward)}' for reward in rewards], 'network evaluations', 'time']]
+    names = [f'gain of {escape(reward)}' for reward in rewards]
+    rows = [['run', 'iterations', *names, 'network evaluations', 'time']]
     for run in runs:
-        cells = [escape(run.name), str(run.iterations), *[_gain_cell(run, reward) for reward in rewards]]
-        spent = short(run.total('nfe_rollout', 'nfe_gradient'))
-        rows.append([*cells, spent, time_text(sum(seconds_by_phase(run).values()))])
+        gains = [_gain_cell(run, reward) for reward in rewards]
+        rows.append([escape(run.name), str(run.iterations), *gains, *_spent(run)])
     return _table(rows)
 
 def _claims_list(run, named):
     "What a run says in words."
-    items = [f'<li class="{kind}">{escape(f"{run.name}: {text}" if named else text)}</li>' for kind, text in claims(run)]
+    items = []
+    for kind, text in claims(run):
+        shown = f'{run.name}: {text}' if named else text
+        items.append(f'<li class="{kind}">{escape(shown)}</li>')
     return f'<ul class="claims">{"".join(items)}</ul>' if items else ''
 
 def _charts(runs, rewards):
@@ -376,28 +422,42 @@ def _charts(runs, rewards):
     names = ['reward_gain', *[f'reward/{name}' for run in runs for name in run.trained]]
     titles = dict(reward_gain="training reward minus the prompt's first visit")
     for name in dict.fromkeys(names):
-        series = training_series(runs, name, base=0 if name == 'reward_gain' else None)
-        if series: charts.append(line_chart(series, titles.get(name) or f'{name.removeprefix("reward/")}, training samples'))
+        base = 0 if name == 'reward_gain' else None
+        title = titles.get(name) or f'{name.removeprefix("reward/")}, training samples'
+        series = training_series(runs, name, base=base)
+        if series: charts.append(line_chart(series, title))
     if not charts: return ''
     note = (f'{evaluated.capitalize()}: the dashed line is the first evaluation, '
             'the band the 95 % interval of the gain over it, prompt by prompt. '
             'Training samples: a dot for each iteration, and the mean of the last 20.')
     return f'<h2>Curves</h2><p class="note">{note}</p><div class="charts">{"".join(charts)}</div>'
 
+def _group(run, of):
+    "The pictures of a group; none where the run has none."
+    if not run.group: return []
+    figures = [figure(picture, label) for label, picture in run.group.items()]
+    first = next(iter(run.group.values()))
+    note = 'Samples that compete in the last iteration: training prefers the best.'
+    head = f'<h2>One group{of}</h2><p class="note">{note}</p>'
+    return [head, _columns([_block(first.prompt, figures)], len(figures))]
+
 def _pictures(runs):
     "All pictures."
     blocks = picture_blocks(runs)
     if not blocks: return ''
-    names = ' · '.join(next(iter(runs[0].now.values())).scores) if runs[0].now else ''
+    first = next(iter(runs[0].now.values()), None)
+    names = ' · '.join(first.scores) if first else ''
     note = f'The same prompts on the same noise. Scores: {escape(names)}.'
     parts = [f'<h2>Pictures</h2><p class="note">{note}</p>', _columns(blocks, 1 + len(runs))]
-    for run in (run for run in runs if run.group):
-        figures = [figure(picture, label) for label, picture in run.group.items()]
+    for run in runs:
         of = f' of {escape(run.name)}' if len(runs) > 1 else ''
-        parts.append(f'<h2>One group{of}</h2><p class="note">Samples that compete in the last iteration: training prefers the best.</p>')
-        prompt = next(iter(run.group.values())).prompt
-        parts.append(_columns([_block(prompt, figures)], len(figures)))
+        parts += _group(run, of)
     return ''.join(parts)
+
+def _phase_part(phase, seconds):
+    "A phase's part of a bar."
+    style = f'flex: {seconds:.4f}; background: var({PHASES[phase]})'
+    return f'<div style="{style}" title="{phase} {time_text(seconds)}"></div>'
 
 def _phases(runs):
     "Where the time went."
@@ -406,25 +466,33 @@ def _phases(runs):
     for run in runs:
         seconds = seconds_by_phase(run)
         if not seconds: continue
-        rows.append([escape(run.name), *[time_text(seconds[phase]) if phase in seconds else '–' for phase in PHASES]])
-        parts = [f'<div style="flex: {s:.4f}; background: var({PHASES[phase]})" title="{phase} {time_text(s)}"></div>'
-                 for phase, s in seconds.items()]
+        shown = [time_text(seconds[phase]) if phase in seconds else '–' for phase in PHASES]
+        rows.append([escape(run.name), *shown])
+        parts = [_phase_part(phase, s) for phase, s in seconds.items()]
         bars.append(f'<div class="phases">{"".join(parts)}</div>')
     keys = [f'<span><i style="background: var({color})"></i>{phase}</span>' for phase, color in PHASES.items()]
     if not bars: return ''
     return f'<h2>Time by phase</h2><div class="legend">{"".join(keys)}</div>{"".join(bars)}{_table(rows)}'
+
+def _code(value):
+    "The value of a setting."
+    text = 'none' if value is None else str(value)
+    return f'<code>{escape(text)}</code>'
 
 def _settings(runs):
     "Settings that are not the defaults."
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [['setting', *[escape(run.name) for run in runs], 'default']]
     for name in names:
-        values = [*[run.get(name) for run in runs], runs[0].defaults.get(name)]
-        shown = [f'<code>{escape("none" if value is None else str(value))}</code>' for value in values]
-        rows.append([escape(name), *shown])
+        values = [run.get(name) for run in runs]
+        default = runs[0].defaults.get(name)
+        rows.append([escape(name), *map(_code, [*values, default])])
     return f'<h2>Settings that differ from the defaults</h2>{_table(rows)}' if names else ''
 
-def _kind(run): return f"{run.get('method')} · {run.get('reward')} on {run.get('prompts')} prompts · {run.get('model')}"
+def _kind(run):
+    "Method, reward, prompts and model of a run."
+    method, reward, prompts, model = map(run.get, ('method', 'reward', 'prompts', 'model'))
+    return f'{method} · {reward} on {prompts} prompts · {model}'
 
 def report_html(
     runs:list, # `RunData`, at least one
@@ -434,8 +502,12 @@ def report_html(
     several = len(runs) > 1
     kinds = dict.fromkeys(_kind(run) for run in runs)
     head = _comparison(runs, rewards) if several else _tiles(runs[0])
-    body = [head, *[_claims_list(run, several) for run in runs], _charts(runs, rewards), _pictures(runs), _phases(runs), _settings(runs)]
-    page = Template((Path(egrpo.__file__).parent/'assets/report.html').read_text(encoding='utf-8'))
-    title = ', '.join(run.name for run in runs)
+    said = [_claims_list(run, several) for run in runs]
+    shown = [_charts(runs, rewards), _pictures(runs), _phases(runs), _settings(runs)]
+    body = '\n'.join([head, *said, *shown])
+    path = Path(egrpo.__file__).parent/'assets/report.html'
+    page = Template(path.read_text(encoding='utf-8'))
+    title = escape(', '.join(run.name for run in runs))
+    subtitle = escape('; '.join(kinds))
     footer = f'Bands and brackets are 95 % intervals, paired by prompt. Made by egrpo {egrpo.__version__}.'
-    return page.substitute(title=escape(title), subtitle=escape('; '.join(kinds)), body='\n'.join(body), footer=footer)
+    return page.substitute(title=title, subtitle=subtitle, body=body, footer=footer)

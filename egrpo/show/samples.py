@@ -11,7 +11,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -54,8 +54,9 @@ def write_picture(
     path, # The file
 ):
     "Write a picture with all that is known of it."
-    p = picture
-    write_png(p.image, path, prompt=p.prompt, scores=p.scores, mark=p.mark, iteration=p.iteration, label=p.label)
+    known = dict(vars(picture))
+    image = known.pop('image')
+    write_png(image, path, **known)
 
 def read_picture(
     path, # A file that `write_picture` wrote
@@ -65,7 +66,8 @@ def read_picture(
         text = image.text
         pixels = image.convert('RGB')
     pixels.info = {} # the texts
-    scores, iteration = json.loads(text['scores']), int(text['iteration'])
+    scores = json.loads(text['scores'])
+    iteration = int(text['iteration'])
     return Picture(pixels, text['prompt'], scores, text['mark'], iteration, text['label'])
 
 def write_pictures(
@@ -81,7 +83,8 @@ def read_pictures(
 )->dict: # Name -> `Picture`, numbers in order
     "Read the pictures of a folder."
     found = {path.stem: read_picture(path) for path in Path(folder).glob('*.png')}
-    return {name: found[name] for name in sorted(found, key=lambda name: (len(name), name))}
+    def by_number(name): return len(name), name
+    return {name: found[name] for name in sorted(found, key=by_number)}
 
 # %% ../../nbs/show/01_samples.ipynb #07e99ea1
 def verifier_marks(
@@ -104,15 +107,19 @@ def fit_height(
 )->Image.Image: # Its proportions stay
     "An image of a size to be looked at."
     scale = height / image.height
-    if scale >= 2: return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
+    if scale >= 2:
+        whole = int(scale)
+        return image.resize((whole * image.width, whole * image.height), Image.Resampling.NEAREST)
     if scale >= 1: return image
-    return image.resize((max(1, round(image.width * scale)), height), Image.Resampling.LANCZOS)
+    width = max(1, round(image.width * scale))
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 # %% ../../nbs/show/01_samples.ipynb #dd8ffede
 def _beside(images, space=SPACE):
     "Images in a row."
     width = sum(image.width + space for image in images) - space
-    sheet = Image.new('RGB', (width, max(image.height for image in images)), 'white')
+    height = max(image.height for image in images)
+    sheet = Image.new('RGB', (width, height), 'white')
     left = 0
     for image in images:
         sheet.paste(image, (left, 0))
@@ -121,8 +128,9 @@ def _beside(images, space=SPACE):
 
 def _below(images, space=SPACE):
     "Images in a column."
+    width = max(image.width for image in images)
     height = sum(image.height + space for image in images) - space
-    sheet = Image.new('RGB', (max(image.width for image in images), height), 'white')
+    sheet = Image.new('RGB', (width, height), 'white')
     top = 0
     for image in images:
         sheet.paste(image, (0, top))
@@ -146,9 +154,11 @@ def _text(
     characters = max(8, int(width / (.6 * size)))
     wrapped = '\n'.join(textwrap.wrap(text, characters, max_lines=lines, placeholder=' …'))
     sheet = Image.new('RGB', (width, lines * (size + 5)), 'white')
-    draw, font = ImageDraw.Draw(sheet), _font(size)
-    draw.multiline_text((0, sheet.height), wrapped, INK if size > 11 else GREY, font, anchor='ld', spacing=3)
-    if mark: draw.text((width, sheet.height), mark, MARKS[mark], font, anchor='rd')
+    draw = ImageDraw.Draw(sheet)
+    font = _font(size)
+    color = INK if size > 11 else GREY
+    draw.multiline_text((0, sheet.height), wrapped, color, font, anchor='ld', spacing=3)
+    if mark: draw.text(sheet.size, mark, MARKS[mark], font, anchor='rd')
     return sheet
 
 # %% ../../nbs/show/01_samples.ipynb #16e82fbc
@@ -161,12 +171,16 @@ def _tile(picture):
     "An image, and below it its score."
     image = fit_height(picture.image)
     scores = ' · '.join(f'{score:.2f}' for score in picture.scores.values())
-    return _below([image, _text(f'{_moment(picture)}: {scores}', max(image.width, 96), size=11, mark=picture.mark)], 2)
+    width = max(image.width, 96)
+    caption = _text(f'{_moment(picture)}: {scores}', width, size=11, mark=picture.mark)
+    return _below([image, caption], 2)
 
 def _block(*pictures):
     "Pictures of one prompt, the prompt above."
-    row = _beside([_tile(picture) for picture in pictures], 4)
-    return _below([_text(pictures[0].prompt, max(row.width, 160), 2), row], 2)
+    row = _beside(list(map(_tile, pictures)), 4)
+    width = max(row.width, 160)
+    title = _text(pictures[0].prompt, width, 2)
+    return _below([title, row], 2)
 
 def draw_samples(
     before:dict, # Place of a prompt -> `Picture` before training
@@ -179,7 +193,8 @@ def draw_samples(
         first = before.get(place)
         is_later = first and first.iteration < picture.iteration
         blocks.append(_block(first, picture) if is_later else _block(picture))
-    columns = max(1, 1400 // (max(block.width for block in blocks) + SPACE))
+    widest = max(block.width for block in blocks)
+    columns = max(1, 1400 // (widest + SPACE))
     rows = [_beside(blocks[i:i + columns]) for i in range(0, len(blocks), columns)]
     rewards = ' · '.join(next(iter(now.values())).scores)
     parts = [_text(f'evaluation, always on the same noise ({rewards})', 900, size=13), *rows]
@@ -187,6 +202,4 @@ def draw_samples(
         rewards = ' · '.join(group[0].scores)
         parts += [_text(f'one group of the last iteration ({rewards})', 900, size=13), _block(*group)]
     sheet = _below(parts)
-    framed = Image.new('RGB', (sheet.width + 2 * SPACE, sheet.height + 2 * SPACE), 'white')
-    framed.paste(sheet, (SPACE, SPACE))
-    return framed
+    return ImageOps.expand(sheet, SPACE, 'white')
