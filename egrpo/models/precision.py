@@ -133,7 +133,8 @@ def quantize_frozen(
     device:torch.device, # Where its layers are quantized, one after the other, and stay
 ):
     "Hold the weights of linear layers that are not trained in int8, with a scale for each output."
-    try: from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as e: raise ValueError("quantize needs torchao (pip install torchao), which cannot be imported") from e
     def frozen(module, name): return isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
     quantize_(network, Int8WeightOnlyConfig(), frozen, device=device)
