@@ -10,6 +10,8 @@ OUT ?= runs/gpu_check
 # JupyterLab's settings in a virtual environment of one's own, where it need not ask about news
 QUIET := $(VENV)/share/jupyter/lab/settings/overrides.json
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+# apart, for its tests alone: diffusers warns on every import where it is installed
+TORCHAO := $(shell sed -n '/^torchao==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test parity trials gpu-check wheels lab browser docs notebooks readme
@@ -64,6 +66,7 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV), once: $(TORCH) first, then the rest of constraints.txt (some minutes)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	-@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/apart "$(TORCHAO)"
 	@touch $@
 
 $(QUIET): $(READY)

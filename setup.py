@@ -49,7 +49,7 @@ setup(
     package_data={'egrpo': ['assets/**/*', 'recipes/*.yaml']},
     include_package_data=False,
     install_requires=listed('requirements'),
-    extras_require={name: listed(f'{name}_requirements') for name in ('dev', 'hpsv2', 'ocr')},
+    extras_require={name: listed(f'{name}_requirements') for name in ('dev', 'int8', 'hpsv2', 'ocr')},
     entry_points={'console_scripts': listed('console_scripts'), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     cmdclass={'build_py': WithNotebooks},
     zip_safe=False,

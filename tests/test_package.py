@@ -91,7 +91,7 @@ def test_names_the_command_and_requirements(wheel):
     needs = re.findall(r'^Requires-Dist: ([\w-]+)[^;\n]*$', meta, re.M)
     wanted = 'torch diffusers transformers accelerate peft safetensors numpy scipy scikit-image matplotlib'.split()
     assert sorted(needs) == sorted([*wanted, 'seaborn', 'pandas', 'fastcore', 'tqdm', 'filelock', 'pillow', 'pyyaml'])
-    assert set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) == {'dev', 'hpsv2', 'ocr'}
+    assert set(re.findall(r'^Provides-Extra: (\S+)', meta, re.M)) == {'dev', 'int8', 'hpsv2', 'ocr'}
 
 
 def test_constraints_pin_every_requirement():

@@ -130,7 +130,8 @@ def add_own(
 # %% ../../nbs/cli/00_options.ipynb #5e936676
 GROUPS = {
     'model': 'model lora_rank lora_alpha lora_targets lora_from resolution guidance call',
-    'device and memory': 'device dtype micro_batch gradient_checkpointing compiled attention vae_tiling text_encoders embeddings',
+    'device and memory': 'device dtype micro_batch gradient_checkpointing compiled attention vae_tiling text_encoders '
+                         'embeddings quantize',
     'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length '
               'step_weights noises window slide_every train_share split_every keep pruned_steps draws growth',
     'attention entropy': 'base allocation explore explore_per top profile_cache',

@@ -32,7 +32,7 @@ from egrpo.models.pipeline import (
     trained_parameters,
     without_bars,
 )
-from .precision import GradientScale, choose_kernels, compile_blocks, torch_dtype
+from .precision import GradientScale, check_quantize, choose_kernels, compile_blocks, quantize_frozen, torch_dtype
 from .reference import Reference
 from .schedule import pipeline_sigmas
 from .sharing import SharedPasses, gathered, place_network
@@ -175,8 +175,10 @@ class Policy(GuidedNetwork):
         mesh=None, # Processes that share the network (`torch.distributed` device mesh); None = this one holds it all
         lora_alpha:float|None=None, # A new LoRA's product is scaled by alpha / rank; None = twice the rank
         lora_targets=None, # Layers of a new LoRA: ends of names or classes of blocks (`lora_layers`); None = the usual ones
+        quantize:str|None=None, # int8: hold the frozen linear layers under a LoRA in a byte a weight (`quantize_frozen`)
     ):
         check_settings(lora_rank, micro_batch, guidance, lora_from, text_encoders, embeddings, lora_alpha, lora_targets)
+        check_quantize(quantize, lora_rank, lora_from, gradient_checkpointing, mesh is not None)
         self.pipeline = pipeline
         self.mesh = mesh
         self.guidance = guidance
@@ -186,7 +188,9 @@ class Policy(GuidedNetwork):
         choose_kernels(self.dtype, self.device)
         self.resolution = self._check_resolution(resolution or own_resolution(pipeline))
         self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, lora_targets)
-        self.lora_rank, self.fingerprint = self.trained.rank, self.trained.fingerprint
+        self.lora_rank = self.trained.rank
+        self.fingerprint = self.trained.fingerprint + (quantize or '')
+        if quantize: quantize_frozen(self.transformer, self.device)
         use_backend(list(networks_of(pipeline).values()), attention, self.dtype, self.device, lora_rank is not None, self.masked)
         compiler = partial(compile_blocks, device=self.device) if compiled else None
         if gradient_checkpointing: self.transformer.enable_gradient_checkpointing()

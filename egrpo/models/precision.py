@@ -108,3 +108,33 @@ def compile_blocks(
     for m in network.modules():
         if type(m).__name__ in names: m.compile(options=options)
 
+
+# %% ../../nbs/models/01_precision.ipynb #d264a7c1
+QUANTIZED = ('int8', None)
+
+def check_quantize(
+    quantize:str|None, # One of `QUANTIZED`
+    lora_rank:int|None, # Rank of the LoRA; 0 = the whole network is trained, unless `lora_from` says otherwise
+    lora_from=None, # A LoRA that is trained on
+    gradient_checkpointing:bool|None=None, # Are activations computed again?
+    shared:bool=False, # Do processes share the network?
+):
+    "Refuse to hold weights in int8 where they are trained, whole all the same, or shared."
+    if quantize is None: return
+    if quantize not in QUANTIZED: raise ValueError(f"quantize must be int8 or None, got {quantize!r}")
+    if lora_rank == 0 and not lora_from: raise ValueError("quantize freezes the network: give lora_rank, too")
+    trained = lora_rank is not None
+    if trained and not gradient_checkpointing:
+        raise ValueError("quantize saves nothing without gradient_checkpointing, a backward pass keeps the weights whole: set it")
+    if shared: raise ValueError("quantize: a network that processes share is not quantized: leave one of the two out")
+
+def quantize_frozen(
+    network, # A transformer; changed in place
+    device:torch.device, # Where its layers are quantized, one after the other, and stay
+):
+    "Hold the weights of linear layers that are not trained in int8, with a scale for each output."
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as e: raise ValueError("quantize needs torchao (pip install torchao), which cannot be imported") from e
+    def frozen(module, name): return isinstance(module, torch.nn.Linear) and not module.weight.requires_grad
+    quantize_(network, Int8WeightOnlyConfig(), frozen, device=device)

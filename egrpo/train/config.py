@@ -151,6 +151,8 @@ class TrainConfig:
     embeddings:str|None = option(None, "Folder that keeps prompts' embeddings for this run and the next; "
                                        'None = the last ones in memory', free=True, loads=True)
     compiled:bool|None = option(None, "Compile the network's blocks: minutes at the start, faster afterwards", loads=True)
+    quantize:str|None = option(None, 'int8: hold the frozen network under a LoRA in a byte a weight (with torchao); None = in dtype',
+                               choices=('int8', None), loads=True)
     attention:str|None = option(None, "Attention backend of diffusers, such as flash, _flash_3 or sage; None = torch's own", loads=True)
     checkpoint_every:int = option(50, 'Iterations between checkpoints; 0 = only before evaluations, as always',
                                   where=True, least=0)
@@ -308,6 +310,7 @@ def check_config(
 ):
     "Refuse kinds and numbers no run can have; what plans, policies and rewards need, they check themselves."
     from egrpo.models.base_policy import check_settings
+    from egrpo.models.precision import check_quantize
     for name, f in FIELDS.items(): check_value(f, getattr(config, name))
     for name, value in config.plan.items():
         if name in PLAN_FIELDS: check_value(PLAN_FIELDS[name], value)
@@ -319,6 +322,7 @@ def check_config(
     c = config
     new_lora = c.lora_alpha, c.lora_targets
     check_settings(c.lora_rank, c.micro_batch, c.guidance, c.lora_from, c.text_encoders, c.embeddings, *new_lora)
+    check_quantize(c.quantize, c.lora_rank, c.lora_from, c.gradient_checkpointing)
     updates, prompts = c.updates_per_iteration, c.prompts_per_iteration
     if updates <= prompts: return
     limit = f"must not exceed prompts_per_iteration ({prompts})"

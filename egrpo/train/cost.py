@@ -351,7 +351,7 @@ def _weights_memory(
     shared = share > 1
     part = lora or _ceil_div(n['network'], share) # a LoRA is not shared
     parts = {
-        'frozen weights': _ceil_div(n['network'], share) * small if lora else 0,
+        'frozen weights': _frozen_bytes(config, n['network'], small, share) if lora else 0,
         'trained weights': 4 * part,
         'gradients': 4 * part,
         "Adam's moments": 8 * part}
@@ -362,7 +362,25 @@ def _weights_memory(
     else: copies = 2 if shared else 1 # two: those trained are kept, too
     parts['reference'] = 4 * part * copies
     if shared: parts['gathered blocks'] = _gathered_bytes(config, small, lora)
+    if config.quantize: parts['weights of a block, whole'] = block_parameters(config.model)[0] * small
     return parts
+
+def _frozen_bytes(
+    config:TrainConfig, # The configuration
+    network:int, # Parameters of the network
+    small:int, # Bytes of a number in the network's dtype
+    share:int, # Devices that share the network
+)->int: # Bytes
+    "Bytes of frozen weights on one device: in int8 one for each weight of a linear layer."
+    if not config.quantize: return _ceil_div(network, share) * small
+    linear = _linear_weights(config.model)
+    return linear + (network - linear) * small
+
+@lru_cache(maxsize=8)
+def _linear_weights(model):
+    "Number of weights in a network's linear layers."
+    network = build_part(*architecture(model).network)
+    return sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear))
 
 def _copied_parameters(
     config:TrainConfig, # The configuration
