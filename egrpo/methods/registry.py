@@ -49,8 +49,10 @@ def _check_lengths(
     "Refuse what some active steps cannot reach, and name them."
     short = [k for k, length in lengths.items() if length == 0]
     if not short: return
-    steps = f"step{'s' * (len(short) > 1)} {', '.join(map(str, short))} of {num_steps}"
-    remedy = f"lower it, or set active_steps to {short[0]}" if short[0] else "lower it"
+    word = 'step' if len(short) == 1 else 'steps'
+    steps = f"{word} {', '.join(map(str, short))} of {num_steps}"
+    first = short[0]
+    remedy = f"lower it, or set active_steps to {first}" if first else "lower it"
     raise SettingError(setting, f"{value} cannot be reached from {steps}: {remedy}")
 
 # %% ../../nbs/methods/03_registry.ipynb #5a1e0002
@@ -64,7 +66,8 @@ def velocity_weights(
         std = step_std(sigma, sigma_next, plan.level(s), plan.kernel, plan.sigma_max)
         return s.weight * float(std / (sigma - sigma_next))
     trained = [s for b in plan.branches for s in b.steps if s.weight]
-    scale = sum(s.weight for s in trained) / sum(map(weight, trained))
+    before = sum(s.weight for s in trained)
+    scale = before / sum(map(weight, trained))
     def weighted(branch):
         steps = tuple(replace(s, weight=weight(s) * scale) for s in branch.steps)
         return replace(branch, steps=steps)
@@ -95,11 +98,13 @@ def egrpo(
     if merge_length is None: reach = merge_lengths(sigmas, tau, noise_level, kernel)
     else: reach = fixed_lengths(num_steps, merge_length)
     lengths = {k: int(reach[k]) for k in range(first, first + active_steps)}
-    if first_step is not None: lengths = {k: length or num_steps - 1 - k for k, length in lengths.items()}
+    last = num_steps - 1
+    if first_step is not None: lengths = {k: length or last - k for k, length in lengths.items()}
     asked = ('merge_length', merge_length) if merge_length else ('tau', tau)
     _check_lengths(lengths, *asked, num_steps)
     steps = [SDEStep(k, length, num_generations) for k, length in lengths.items()]
-    plan = Plan(sigmas, tuple(Branch((s,)) for s in steps), noise_level, kernel, (stride,), solver)
+    branches = tuple(Branch((step,)) for step in steps)
+    plan = Plan(sigmas, branches, noise_level, kernel, (stride,), solver)
     if step_weights not in STEP_WEIGHTS:
         raise ValueError(f"step_weights must be one of {', '.join(STEP_WEIGHTS)}, got {step_weights!r}")
     return STEP_WEIGHTS[step_weights](plan)
@@ -117,7 +122,8 @@ def _explored_steps(
 )->tuple: # The ones that stay
     "A branch's chosen steps, with as many leaves as the branch had: fans of others move to the first ones that have none."
     kept = [s for s in steps if s.start in chosen]
-    fans = [s.children for s in steps if s.start not in chosen and s.children > 1]
+    others = [s for s in steps if s.start not in chosen]
+    fans = [s.children for s in others if s.children > 1]
     children = []
     for s in kept:
         takes_fan = s.children == 1 and fans
@@ -140,7 +146,8 @@ def explored(
     if chosen == set(possible): return plan
     def kept(branch):
         steps = _explored_steps(branch.steps, chosen)
-        return replace(branch, steps=steps, probes=tuple(k for k in branch.probes if k in chosen))
+        probes = tuple(k for k in branch.probes if k in chosen)
+        return replace(branch, steps=steps, probes=probes)
     branches = map(kept, plan.branches)
     return replace(plan, branches=tuple(b for b in branches if b.steps))
 
@@ -201,7 +208,8 @@ def method_settings(
     parameters = _parameters(method)
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
     every = _passes_on(parameters)
-    return defaults | {k: v for k, v in settings.items() if v is not None and (every or k in parameters)}
+    given = {k: v for k, v in settings.items() if v is not None}
+    return defaults | {k: v for k, v in given.items() if every or k in parameters}
 
 # %% ../../nbs/methods/03_registry.ipynb #804497cd
 def make_plan(
@@ -232,7 +240,9 @@ def make_plans(
     **settings, # As for `make_plan`
 )->list: # A `Plan` for each
     "Plans of an iteration's prompts: one for all, where the method does not take `prompt`, the number of one."
-    if 'prompt' not in _parameters(method): return [make_plan(method, iteration, **settings)] * len(numbers)
+    if 'prompt' not in _parameters(method):
+        plan = make_plan(method, iteration, **settings)
+        return [plan] * len(numbers)
     return [make_plan(method, iteration, prompt=i, **settings) for i in numbers]
 
 # %% ../../nbs/methods/03_registry.ipynb #6d8a0002
@@ -256,7 +266,8 @@ def fitting(
     plan:dict, # Settings of methods
 )->dict: # Those that the method takes
     "Keep the settings that a method takes."
-    return {k: v for k, v in plan.items() if takes(method, k, plan.get('base'))}
+    base = plan.get('base')
+    return {k: v for k, v in plan.items() if takes(method, k, base)}
 
 def check_plan(
     method, # As for `find_method`
@@ -268,8 +279,9 @@ def check_plan(
     named = isinstance(method, str) # a function that is passed in is offered what the configuration holds
     unused = [k for k in plan if named and not takes(method, k, base)]
     if unused:
+        setting = unused[0]
         owner = base if base and 'base' in parameters else method
-        raise ValueError(f"{unused[0]} is no setting of {method_name(owner)}: {_remedy(owner, unused[0])}")
+        raise ValueError(f"{setting} is no setting of {method_name(owner)}: {_remedy(owner, setting)}")
     for name, value in plan.items():
         kind = parameters[name].annotation if name in parameters else None
         if kind in (int, float, str, bool): check_kind(name, value, kind.__name__)
@@ -330,7 +342,18 @@ def _steps_text(
     most = max(len(b.steps) for b in plan.branches)
     order = 'one at a time' if most == 1 else f'{most} at a time'
     if len(plan.branches) == 1: order = 'in a row'
-    return f"{len(steps)} of {plan.num_steps}, {order}" + f", {trained} trained" * (trained < len(steps))
+    text = f'{len(steps)} of {plan.num_steps}, {order}'
+    return f'{text}, {trained} trained' if trained < len(steps) else text
+
+def _group_sizes(
+    plan:Plan, # The plan of one prompt
+)->list: # Samples of each trained group
+    "Sizes of the groups that a plan trains; without any the images are the group."
+    sizes = []
+    for branch in plan.branches:
+        for width, step in zip(branch.widths[1:], branch.steps):
+            if step.weight: sizes.append(width)
+    return sizes or [count_leaves(plan)]
 
 def describe_method(
     method, # As for `find_method`
@@ -338,9 +361,10 @@ def describe_method(
 )->dict: # Column -> text
     "A row of the table of methods: what is sampled, what is compared, what it costs per prompt and iteration."
     plan = make_plan(method, **settings)
-    groups = [w for b in plan.branches for w, s in zip(b.widths[1:], b.steps) if s.weight] or [count_leaves(plan)]
+    groups = _group_sizes(plan)
     low, high = min(groups), max(groups)
-    row = dict(method=method_name(method), kernel='–' if plan.forward else plan.kernel, loss=plan.loss)
+    kernel = '–' if plan.forward else plan.kernel
+    row = dict(method=method_name(method), kernel=kernel, loss=plan.loss)
     row['stochastic steps'] = _steps_text(plan)
     row['group'] = f"{low}–{high}" if low < high else str(low)
     row['images'] = str(count_leaves(plan))

@@ -25,7 +25,8 @@ def option(
     **more, # `least`, `above`, `below`: limits; `remedy`: ends an error; `choices`: words; `loads`: goes to `load_policy`
 )->Field:
     "A field of a configuration."
-    return field(default=default, metadata=dict(help=help, free=free or where, where=where, **more))
+    marks = dict(help=help, free=free or where, where=where)
+    return field(default=default, metadata=marks | more)
 
 def kind_of(
     field:Field, # Of a dataclass
@@ -172,9 +173,13 @@ class TrainConfig:
         **settings, # Fields, and settings of published methods
     ):
         "Paths and lists of trackers become strings, as a file of settings has them, and a leading ~ the user's folder."
-        for name, f in FIELDS.items(): setattr(self, name, as_text(name, settings.pop(name, f.default)))
-        self.plan = {**(plan or {}), **settings}
-        self.plan = {k: as_text(k, v) for k, v in self.plan.items() if v is not None and v != _plan_default(k)}
+        for name, f in FIELDS.items():
+            value = settings.pop(name, f.default)
+            setattr(self, name, as_text(name, value))
+        chosen = {**(plan or {}), **settings}
+        self.plan = {}
+        for name, value in chosen.items():
+            if value is not None and value != _plan_default(name): self.plan[name] = as_text(name, value)
         _check_names(self.plan, settings, self.method)
 
     @classmethod
@@ -234,7 +239,16 @@ LIMITS = dict(least=('>=', operator.ge), above=('>', operator.gt), below=('<', o
 
 def _limits_text(field):
     "Text on a field's limits, such as >= 0 and < 1."
-    return ' and '.join(f'{sign} {field.metadata[k]}' for k, (sign, _) in LIMITS.items() if k in field.metadata)
+    texts = []
+    for name, (sign, _) in LIMITS.items():
+        if name in field.metadata: texts.append(f'{sign} {field.metadata[name]}')
+    return ' and '.join(texts)
+
+def _is_within(value, known):
+    "Return whether a value is within the limits that a field's metadata names."
+    for name, (_, holds) in LIMITS.items():
+        if name in known and not holds(value, known[name]): return False
+    return True
 
 def check_value(
     field:Field, # Of `TrainConfig` or `PlanSettings`
@@ -246,10 +260,9 @@ def check_value(
     if 'choices' in known and value not in known['choices']:
         words = ', '.join(str(o or 'none') for o in known['choices'])
         raise ValueError(f"{name} must be one of {words}, got {value!r}: choose one")
-    if value is None or isinstance(value, str): return
-    broken = [k for k, (_, holds) in LIMITS.items() if k in known and not holds(value, known[k])]
+    if value is None or isinstance(value, str) or _is_within(value, known): return
     remedy = f": {known['remedy']}" if 'remedy' in known else ''
-    if broken: raise ValueError(f"{name} must be {_limits_text(field)}, got {value}{remedy}")
+    raise ValueError(f"{name} must be {_limits_text(field)}, got {value}{remedy}")
 
 def evaluation_is_due(
     config:TrainConfig, # Gives iterations, eval_every and eval_at
@@ -266,7 +279,8 @@ def tracker_names(
     tracker:str|None, # As the configuration has it
 )->list: # Names
     "Names of the trackers that a run writes to."
-    return [name.strip() for name in (tracker or '').split(',') if name.strip()]
+    names = map(str.strip, (tracker or '').split(','))
+    return list(filter(None, names))
 
 def _check_trackers(tracker):
     "Refuse trackers that are unknown or not installed."
@@ -298,7 +312,8 @@ def check_config(
     from egrpo.models.base_policy import check_settings
     from egrpo.models.precision import check_quantize
     for name, f in FIELDS.items(): check_value(f, getattr(config, name))
-    for name in config.plan.keys() & PLAN_FIELDS.keys(): check_value(PLAN_FIELDS[name], config.plan[name])
+    for name, value in config.plan.items():
+        if name in PLAN_FIELDS: check_value(PLAN_FIELDS[name], value)
     if config.seed < 0: raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, got {config.seed}")
     evaluation_is_due(config, 0)
     _check_trackers(config.tracker)
