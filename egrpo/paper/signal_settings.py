@@ -18,9 +18,9 @@ from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from ..base.files import digest, read_object, write_text
-from ..methods.registry import METHODS, PUBLISHED, fitting
+from ..methods.registry import PUBLISHED, fitting
 from .cells import CHECKPOINT_EVERY, one_thread_on_cpu, store_dir
-from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, TABLE_1, TAU, _base
+from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, RACE, TABLE_1, TAU, _base
 from .intervals import rank_correlation
 from .pool import alone, is_first_process
 from .records import SCALES, device_name, get_scale, known_record, load_record
@@ -33,8 +33,7 @@ from ..train.trainer import Trainer
 # %% ../../nbs/paper/20_signal_settings.ipynb #5a32b0c2
 SIGNAL_BATCHES = dict(smoke=(3, 4), mini=(128, 256), gpu=(512, 512)) # of every setting; of those in MORE_BATCHES
 MORE_BATCHES = ('methods: egrpo', 'methods: g2rpo', 'methods: mix_grpo', 'tau: 0')
-NEWER = ('egrpo', 'mix_grpo', *(name for name in METHODS if name not in (*TABLE_1, 'aegpo'))) # the first two are those of Table 1
-SMOKE = ('methods: egrpo', 'methods: mix_grpo', 'tau: 0', 'after 2: egrpo', 'newer: egrpo', 'newer: awm') # at scale smoke
+SMOKE = ('methods: egrpo', 'methods: mix_grpo', 'tau: 0', 'after 2: egrpo', 'race: egrpo', 'race: awm') # at scale smoke
 AFTER = ('egrpo', 'g2rpo', 'tempflow_grpo', 'mix_grpo') # measured after training, too
 BEST = dict(methods='egrpo', tau='2.2', merge_length='adaptive', active_steps='first 8', kernels='flow', aegpo='both',
             allocation='16/8 by ΔEntropy', explored='4 peaks', on_egrpo='AEGPO on E-GRPO') # as the papers have it
@@ -51,7 +50,7 @@ def _signal_tables()->dict: # Record -> setting -> fields of `TrainConfig`
 
 def signal_settings(
     scale, # A `Scale`, or its name: smoke, mini or gpu
-    newer:bool=False, # The newer methods, in place of the papers' tables?
+    race:bool=False, # The methods of the race, in place of the papers' tables?
 )->dict: # 'record: setting', or 'after N: method' -> `TrainConfig`
     "Every setting whose signal is measured."
     if isinstance(scale, str): scale = get_scale(scale)
@@ -62,10 +61,10 @@ def signal_settings(
     base |= dict(eval_rewards=base['reward'], eval_size=2, eval_every=0)
     if not smoke: base |= dict(prompts_per_iteration=4, iterations=100)
     fields = {}
-    tables = dict(newer=_methods(NEWER)) if newer else _signal_tables()
+    tables = dict(race=_methods(RACE)) if race else _signal_tables()
     for record, settings in tables.items():
         for setting, own in settings.items(): fields[f'{record}: {setting}'] = own
-    after = {} if newer else _methods(AFTER)
+    after = {} if race else _methods(AFTER)
     for method, own in after.items(): fields[f"after {base['iterations']}: {method}"] = own
     return {name: _signal_config(base, own) for name, own in fields.items() if not smoke or name in SMOKE}
 
@@ -128,7 +127,7 @@ def signal_of_setting(
 )->dict: # What `_measure_signal` gives, and what is in its file
     "Measure a setting's signal, or read what was measured; several processes may measure different settings."
     if isinstance(scale, str): scale = get_scale(scale)
-    settings = signal_settings(scale) | signal_settings(scale, newer=True)
+    settings = signal_settings(scale) | signal_settings(scale, race=True)
     if name not in settings: raise ValueError(f"name must be one of {', '.join(settings)}, got {name!r}")
     store = Path(store or store_dir())
     config = settings[name]
@@ -151,8 +150,8 @@ def trained_gains(
 )->dict: # 'record: setting' -> (mean, low, high)
     "Gains of training in every setting that has a record."
     gains = {}
-    for name in (*_signal_tables(), 'newer'):
-        record = 'confirm/race' if name == 'newer' else name
+    for name in (*_signal_tables(), 'race'):
+        record = 'confirm/race' if name == 'race' else name
         if not known_record(record).exists(): continue
         settings = load_record(record)['data']['settings']
         for setting, scores in settings.items(): gains[f'{name}: {setting}'] = scores[reward]['gain']
@@ -206,12 +205,12 @@ def _signal_leads(
 def signal_data(
     scale, # A `Scale`
     store=None, # Folder of finished cells; None = `store_dir()`, at scale smoke a temporary one
-    newer:bool=False, # Of the newer methods?
+    race:bool=False, # Of the methods of the race?
 )->dict: # The record's data
     "Signal and noise of every setting, and how well they predict what training gained."
     with tempfile.TemporaryDirectory() as scratch:
         folder = store or (scratch if scale.name == 'smoke' else store_dir())
-        names = tqdm(signal_settings(scale, newer), desc='settings', disable=not is_first_process())
+        names = tqdm(signal_settings(scale, race), desc='settings', disable=not is_first_process())
         found = {name: signal_of_setting(name, scale, folder) for name in names}
     points = _signal_points(found, trained_gains())
     correlation = signal_correlation([p['per_thousand'][0] for p in points], [p['gain'] for p in points])
