@@ -61,7 +61,8 @@ def test_a_network_in_int8_trains_a_lora(tmp_path):
 
 def test_int8_without_torchao_is_one_line(tmp_path):
     words = 'train --model miniature --lora-rank 2 --gradient-checkpointing yes --quantize int8 --device cpu --iterations 1'.split()
-    ran = subprocess.run([sys.executable, '-m', 'egrpo', *words, '--out', tmp_path/'run'], capture_output=True, text=True)
+    hidden = "import sys; sys.modules['torchao'] = None; import runpy; runpy.run_module('egrpo', run_name='__main__')"
+    ran = subprocess.run([sys.executable, '-c', hidden, *words, '--out', tmp_path/'run'], capture_output=True, text=True)
     assert ran.returncode == 2 and 'quantize needs torchao (pip install torchao)' in ran.stderr
 
 
