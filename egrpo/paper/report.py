@@ -178,8 +178,7 @@ def _finding(
     rival:str, # One of its settings
 ): # `Finding`
     "Judge that the setting in question is better than a rival, in the reward trained on."
-    judge = best(0, (rival,), record['name'])
-    return judge(record['data'])
+    return best(record['data'], 0, (rival,), record['name'])
 
 def comparison(
     name:str, # A name in `EXPERIMENTS`, of a grid of runs
