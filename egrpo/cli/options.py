@@ -157,8 +157,14 @@ class Parser(argparse.ArgumentParser):
         width = min(110, shutil.get_terminal_size().columns)
         def formatter(prog): return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width)
         super().__init__(*args, **{'formatter_class': formatter, 'allow_abbrev': False, **kwargs})
-    def error(self, message): raise ValueError(f'{message} (see {self.prog} --help)')
-    def parse_known_args(self, args=None, namespace=None):
+    def error(self, message):
+        "Raise in one line, instead of exiting after the usage."
+        raise ValueError(f'{message} (see {self.prog} --help)')
+    def parse_known_args(
+        self,
+        args=None, # Words of the command line; None takes those of the process
+        namespace=None, # Where values are put; None makes one
+    )->tuple: # The namespace, and no words that are left over
         "Refuse what is left over, where a command's options are known, and --option=--, which would be []."
         none = [w for w in args or () if w.startswith('--') and w.endswith('=--')]
         if none: self.error(f"argument {none[0].partition('=')[0]}: expected a value, got '--'")
