@@ -90,7 +90,7 @@ def test_claims_that_found_nothing_count_in_the_correction(monkeypatch, tested, 
 
 def test_partial_record_is_open():
     data = dict(best='egrpo', comparisons=dict(end={}), seeds_finished=dict(egrpo=[0], mix_grpo=[]))
-    for judge in (claims.best(), claims.training_best(('mix_grpo',))): assert judge(data).verdict == 'open (0 of 5 seeds)'
+    for found in (claims.best(data), claims.training_best(data, ('mix_grpo',))): assert found.verdict == 'open (0 of 5 seeds)'
 
 
 # ---- simulated records
@@ -109,7 +109,7 @@ def grid(lead, seeds, world, settings=('both', 'one'), first=0):
     return grid_data(results, settings[0]) | dict(seeds_finished={s: list(range(first, first + seeds)) for s in settings})
 
 
-def words(lead, seeds, worlds=8): return [claims.best(0, ('one',))(grid(lead, seeds, world)).word for world in range(worlds)]
+def words(lead, seeds, worlds=8): return [claims.best(grid(lead, seeds, world), 0, ('one',)).word for world in range(worlds)]
 
 
 def test_a_planted_lead_of_twice_the_margin_is_found():
@@ -136,10 +136,10 @@ def test_runs_with_seeds_from_100_confirm(tmp_path, monkeypatch):
 def test_a_verdict_follows_the_estimates():
     "Turn the leads of a record around, and the verdict is the opposite."
     data = load_record('active_steps')['data']
-    judge = claims.best(0, ('second 8',), 'active_steps')
-    assert judge(data).word == 'does not hold'
+    def word(): return claims.best(data, 0, ('second 8',), 'active_steps').word
+    assert word() == 'does not hold'
     for lead in data['comparisons']['end'].values(): lead['preference']['mean'] *= -1
-    assert judge(data).word == 'holds'
+    assert word() == 'holds'
 
 
 def test_the_papers_numbers_are_scaled_to_our_gain():

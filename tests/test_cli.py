@@ -247,7 +247,8 @@ def test_plan(here, capsys):
     merge = [line.split()[4] for line in lines[2:18]]
     assert merge[:8] == '1 1 1 2 2 2 2 3'.split() and merge[15] == '='
     assert float(lines[2].split()[3]) == pytest.approx(2.893) and float(lines[3].split()[3]) == pytest.approx(2.989)
-    assert sum('●' in line for line in lines) == 8
+    assert sum('●' in line for line in lines[2:18]) == 8
+    assert lines[18] == '● explores and is trained · ✗ too few steps follow · = never explores'
     assert (here/'deep/plan.png').stat().st_size > 10_000
 
 

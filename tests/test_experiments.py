@@ -400,7 +400,7 @@ def test_settings_left_out_leave_a_claim_open(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, 'run_cells', results)
     data = load_record(reproduce('tau', 'mini', 0, tmp_path/'cells', tmp_path/'tau.json', only=['2.2', '0']))['data']
     assert made == [10] and {k: len(v) for k, v in data['seeds_finished'].items()} == {'0': 5, '1.8': 0, '2': 0, '2.2': 5, '2.6': 0}
-    assert best(0, None, 'tau')(data).verdict == 'open (0 of 5 seeds)'
+    assert best(data, 0, None, 'tau').verdict == 'open (0 of 5 seeds)'
     path = cell_path(EXPERIMENTS['tau'].cells(get_scale('mini'))['2.6'][1], tmp_path/'cells')
     path.parent.mkdir()
     path.touch()

@@ -608,7 +608,7 @@ def test_the_flux_scale(places, tmp_path, monkeypatch):
     record = json.loads(path.read_text())
     assert record['scale'] == 'flux' and comparisons.rewards_of(record['data']) == names
     for over, seeds in ((('6',), 1), (None, 0)): # the other two merge lengths were left out
-        assert [claims.best(place, over)(record['data']).verdict for place in range(4)] == [f'open ({seeds} of 5 seeds)'] * 4
+        assert [claims.best(record['data'], place, over).verdict for place in range(4)] == [f'open ({seeds} of 5 seeds)'] * 4
     kept = cells.load_cell(next((tmp_path/'cells').glob('*.json')))
     assert set(kept['shown']['prompts']) < {f'{style} of a red circle {i}' for style in HPD_STYLES for i in range(800)}
     assert len(kept['images']) == 4 and kept['ratio_error'] < 1e-6

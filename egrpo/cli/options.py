@@ -133,7 +133,7 @@ GROUPS = {
     'device and memory': 'device dtype micro_batch gradient_checkpointing compiled attention vae_tiling text_encoders '
                          'embeddings quantize',
     'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length '
-              'step_weights noises window slide_every train_share split_every keep pruned_steps draws growth',
+              'step_weights noises window slide_every train_share split_every keep pruned_steps draws preference growth',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
     'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr lr_schedule lr_warmup '
@@ -157,8 +157,14 @@ class Parser(argparse.ArgumentParser):
         width = min(110, shutil.get_terminal_size().columns)
         def formatter(prog): return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width)
         super().__init__(*args, **{'formatter_class': formatter, 'allow_abbrev': False, **kwargs})
-    def error(self, message): raise ValueError(f'{message} (see {self.prog} --help)')
-    def parse_known_args(self, args=None, namespace=None):
+    def error(self, message):
+        "Raise in one line, instead of exiting after the usage."
+        raise ValueError(f'{message} (see {self.prog} --help)')
+    def parse_known_args(
+        self,
+        args=None, # Words of the command line; None takes those of the process
+        namespace=None, # Where values are put; None makes one
+    )->tuple: # The namespace, and no words that are left over
         "Refuse what is left over, where a command's options are known, and --option=--, which would be []."
         none = [w for w in args or () if w.startswith('--') and w.endswith('=--')]
         if none: self.error(f"argument {none[0].partition('=')[0]}: expected a value, got '--'")

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from .entry import COMMANDS, Command
 from .lists import add_recipe
 from .options import GROUPS, Option, Parser, add_fields, add_own, config_options
-from .shared import check_device, check_picture, fold, given, given_plan, save_picture, say
+from .shared import check_device, check_picture, dim, fold, given, given_plan, save_picture, say
 from .tables import table
 from ..train.config import TrainConfig
 
@@ -80,6 +80,15 @@ def draws_table(
     "Every noise level at which an image is noised again and trained."
     rows = [_level_cells(k, sigma) for k, sigma in enumerate(plan.forward.sigmas)]
     return table([['draw', 'sigma', 'timestep'], *rows])
+
+MARKS = {'●': 'explores and is trained', '○': 'explores, not trained', '✗': 'too few steps follow', '=': 'never explores'}
+
+def with_legend(
+    text:str, # A table of steps
+)->str: # The table, and a line
+    "Explain the marks that stand in a table."
+    legend = ' · '.join(f'{mark} {meaning}' for mark, meaning in MARKS.items() if mark in text)
+    return f'{text}\n{dim(legend)}'
 
 # %% ../../nbs/cli/05_planning.ipynb #7d9baf47
 def preset(
@@ -253,9 +262,9 @@ def run_plan(
     check_plan(method, given_plan(args, settings['base']))
     own = method_settings(method)
     merges = MERGING <= own.keys()
-    if merges: say(plan_table(SimpleNamespace(**settings | method_settings(method, **settings))))
+    if merges: say(with_legend(plan_table(SimpleNamespace(**settings | method_settings(method, **settings)))))
     plan = make_plan(method, args.iteration, **settings)
-    if not merges: say(draws_table(plan) if plan.forward else steps_table(plan))
+    if not merges: say(draws_table(plan) if plan.forward else with_legend(steps_table(plan)))
     say(fold(f'\n{describe(plan)}\n{plan_cost(plan)}'))
     if schedule: say(fold(f'schedule: {schedule}'))
     if 'steps' in own: say(fold('the first steps stand for those that attention entropy will choose; its probes come on top'))

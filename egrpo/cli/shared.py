@@ -106,3 +106,9 @@ def fold(
     width = max(40, shutil.get_terminal_size().columns)
     def broken(line): return textwrap.wrap(line, width, subsequent_indent=' ' * 4, break_on_hyphens=False, break_long_words=False)
     return '\n'.join(part for line in text.splitlines() for part in (broken(line) if len(line) > width else [line]))
+
+def dim(
+    line:str, # A line that is read second
+)->str: # The same where it goes to a file or another program
+    "Show a line dimmed on a terminal."
+    return f'\033[2m{line}\033[0m' if sys.stdout.isatty() else line

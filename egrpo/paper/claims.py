@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -293,88 +294,86 @@ def _known_before(
     return load_record(record)['data'] if is_registered and known_record(record).exists() else data
 
 def best(
+    data:dict, # A record's data
     place:int=0, # By which reward: 0 the one trained on, then the paper's CLIP, PickScore and ImageReward
     over:tuple|None=None, # Which other settings; None = all
     record:str='', # Name of the record, for its margins and the paper's numbers
-)->Callable: # A judge
+)->Finding: # The best setting's score and its lead over the rival that decides
     "The setting claimed to be best is above the others."
-    def find(data):
-        "The best setting's score and its lead over the rival that decides."
-        own, ends = data['best'], data['comparisons']['end']
-        if not ends: return NOTHING
-        reward = rewards_of(data)[place]
-        leads = _estimates(ends, reward, over)
-        if not leads: return NOTHING
-        margin = margins_of(record)[reward]
-        paper = scaled(_known_before(data, record), record, place)
-        seeds = seeds_of(data, over and (own, *over))
-        end = _by_margin(leads, margin, seeds, paper)
-        equal = None
-        same = _estimates(data['comparisons']['equal'], reward, over)
-        if len(same) == len(leads):
-            equal = _by_margin(same, margin, seeds, paper)
-            equal = replace(equal, seen=_lead_text(own, equal))
-        score = show_interval(data['settings'][own][reward]['after'])
-        seen = f'{_name(own)} {score}; {_lead_text(own, end)}'
-        return replace(end, seen=seen, equal=equal)
-    return find
+    own, ends = data['best'], data['comparisons']['end']
+    if not ends: return NOTHING
+    reward = rewards_of(data)[place]
+    leads = _estimates(ends, reward, over)
+    if not leads: return NOTHING
+    margin = margins_of(record)[reward]
+    paper = scaled(_known_before(data, record), record, place)
+    seeds = seeds_of(data, over and (own, *over))
+    end = _by_margin(leads, margin, seeds, paper)
+    equal = None
+    same = _estimates(data['comparisons']['equal'], reward, over)
+    if len(same) == len(leads):
+        equal = _by_margin(same, margin, seeds, paper)
+        equal = replace(equal, seen=_lead_text(own, equal))
+    score = show_interval(data['settings'][own][reward]['after'])
+    seen = f'{_name(own)} {score}; {_lead_text(own, end)}'
+    return replace(end, seen=seen, equal=equal)
 
 def moves(
+    data:dict, # A record's data
     place:int, # Which reward, as in `best`
     up:bool, # Claimed to rise, else to fall
     settings:tuple|None=None, # Of which settings; None = all
     record:str='', # Name of the record, for its margins
-)->Callable: # A judge
+)->Finding: # The gain of the setting that decides
     "A held-out score rises, or falls, during training."
-    def find(data):
-        "The gain of the setting that decides."
-        reward = rewards_of(data)[place]
-        gains = _estimates(data['comparisons']['gain'], reward, settings)
-        if not gains: return NOTHING
-        claimed = gains if up else {setting: -gain for setting, gain in gains.items()}
-        margin = margins_of(record)[reward]
-        found = _by_margin(claimed, margin, seeds_of(data, settings), {})
-        shown = show_interval(gains[found.rival].interval(), '+')
-        return replace(found, seen=f"{_name(found.rival)} {shown}")
-    return find
+    reward = rewards_of(data)[place]
+    gains = _estimates(data['comparisons']['gain'], reward, settings)
+    if not gains: return NOTHING
+    claimed = gains if up else {setting: -gain for setting, gain in gains.items()}
+    margin = margins_of(record)[reward]
+    found = _by_margin(claimed, margin, seeds_of(data, settings), {})
+    shown = show_interval(gains[found.rival].interval(), '+')
+    return replace(found, seen=f"{_name(found.rival)} {shown}")
+
+def _rise_lead(
+    data:dict, # A record's data
+    kind:str, # A comparison: rise, or rise_equal at equal iterations
+    over:tuple, # Which other settings
+)->tuple: # `Finding`, how many settings it compares
+    "Judge the lead of the best setting in the rise of the training reward, unless a setting is missing."
+    own = data['best']
+    rises = data['comparisons'].get(kind, {})
+    leads = {setting: Estimate(**rises[setting]) for setting in rises if setting in over}
+    if not leads: return NOTHING, 0
+    found = _by_intervals('', leads, seeds_of(data, (own, *over)))
+    if found.rival: found = replace(found, seen=_lead_text(own, found))
+    return found, len(leads)
 
 def training_best(
+    data:dict, # A record's data
     over:tuple, # Which other settings
-)->Callable: # A judge
+)->Finding: # Rise of the best setting, and its lead over the rival that decides
     "The training reward of the setting claimed to be best rises most."
-    def find(data):
-        "Rise of the best setting, and its lead over the rival that decides."
-        own = data['best']
-        def judge_rise(kind):
-            "At one kind of equality, unless a setting is missing."
-            rises = data['comparisons'].get(kind, {})
-            leads = {setting: Estimate(**rises[setting]) for setting in rises if setting in over}
-            if not leads: return NOTHING, 0
-            found = _by_intervals('', leads, seeds_of(data, (own, *over)))
-            if found.rival: found = replace(found, seen=_lead_text(own, found))
-            return found, len(leads)
-        found, rivals = judge_rise('rise')
-        equal, shared = judge_rise('rise_equal')
-        if not rivals: return NOTHING
-        if shared != rivals: equal = None
-        rise = f"{_name(own)} rises by {show_interval(data['training_rise'][own], '+')}"
-        if not data['minus_base']: rise += ' (the base model is not subtracted)'
-        return replace(found, seen=f'{rise}; {found.seen}', equal=equal)
-    return find
+    own = data['best']
+    found, rivals = _rise_lead(data, 'rise', over)
+    equal, shared = _rise_lead(data, 'rise_equal', over)
+    if not rivals: return NOTHING
+    if shared != rivals: equal = None
+    rise = f"{_name(own)} rises by {show_interval(data['training_rise'][own], '+')}"
+    if not data['minus_base']: rise += ' (the base model is not subtracted)'
+    return replace(found, seen=f'{rise}; {found.seen}', equal=equal)
 
 # %% ../../nbs/paper/23_claims.ipynb #d92846b4
 def _ratio_text(ratio): return 'variance × {:.2f} [{:.2f}, {:.2f}] (geometric mean)'.format(*ratio)
 
 def explores(
-    name:str, # A comparison in the record of Fig. 1a
-)->Callable: # A judge
+    data:dict, # Data of the record of Fig. 1a
+    name:str, # One of its comparisons
+)->Finding: # On the logarithm of the ratio of variances
     "The CLIP score varies more after one kind of step than after another."
-    def find(data):
-        "Ratio of variances; judged is its logarithm."
-        pair = data['contrasts']['clip'][name]
-        log_ratio = Estimate(**pair['log_ratio'])
-        return _by_intervals(f"{name}: {_ratio_text(pair['ratio'])}", {name: log_ratio})
-    return find
+    pair = data['contrasts']['clip'][name]
+    log_ratio = Estimate(**pair['log_ratio'])
+    return _by_intervals(f"{name}: {_ratio_text(pair['ratio'])}", {name: log_ratio})
 
 def _below(level:float, interval:tuple)->tuple:
     "Distance of an interval below a level."
@@ -437,64 +436,55 @@ def predicts(
     return _by_intervals('; '.join(shown), ranks, len(data['seeds']))
 
 def pays(
+    data:dict, # Data of the record of AEGPO's peaks
     value:str, # variance or gain
-)->Callable: # A judge
+)->Finding: # On the lead of the peaks under each kernel
     "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which AEGPO builds on, and E-GRPO's."
-    def text(interval):
-        if value == 'variance': return _ratio_text(np.exp(interval))
-        return '{:+.5f} [{:+.5f}, {:+.5f}]'.format(*interval)
-    def find(data):
-        "The lead of the peaks under each kernel."
-        leads = {}
-        for name in ('dance', 'flow'):
-            statistics = data['kernels'][name]['statistics']
-            leads[name] = Estimate(**statistics[value]['lead'])
-        shown = [f'{name}: {text(lead.interval())}' for name, lead in leads.items()]
-        return _by_intervals(f"peaks against other steps, kernel {'; '.join(shown)}", leads)
-    return find
+    leads, shown = {}, []
+    for name in ('dance', 'flow'):
+        statistics = data['kernels'][name]['statistics']
+        leads[name] = Estimate(**statistics[value]['lead'])
+        interval = leads[name].interval()
+        text = _ratio_text(np.exp(interval)) if value == 'variance' else '{:+.5f} [{:+.5f}, {:+.5f}]'.format(*interval)
+        shown.append(f'{name}: {text}')
+    return _by_intervals(f"peaks against other steps, kernel {'; '.join(shown)}", leads)
 
 def _speed_text(by:str, ratio:tuple)->str:
     cost = by.replace('nfe', 'network evaluations')
     return 'by {} {:.2f} [{:.2f}, {:.2f}]'.format(cost, *ratio)
 
 def faster(
+    data:dict, # A record's data
     setting:str, # A setting
     by:str='nfe', # What is saved
     factor:float=1., # How many times as fast it is claimed to be, at least
-)->Callable: # A judge
+)->Finding: # Speed-up by what is saved, then by the other costs
     "A setting reaches the score that the base ended with, in the reward trained on, so many times as fast."
-    def find(data):
-        "Speed-up by what is saved, then by the other costs; judged is whether it reaches `factor`."
-        if setting not in data['speed_up']: return NOTHING
-        ratios = dict(data['speed_up'][setting][rewards_of(data)[0]])
-        seeds = seeds_of(data, (setting, data['base']), paired=True)
-        def judge_ratio(ratio):
-            "Judge whether it is above `factor`."
-            over = tuple(value - factor for value in ratio)
-            return _by_intervals('', {setting: over}, seeds)
-        own = ratios.pop(by)
-        shown = [_speed_text(by, own)]
-        for other, ratio in ratios.items():
-            shown.append(f'{_speed_text(other, ratio)}, {judge_ratio(ratio).verdict}')
-        return replace(judge_ratio(own), seen=f"times as fast {'; '.join(shown)}")
-    return find
+    if setting not in data['speed_up']: return NOTHING
+    ratios = data['speed_up'][setting][rewards_of(data)[0]]
+    seeds = seeds_of(data, (setting, data['base']), paired=True)
+    found, shown = {}, []
+    for cost in sorted(ratios, key=lambda cost: cost != by):
+        over = tuple(value - factor for value in ratios[cost])
+        found[cost] = _by_intervals('', {setting: over}, seeds)
+        text = _speed_text(cost, ratios[cost])
+        shown.append(text if cost == by else f'{text}, {found[cost].verdict}')
+    return replace(found[by], seen=f"times as fast {'; '.join(shown)}")
 
 def overhead(
+    data:dict, # A record's data
     setting:str, # A setting
     at_most:float, # Share of the time
     of:str, # 'iteration': how much longer one takes than the base's; 'seconds': what its probes add to the rest of it
-)->Callable: # A judge
+)->Finding: # Shares added to the time; one setting's is judged
     "AEGPO adds at most so much to the time of an iteration."
-    def find(data):
-        "Shares added to the time; judged is one setting's."
-        shares = {name: costs[of] for name, costs in data['overhead'].items() if of in costs}
-        if setting not in shares: return NOTHING
-        own_first = sorted(shares, key=lambda name: name != setting)
-        shown = ['{} {:+.1%} [{:+.1%}, {:+.1%}]'.format(name, *shares[name]) for name in own_first]
-        below = _below(at_most, shares[setting])
-        seeds = seeds_of(data, (setting, data['base']), paired=True)
-        return _by_intervals('; '.join(shown), {setting: below}, seeds)
-    return find
+    shares = {name: costs[of] for name, costs in data['overhead'].items() if of in costs}
+    if setting not in shares: return NOTHING
+    own_first = sorted(shares, key=lambda name: name != setting)
+    shown = ['{} {:+.1%} [{:+.1%}, {:+.1%}]'.format(name, *shares[name]) for name in own_first]
+    below = _below(at_most, shares[setting])
+    seeds = seeds_of(data, (setting, data['base']), paired=True)
+    return _by_intervals('; '.join(shown), {setting: below}, seeds)
 
 def joint_prevents(
     data:dict, # Data of the record of Fig. 8
@@ -520,7 +510,7 @@ def _best_claim(
 )->Claim: # With the paper's numbers
     "A claim that a setting has the best score."
     paper = quoted(record, place, over)
-    return Claim(where, text, paper, record, best(place, over, record), registered=registered)
+    return Claim(where, text, paper, record, partial(best, place=place, over=over, record=record), registered=registered)
 
 def _weights_claim(
     text:str, # What is gained
@@ -528,24 +518,25 @@ def _weights_claim(
 )->Claim: # On the weights of E-GRPO's steps
     "Claim that steps weighted by std/Δ gain more than plain ones."
     claim = f'E-GRPO with steps weighted by std/Δ gains {text}'
-    return Claim('Ours', claim, 'not in it', 'step_weights', best(place, ('plain',)), registered=True)
+    judge = partial(best, place=place, over=('plain',))
+    return Claim('Ours', claim, 'not in it', 'step_weights', judge, registered=True)
 
 # %% ../../nbs/paper/23_claims.ipynb #1bfb351a
 CLAIMS = (
     Claim('Fig. 1a', 'one early stochastic step (2) varies the result more than a late one (6)',
-          'variance of CLIP scores, a picture', 'one_step', explores('step 2 over step 6')),
+          'variance of CLIP scores, a picture', 'one_step', partial(explores, name='step 2 over step 6')),
     Claim('Fig. 1a', 'a late step varies the result less than 10 % noise on the image does',
-          'variance of CLIP scores, a picture', 'one_step', explores('noise on the image over step 6')),
+          'variance of CLIP scores, a picture', 'one_step', partial(explores, name='noise on the image over step 6')),
     Claim('Fig. 1a', 'merging the late step makes it explore', 'variance of CLIP scores, a picture',
-          'one_step', explores('step 6 merged to 4 over step 6')),
+          'one_step', partial(explores, name='step 6 merged to 4 over step 6')),
     Claim('Fig. 1b', "a step's entropy falls along the trajectory, from step 1 on", 'a picture',
           'entropy_by_step', entropy_falls),
     Claim('Fig. 1b', "merging raises a step's entropy", 'a picture', 'entropy_by_step', merging_raises),
     Claim('Fig. 1c', 'the training reward rises most if the first half is trained', 'a picture',
-          'active_steps', training_best(('second 8', 'all'))),
+          'active_steps', partial(training_best, over=('second 8', 'all'))),
     Claim('Fig. 3', 'several consecutive stochastic steps make credit ambiguous', 'an argument', 'credit',
           ambiguous),
-    Claim('Fig. 4', "E-GRPO's training reward rises most", 'a picture', 'methods', training_best(RIVALS)),
+    Claim('Fig. 4', "E-GRPO's training reward rises most", 'a picture', 'methods', partial(training_best, over=RIVALS)),
     Claim('Fig. 8',
           'training on HPS alone is hacked: a part of what is gained in it comes without a gain in truth',
           'pictures', 'reward_hacking', hacked),
@@ -555,7 +546,7 @@ CLAIMS = (
     _best_claim('Table 1', f'E-GRPO has the best PickScore, {ALONE}', 'methods', 2, RIVALS, registered=True),
     _best_claim('Table 1', f'E-GRPO has the best ImageReward, {ALONE}', 'methods', 3, RIVALS, registered=True),
     Claim('Table 1', f'CLIP falls with every method, {ALONE}', '.388 before; .355 to .375 after', 'methods',
-          moves(1, False, ('egrpo', *RIVALS), 'methods'), registered=True),
+          partial(moves, place=1, up=False, settings=('egrpo', *RIVALS), record='methods'), registered=True),
     _best_claim('Table 1', f'E-GRPO has the best HPS, {JOINT}', 'methods_clip', 0, RIVALS, registered=True),
     _best_claim('Table 1', f'E-GRPO has the best CLIP, {JOINT}', 'methods_clip', 1, RIVALS, registered=True),
     _best_claim('Table 1', f'E-GRPO has the best PickScore, {JOINT}', 'methods_clip', 2, RIVALS,
@@ -563,7 +554,7 @@ CLAIMS = (
     _best_claim('Table 1', f'E-GRPO has the best ImageReward, {JOINT}', 'methods_clip', 3, RIVALS,
               registered=True),
     Claim('Table 1', f"E-GRPO's CLIP rises, {JOINT}", '.388 before, .401 after', 'methods_clip',
-          moves(1, True, ('egrpo',), 'methods_clip'), registered=True),
+          partial(moves, place=1, up=True, settings=('egrpo',), record='methods_clip'), registered=True),
     _best_claim('Table 2', 'adaptive merging is best', 'merge_length'),
     _best_claim('Table 2', 'the longest fixed merge, 6 steps, is worse than adaptive merging', 'merge_length',
               over=('6',)),
@@ -573,9 +564,9 @@ CLAIMS = (
     _best_claim('Table 4', 'τ = 2.2 is best', 'tau'),
     Claim('AEGPO 1', 'ΔEntropy predicts what a prompt will learn', 'not read', 'learning_value', predicts),
     Claim('AEGPO 2', 'peaks of Entropy(t) mark the steps that explore (variance of the reward)', 'not read',
-          'peaks', pays('variance')),
+          'peaks', partial(pays, value='variance')),
     Claim('AEGPO 2', 'peaks of Entropy(t) mark the steps whose update gains', 'not read', 'peaks',
-          pays('gain')),
+          partial(pays, value='gain')),
     _best_claim('AEGPO 3', '16/8 by ΔEntropy beats 12 for all', 'allocation', over=('uniform 12',),
               registered=True),
     _best_claim('AEGPO 3', '16/8 by ΔEntropy beats the inverted and a random split', 'allocation',
@@ -583,29 +574,29 @@ CLAIMS = (
     _best_claim('AEGPO 4', 'the 4 peaks of Entropy(t) beat the first 4, 4 random and all steps', 'explored',
               over=('all', 'first 4', 'random 4'), registered=True),
     Claim('AEGPO 4', 'the 4 peaks beat the last 4 steps, which need no probe: a control of ours',
-          'not in it', 'explored', best(over=('last 4',)), registered=True),
+          'not in it', 'explored', partial(best, over=('last 4',)), registered=True),
     _best_claim('AEGPO 5', 'both levels together beat each alone and neither', 'aegpo', registered=True),
     Claim('AEGPO 6', 'it reaches the base method\'s score in fewer iterations', 'up to 5 times', 'aegpo',
-          faster('both', 'iterations')),
+          partial(faster, setting='both', by='iterations')),
     Claim('AEGPO 6', 'it reaches that score with fewer network evaluations', 'not read', 'aegpo',
-          faster('both')),
+          partial(faster, setting='both')),
     Claim('AEGPO 6', 'it reaches that score in a fifth of the iterations', 'up to 5 times', 'aegpo',
-          faster('both', 'iterations', 5.)),
+          partial(faster, setting='both', by='iterations', factor=5.)),
     Claim('AEGPO 7', "an iteration takes at most 11.1 % longer than the base method's (memory not measured)",
-          '+11.1 %, +1 GB', 'aegpo', overhead('both', .111, 'iteration'),
+          '+11.1 %, +1 GB', 'aegpo', partial(overhead, setting='both', at_most=.111, of='iteration'),
           'nbs/figures/aegpo/claim7_overhead.ipynb'),
     Claim('AEGPO 7', 'its probes add at most 11.1 % to the rest of an iteration', 'not read', 'aegpo',
-          overhead('both', .111, 'seconds'), 'nbs/figures/aegpo/claim7_overhead.ipynb'),
-    Claim('AEGPO', 'on E-GRPO it is better than E-GRPO: a question of ours', 'not in it', 'on_egrpo', best(),
+          partial(overhead, setting='both', at_most=.111, of='seconds'), 'nbs/figures/aegpo/claim7_overhead.ipynb'),
+    Claim('AEGPO', 'on E-GRPO it is better than E-GRPO: a question of ours', 'not in it', 'on_egrpo', best,
           registered=True),
     _weights_claim('more of the truth: the verifier\'s graded score', 2),
     _weights_claim('more of the truth: the strict score', 3),
     _weights_claim('more of the preference that is trained on', 0),
     Claim('Ours', 'with steps weighted by std/Δ merging helps: τ = 2.2 is better than none', 'not in it',
-          'step_weights', best(0, ('velocity, τ = 0',)), registered=True),
+          'step_weights', partial(best, over=('velocity, τ = 0',)), registered=True),
     Claim('Ours', "E-GRPO is the best of the methods that train the sampler's steps", 'not in it', 'race',
-          best(0, ('mix_grpo', 'flash_grpo', 'dense_grpo'), 'race'), registered=True),
-    Claim('Ours', 'E-GRPO is the best of both halves of the field', 'not in it', 'race', best(0, record='race'),
+          partial(best, over=('mix_grpo', 'flash_grpo', 'dense_grpo'), record='race'), registered=True),
+    Claim('Ours', 'E-GRPO is the best of both halves of the field', 'not in it', 'race', partial(best, record='race'),
           registered=True),
 )
 

@@ -178,8 +178,7 @@ def _finding(
     rival:str, # One of its settings
 ): # `Finding`
     "Judge that the setting in question is better than a rival, in the reward trained on."
-    judge = best(0, (rival,), record['name'])
-    return judge(record['data'])
+    return best(record['data'], 0, (rival,), record['name'])
 
 def comparison(
     name:str, # A name in `EXPERIMENTS`, of a grid of runs
@@ -377,6 +376,15 @@ def report(
     return Page([line for line in lines if line], tables)
 
 # %% ../../nbs/paper/30_report.ipynb #dad3e4a1
+def with_names(
+    data:dict, # Data of a record of a grid of methods
+)->dict: # For a picture
+    "A record's data under the methods' names, in the order of `NAMES`."
+    named = data | dict(best=_named(data['best']))
+    for part in ('settings', 'training', 'held_out', 'cost', 'against_best'):
+        named[part] = {name: data[part][method] for method, name in NAMES.items() if method in data[part]}
+    return named
+
 def rises(
     name:str, # A name in `EXPERIMENTS`, of a grid of runs
 )->Page: # A table
