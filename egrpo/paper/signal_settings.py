@@ -33,7 +33,8 @@ from ..train.trainer import Trainer
 # %% ../../nbs/paper/20_signal_settings.ipynb #5a32b0c2
 SIGNAL_BATCHES = dict(smoke=(3, 4), mini=(128, 256), gpu=(512, 512)) # of every setting; of those in MORE_BATCHES
 MORE_BATCHES = ('methods: egrpo', 'methods: g2rpo', 'methods: mix_grpo', 'tau: 0')
-SMOKE = ('methods: egrpo', 'methods: mix_grpo', 'tau: 0', 'after 2: egrpo', 'aegpo: both', 'race: egrpo', 'race: awm', 'newer: dgpo') # at scale smoke
+SMOKE = ('methods: egrpo', 'methods: mix_grpo', 'tau: 0', 'after 2: egrpo', 'aegpo: both',
+         'race: egrpo', 'race: awm', 'newer: dgpo') # measured at scale smoke
 NEWER = ('flow_dppo', 'dynamic_tree_rpo', 'stepwise_flow_grpo', 'turningpoint_grpo', 'v_grpo', 'dgpo') # without trained runs
 AFTER = ('egrpo', 'g2rpo', 'tempflow_grpo', 'mix_grpo') # measured after training, too
 BEST = dict(methods='egrpo', tau='2.2', merge_length='adaptive', active_steps='first 8', kernels='flow', aegpo='both',
