@@ -13,8 +13,11 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 # apart, for its tests alone: diffusers warns on every import where it is installed
 TORCHAO := $(shell sed -n '/^torchao==/p' constraints.txt)
 
+# the package hpsv2 lives by itself: its pins are old, and diffusers must not meet torchvision
+HPSV2 := .venv-hpsv2
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test parity trials gpu-check wheels lab browser docs notebooks readme
+.PHONY: help demo test parity trials gpu-check wheels hpsv2-service lab browser docs notebooks readme
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' Makefile
@@ -38,6 +41,9 @@ gpu-check: ## what a borrowed GPU is asked, by its machine's own Python (some: m
 wheels: ## into .whl, packages for a machine without network (others: make wheels WHEELS="NAME==VERSION")
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  $(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) --dest .whl $(WHEELS)
+
+hpsv2-service: $(HPSV2)/.ready ## the package hpsv2 as a reward server (weights of your own: make hpsv2-service ARGS="--weights FILE")
+	$(HPSV2)/bin/python egrpo/assets/reward_service.py hpsv2 $(ARGS)
 
 # torch's threads sleep while they wait; spinning, they take the cores from each other on a busy machine
 lab: $(READY) $(QUIET) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
@@ -72,3 +78,11 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt | $(BIN)/python
 $(QUIET): $(READY)
 	@mkdir -p $(@D)
 	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' > $@
+
+$(HPSV2)/.ready:
+	@echo "installing the package hpsv2 into $(HPSV2), once (some minutes)"
+	@$(PYTHON) -m venv $(HPSV2)
+	@$(HPSV2)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(HPSV2)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 hpsv2x==1.2.0
+	@$(HPSV2)/bin/python -m pip install --quiet --disable-pip-version-check clint ftfy huggingface_hub numpy pillow regex requests tqdm
+	@touch $@
