@@ -21,7 +21,7 @@ from egrpo.train.trainer import TrainConfig, Trainer
 
 SMALL = dict(method='aegpo', top=2, num_steps=7, num_generations=6, prompts_per_iteration=2, eval_size=1, device='cpu', lr=1e-4,
              ema_decay=0)
-NO_CHOICE = ('aegpo', 'flash_grpo', 'awm', 'nft', 'v_grpo') # they have one stochastic step, or none
+NO_CHOICE = ('aegpo', 'flash_grpo', 'awm', 'nft', 'v_grpo', 'dgpo') # they have one stochastic step, or none
 BASES = {name: {} for name in METHODS if name not in NO_CHOICE} | dict(
     egrpo=dict(active_steps=3), g2rpo=dict(active_steps=4), mix_grpo=dict(window=3), branch_grpo=dict(num_steps=9),
     dynamic_tree_rpo=dict(num_generations=8))
@@ -99,7 +99,7 @@ def test_cost_and_first_ratio(policy, tmp_path, base):
     assert metrics['samples'] == [trainer.config.plan['num_generations']] * P and metrics['delta_entropy'] == 0 # it has not learnt yet
 
 
-@pytest.mark.parametrize('base', ['awm', 'nft', 'v_grpo'])
+@pytest.mark.parametrize('base', ['awm', 'nft', 'v_grpo', 'dgpo'])
 def test_forward_draws_leave_nothing_to_choose(policy, tmp_path, base):
     with pytest.raises(ValueError, match='take a method with stochastic steps'): trainer_of(policy, tmp_path, base=base)
 

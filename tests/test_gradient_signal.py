@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from egrpo.cli.commands import main
-from egrpo.core.plan import gradient_nfe, rollout_nfe
+from egrpo.core.plan import gradient_nfe, preference_nfe, rollout_nfe
 from egrpo.methods.registry import fitting
 from egrpo.paper import signal_settings as signal_settings_module
 from egrpo.paper.experiments import EXPERIMENTS
@@ -92,7 +92,8 @@ def test_sketch_keeps_inner_products(tmp_path, measured):
 @pytest.mark.parametrize('settings', [
     dict(active_steps=2, tau=0.), dict(active_steps=2, tau=0., micro_batch=1), dict(method='flow_grpo', beta=.04, weigh='prompt'),
     dict(method='branch_grpo', num_generations=4), dict(method='tempflow_grpo', num_generations=4), dict(method='grpo_guard'),
-    dict(method='aegpo', top=2)])
+    dict(method='aegpo', top=2),
+    dict(method='dgpo', num_generations=4, draws=2)])
 def test_steps_add_up_to_the_whole_gradient_and_nothing_moves(tmp_path, settings):
     t = trainer(tmp_path, **settings)
     sketch = gs.CountSketch(t.parameters.values())
@@ -104,11 +105,11 @@ def test_steps_add_up_to_the_whole_gradient_and_nothing_moves(tmp_path, settings
 
     _, cond, out, rewards = t.sample(0, plans)
     advantages, _ = t.advantages(out, rewards)
-    out = gs.prune(out, advantages)
+    out = t.objective.weighed(cond, out, advantages)
     t.objective.gradient(cond, out, torch.unique(out.row[out.weight > 0]), advantages)
     torch.testing.assert_close(sum(found.values()), sketch(), rtol=1e-3, atol=1e-5 * float(sketch().norm()))
     if 'beta' not in settings and settings.get('method') not in ('aegpo', 'branch_grpo'): # probes; shares of siblings
-        assert nfe == sum(rollout_nfe(p) + gradient_nfe(p) for p in plans)
+        assert nfe == sum(rollout_nfe(p) + preference_nfe(p) + gradient_nfe(p) for p in plans)
 
 
 def test_window_that_moves(tmp_path):

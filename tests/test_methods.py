@@ -18,7 +18,7 @@ from egrpo.core import advantage, loss, plan
 from egrpo.core import rollout as rollout_module
 from egrpo.core.advantage import group_advantages, keep_extremes, transition_values
 from egrpo.core.loss import guard_logratio
-from egrpo.core.plan import Branch, Plan, SDEStep, count_leaves, describe, gradient_nfe, kept_count, rollout_nfe
+from egrpo.core.plan import Branch, Plan, SDEStep, count_leaves, describe, gradient_nfe, kept_count, preference_nfe, rollout_nfe
 from egrpo.core.rollout import prune, rollout
 from egrpo.core.sde import log_prob, ode_step, sde_sample, sde_step, step_std
 from egrpo.core.sigmas import flow_sigmas
@@ -54,9 +54,10 @@ def run(policy, **changes):
 
 
 def predicted(config):
-    "Network evaluations of an iteration: rollout, and update with the KL's reference."
+    "Network evaluations of an iteration: rollout, and update with its reference."
     plan = make_plan(config.method, **config.flat())
-    return tuple(config.prompts_per_iteration * n for n in (rollout_nfe(plan), gradient_nfe(plan) * (2 if config.beta else 1)))
+    update = gradient_nfe(plan) * (2 if config.beta else 1) + preference_nfe(plan)
+    return tuple(config.prompts_per_iteration * n for n in (rollout_nfe(plan), update))
 
 
 # ---- cost, ratio
@@ -72,7 +73,7 @@ def test_cost_is_predicted_and_first_ratio_is_one(policy, changes):
 
 def test_cost_sees_pruning_forgotten(policy, monkeypatch):
     "Planted bug: the update trains what should be pruned."
-    monkeypatch.setattr(trainer_module, 'prune', lambda out, advantages: out)
+    monkeypatch.setattr(objective_module, 'prune', lambda out, advantages: out)
     trainer, metrics = run(policy, **VARIANTS['branch_grpo, pruned'])
     assert metrics['nfe_gradient'] > predicted(trainer.config)[1]
 
@@ -366,7 +367,7 @@ def test_group_size_is_the_methods_own():
     sizes = {name: make_plan(name, **TrainConfig().flat()).branches[0].leaves for name in METHODS}
     assert sizes == dict(flow_grpo=24, dance_grpo=12, mix_grpo=12, tempflow_grpo=24, branch_grpo=16, g2rpo=12, grpo_guard=24,
                          flow_grpo_fast=24, egrpo=12, aegpo=12, flash_grpo=4, flow_dppo=16, dynamic_tree_rpo=16, dense_grpo=24,
-                         stepwise_flow_grpo=24, turningpoint_grpo=24, awm=24, nft=24, v_grpo=24)
+                         stepwise_flow_grpo=24, turningpoint_grpo=24, awm=24, nft=24, v_grpo=24, dgpo=24)
     assert {make_plan(name, **TrainConfig(num_generations=8).flat()).branches[0].leaves for name in METHODS} == {8}
 
 

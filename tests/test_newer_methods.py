@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from egrpo.core.advantage import gains, turning_gains
-from egrpo.core.loss import Compared, awm_loss, clip_loss, dppo_loss, nft_loss
-from egrpo.core.plan import Branch, Forward, Plan, SDEStep, gradient_nfe, rollout_nfe
+from egrpo.core.advantage import gains, preference_weights, turning_gains
+from egrpo.core.loss import Compared, awm_loss, clip_loss, dgpo_loss, dppo_loss, nft_loss
+from egrpo.core.plan import Branch, Forward, Plan, SDEStep, gradient_nfe, preference_nfe, rollout_nfe
 from egrpo.core.rollout import FORWARD_STD, rollout, transition_log_prob, transition_mean
 from egrpo.core.sde import gaussian_kl, log_prob, ode_step, sde_step, step_std
 from egrpo.core.sigmas import flow_sigmas
@@ -22,7 +22,8 @@ from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.objective import rows_loss, stride_values
 from egrpo.train.trainer import TrainConfig, Trainer
 
-NEWER = ['flash_grpo', 'flow_dppo', 'dynamic_tree_rpo', 'dense_grpo', 'stepwise_flow_grpo', 'turningpoint_grpo', 'awm', 'nft', 'v_grpo']
+FORWARD = ['awm', 'nft', 'v_grpo', 'dgpo']
+NEWER = ['flash_grpo', 'flow_dppo', 'dynamic_tree_rpo', 'dense_grpo', 'stepwise_flow_grpo', 'turningpoint_grpo', *FORWARD]
 DATA, NOISE, OLD = (torch.tensor(o) for o in (oracle.DATA, oracle.NOISE, oracle.VELOCITY_OLD))
 SIGMA, ADVANTAGES = torch.tensor(oracle.SIGMA), torch.tensor(oracle.ADVANTAGES)
 SIGMAS = torch.tensor(oracle.SIGMAS)
@@ -265,12 +266,65 @@ def test_flash_draws_a_step_for_each_prompt():
     assert len(starts) > 5 and max(starts) < 10
     assert_close(sum(flash_grpo(prompt=i).steps[0].weight for i in range(4000)) / 4000, 1., rtol=0, atol=.03)
 
+# --- DGPO ------------------------------------------------------------------------------------------------------
+
+def dgpo_draws(velocity):
+    "The oracle's four draws, in two groups."
+    old, reference, target = (torch.tensor(o) for o in (oracle.DGPO_VELOCITY_OLD, oracle.DGPO_VELOCITY_REF, oracle.DGPO_TARGET))
+    std = torch.full((4, 1), FORWARD_STD)
+    new, before, start = (log_prob(target, o, std) for o in (velocity, old, reference))
+    return Compared(new, before, velocity, old, std, target, torch.full((4,), .5)), new.detach() - start
+
+@pytest.mark.parametrize('place', [0, 1])
+def test_dgpo_is_its_code(place):
+    velocity = torch.tensor(oracle.DGPO_VELOCITY, requires_grad=True)
+    advantages, groups = torch.tensor(oracle.DGPO_ADVANTAGES), torch.tensor(oracle.DGPO_GROUPS)
+    step, gained = dgpo_draws(velocity)
+    weights = preference_weights(gained, advantages, groups, 10.)
+    assert_close(weights, torch.tensor(oracle.DGPO_WEIGHTS), rtol=1e-5, atol=0)
+    loss, logratio = dgpo_loss(step, advantages, oracle.DGPO_CLIP_RANGE[place])
+    assert_close(logratio.exp(), torch.tensor(oracle.DGPO_RATIO), rtol=1e-5, atol=0)
+    mean = (weights * loss).mean()
+    mean.backward()
+    assert_close(mean.item(), oracle.DGPO_LOSS, rtol=1e-5, atol=0)
+    assert_close(velocity.grad, torch.tensor(oracle.DGPO_GRAD[place]), rtol=1e-5, atol=1e-8)
+    still = (velocity.grad == 0).all(1).tolist()
+    assert still == oracle.DGPO_CLIPPED[place]
+
+def test_a_group_weighs_a_half_before_training_and_by_what_is_learnt_after_it(tmp_path):
+    trainer = Trainer(run_config('dgpo', tmp_path, num_steps=4, beta=0.))
+    _, cond, out, _ = trainer.sample(0)
+    advantages = torch.linspace(-1, 1, len(out.row))
+    def weights(out): return trainer.objective.weighed(cond, out, advantages).weight
+    assert_close(weights(out), torch.full((len(out.row),), .5), rtol=0, atol=1e-4)
+    with torch.no_grad():
+        for p in trainer.parameters.values(): p.mul_(1.02)
+    _, cond, moved, _ = trainer.sample(0)
+    velocity = load_policy(device='cpu').velocity # of weights that nothing has moved
+    with torch.no_grad(): before = velocity(moved.parents, moved.plan.start_sigmas[moved.start], cond[moved.prompt])
+    error, error_before = ((v - moved.children).square().flatten(1).mean(1) for v in (moved.means, before))
+    for group in moved.group.unique():
+        own = moved.group == group
+        learnt = (advantages * (error - error_before))[own].sum() / own.sum()
+        assert_close(weights(moved)[own], torch.sigmoid(100 * learnt).expand(own.sum()), rtol=1e-3, atol=1e-4)
+
+def test_a_run_that_looks_back_resumes_to_the_bit(tmp_path):
+    "Also where nothing but the preference needs the policy before training."
+    def weights(out, **more):
+        trainer = Trainer(run_config('dgpo', out, num_steps=4, beta=0., lr=1e-3, checkpoint_every=1, **more))
+        trainer.fit()
+        return trainer.parameters
+    whole = weights(tmp_path/'whole')
+    weights(tmp_path/'parts', iterations=1)
+    parts = weights(tmp_path/'parts', resume=True)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
 # --- every method trains, at the cost that is predicted ---------------------------------------------------------
 
 def small(method):
     "Small settings of a method."
     settings = dict(num_steps=8, num_generations=4)
-    if method in ('awm', 'nft', 'v_grpo'): settings['draws'] = 2
+    if method in FORWARD: settings['draws'] = 2
     return settings
 
 def run_config(method, out, **more):
@@ -286,7 +340,7 @@ def test_newer_methods_train_on_the_miniature_at_the_predicted_cost(tmp_path, me
         plans = make_plans(method, i, range(2), **trainer.settings)
         assert row['nfe_rollout'] == sum(map(rollout_nfe, plans))
         gradient = sum(map(gradient_nfe, plans))
-        reference = gradient if trainer.config.beta else 0
+        reference = (gradient if trainer.config.beta else 0) + sum(map(preference_nfe, plans))
         assert row['nfe_gradient'] == gradient + reference
         assert math.isfinite(row['grad_norm']) and row['grad_norm'] > 0
     if trainer.config.sample_with == 'weights': assert all(row['ratio_error'] < 1e-6 for row in rows)

@@ -152,6 +152,8 @@ UNEVEN = dict(
                   num_steps=10, keep=.5, pruned_steps=1, micro_batch=5, prompts_per_iteration=5, eval_size=5)),
     forward=(2, dict(iterations=2, method='nft', active_steps=None, tau=None, num_generations=4, num_steps=5, ema_decay=.5,
                      sample_with='average', beta=.01, micro_batch=5, prompts_per_iteration=3, eval_size=3)),
+    preference=(2, dict(iterations=2, method='dgpo', active_steps=None, tau=None, num_generations=4, num_steps=5, lr=1e-3, beta=0.,
+                        micro_batch=5, prompts_per_iteration=3, eval_size=3)),
     by_prompt=(2, dict(iterations=2, method='flash_grpo', active_steps=None, tau=None, num_generations=4, num_steps=6,
                        advantage_std='batch', micro_batch=3, prompts_per_iteration=3, eval_size=3)))
 

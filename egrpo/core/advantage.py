@@ -226,6 +226,19 @@ def keep_extremes(
     best = kept // 2
     return (rank < best) | (rank >= size - (kept - best))
 
+# %% ../../nbs/core/02_advantage.ipynb #d9b00002
+def preference_weights(
+    gained:Tensor, # (M,) log-prob under the policy minus that before training, nats per element
+    advantages:Tensor, # (M,) from `group_advantages`
+    groups:Tensor, # (M,) integer ids
+    beta:float, # β of the preference, >= 0
+)->Tensor: # (M,) in (0, 1), the same for a whole group
+    "DGPO's weight of a group (arXiv 2510.08425): near 1 while its better images are the less likely ones, near 0 once it has learnt."
+    index, num = _index_groups(groups, advantages.device)
+    sums = _sum_by(advantages * gained, index, num)
+    sizes = _sum_by(torch.ones_like(advantages), index, num)
+    return torch.sigmoid(-beta * sums / sizes)[index]
+
 # %% ../../nbs/core/02_advantage.ipynb #a0fd7414
 def sample_weights(
     groups:Tensor, # (M,) integer ids of what is to be weighed alike (the prompt of each transition)

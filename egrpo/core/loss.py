@@ -163,8 +163,21 @@ def vgrpo_loss(
     soft = V_SCALE * (advantages / V_SCALE).tanh()
     return policy_loss(logratio, torch.zeros_like(logratio), soft, clip_range), logratio
 
+# %% ../../nbs/core/02_loss.ipynb #5a3c0013
+def dgpo_loss(
+    step:Compared, # M forward draws
+    advantages:Tensor, # (M,) of their images
+    clip_range:float, # How far the ratio may move from 1; 0.05 or 0.01 in its configurations
+)->tuple: # (M,) loss, (M,) logratio
+    "DGPO's loss of a draw (arXiv 2510.08425): its matching error, weighed by the advantage."
+    error = squared_error(step.mean, step.sample)
+    logratio = squared_error(step.old_mean, step.sample) - error.detach()
+    ratio = logratio.exp()
+    moved = torch.where(advantages > 0, ratio > 1 + clip_range, ratio < 1 - clip_range)
+    return advantages * torch.where(moved, error.detach(), error), logratio
+
 # %% ../../nbs/core/02_loss.ipynb #5a3c0009
 # name -> function of (Compared, advantages, clip_range); the trainer looks a plan's loss up here
 STEP_LOSSES = dict(clip=clip_loss, guard=guard_loss, dppo=dppo_loss) # of stochastic steps
-FORWARD_LOSSES = dict(clip=clip_loss, awm=awm_loss, nft=nft_loss, vgrpo=vgrpo_loss) # of forward draws
-RATIO_CLIPPED = ('clip', 'guard', 'awm', 'vgrpo') # clip_range bounds the ratio; dppo's bounds the KL, nft has none
+FORWARD_LOSSES = dict(clip=clip_loss, awm=awm_loss, nft=nft_loss, vgrpo=vgrpo_loss, dgpo=dgpo_loss) # of forward draws
+RATIO_CLIPPED = ('clip', 'guard', 'awm', 'vgrpo', 'dgpo') # clip_range bounds the ratio; dppo's bounds the KL, nft has none

@@ -85,11 +85,14 @@ class Forward:
     sigmas:tuple # Noise level of each draw, in (0, 1]
     draws:int=1 # Noises at each of them, >= 1
     shared:bool=True # Does a prompt's group share the noise of a draw?
+    preference:float=0. # β of DGPO's weight of a group (`preference_weights`), >= 0; 0 = all groups weigh the same
 
     def __post_init__(self):
         _check_counts(self, 'draws')
         if self.draws < 1 or not self.sigmas:
             raise ValueError(f"{self}: without a draw nothing is trained, give sigmas and draws >= 1")
+        if not 0 <= self.preference < math.inf:
+            raise ValueError(f"preference must be finite and >= 0, got {self.preference}: 0 weighs all groups the same")
         if not all(0 < sigma <= 1 for sigma in self.sigmas):
             raise ValueError(f"sigmas must be in (0, 1], got {self.sigmas}: at 0 there is no noise")
 
@@ -259,6 +262,12 @@ def forward_draws(
 )->int: # Draws that are trained
     "Number of a plan's forward draws."
     return plan.forward.count * sum(b.leaves for b in plan.branches) if plan.forward else 0
+
+def preference_nfe(
+    plan:Plan, # The plan of one prompt
+)->int: # Network evaluations, latents counted one by one
+    "Network evaluations of the policy before training, for the preference of forward draws."
+    return forward_draws(plan) if plan.forward and plan.forward.preference else 0
 
 def rollout_nfe(
     plan:Plan, # The plan of one prompt

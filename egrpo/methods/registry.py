@@ -29,7 +29,7 @@ from egrpo.methods.baselines import (
     mix_grpo,
     tempflow_grpo,
 )
-from .forward import awm, nft, v_grpo
+from .forward import awm, dgpo, nft, v_grpo
 from egrpo.methods.newer import (
     dense_grpo,
     dynamic_tree_rpo,
@@ -172,7 +172,7 @@ METHODS = dict(flow_grpo=flow_grpo, dance_grpo=dance_grpo, mix_grpo=mix_grpo, te
                branch_grpo=branch_grpo, g2rpo=g2rpo, grpo_guard=grpo_guard, flow_grpo_fast=flow_grpo_fast,
                egrpo=egrpo, aegpo=aegpo, flash_grpo=flash_grpo, flow_dppo=flow_dppo, dynamic_tree_rpo=dynamic_tree_rpo,
                dense_grpo=dense_grpo, stepwise_flow_grpo=stepwise_flow_grpo, turningpoint_grpo=turningpoint_grpo,
-               awm=awm, nft=nft, v_grpo=v_grpo)
+               awm=awm, nft=nft, v_grpo=v_grpo, dgpo=dgpo)
 
 # %% ../../nbs/methods/03_registry.ipynb #183af550
 def find_method(
@@ -298,7 +298,7 @@ PAPERS = dict(flow_grpo='2505.05470', dance_grpo='2505.07818', mix_grpo='2507.21
               g2rpo='2510.01982', grpo_guard='2510.22319', flow_grpo_fast='2505.05470', egrpo='2601.00423', aegpo='2602.06825',
               flash_grpo='2605.15980', flow_dppo='2606.11025', dynamic_tree_rpo='2509.23352', dense_grpo='2601.20218',
               stepwise_flow_grpo='2603.28718', turningpoint_grpo='2602.06422', awm='2509.25050', nft='2509.16117',
-              v_grpo='2604.23380') # arXiv
+              v_grpo='2604.23380', dgpo='2510.08425') # arXiv
 
 # %% ../../nbs/methods/03_registry.ipynb #a9ec719b
 PUBLISHED = dict( # fields of `TrainConfig`
@@ -321,6 +321,7 @@ PUBLISHED = dict( # fields of `TrainConfig`
     awm=dict(advantage_std='batch', clip_range=1., beta=1e-4),
     nft=dict(advantage_std='batch', clip_range=1e-4, beta=1e-4, sample_with='average'), # no ratio, no clip
     v_grpo=dict(advantage_std='group', clip_range=6e-3, beta=0.),
+    dgpo=dict(advantage_std='batch', clip_range=5e-2, beta=1e-3), # as it trains on PickScore
 )
 
 # %% ../../nbs/methods/03_registry.ipynb #2ec7d7c5

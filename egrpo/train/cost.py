@@ -32,7 +32,7 @@ from ..models.pipeline import assets_path, quietly
 from ..models.policy import load_policy
 from ..models.precision import DTYPES, default_dtype
 from .config import TrainConfig
-from .prepare import chooses_steps, first_plan, iteration_nfe
+from .prepare import chooses_steps, first_plan, iteration_nfe, looks_back, reference_nfe
 from .timing import highest_rise
 
 # %% ../../nbs/train/10_cost.ipynb #9817ccd3
@@ -337,7 +337,7 @@ def _ceil_div(n, parts): return -(-n // parts)
 
 def _keeps_reference(config):
     "Return whether a run evaluates the policy before training."
-    if config.beta: return True
+    if looks_back(config): return True
     return chooses_steps(config.method) and signal_needed(config.flat())[1]
 
 def _weights_memory(
@@ -524,7 +524,7 @@ def iteration_seconds(
     each = evaluations or evaluations_per_velocity(c)
     velocity, backward = each * seconds.forward, each * seconds.backward
     gradient = share * c.inner_epochs * gradient_nfe(plan)
-    reference = gradient if c.beta else 0
+    reference = share * reference_nfe(c, plan)
     rollout = share * iteration_nfe(c) // c.prompts_per_iteration - gradient - reference
     decoding = share * count_leaves(plan) * seconds.image
     return dict(rollout=rollout * velocity, decoding=decoding, update=gradient * backward + reference * velocity)

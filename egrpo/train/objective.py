@@ -7,15 +7,15 @@ __all__ = []
 
 # %% ../../nbs/train/07_objective.ipynb #20bdf4fa
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..core.advantage import CREDITS, combine_advantages, sample_weights, transition_values, zero_variance_groups
+from ..core.advantage import CREDITS, combine_advantages, preference_weights, sample_weights, transition_values, zero_variance_groups
 from ..core.loss import FORWARD_LOSSES, RATIO_CLIPPED, STEP_LOSSES, Compared, loss_metrics
-from ..core.rollout import Rollout, transition_log_prob, transition_mean
+from ..core.rollout import Rollout, prune, transition_log_prob, transition_mean
 from ..core.sde import gaussian_kl
 from ..models.reference import swapped
 from ..models.sharing import own_part, whole_tensor, whole_tensors
@@ -166,6 +166,21 @@ class Objective:
         limit = self.config.advantage_clip
         clipped = advantages[mine].clamp(-limit, limit)
         return clipped.to(self.policy.device), equal_groups
+
+    def weighed(self,
+        cond, # Conditions, a row per prompt
+        out:Rollout, # The rollout
+        advantages:Tensor, # (M,) advantages
+    )->Rollout: # The same with weights that depend on the advantages
+        "Give 0 to what a step does not keep, and forward draws with a `preference` the weight of what their group has still to learn."
+        out = prune(out, advantages)
+        beta = out.plan.forward.preference if out.plan.forward else 0.
+        if not beta: return out
+        sigma = out.plan.start_sigmas.to(out.parents.device)[out.start]
+        with self.policy.together(), torch.no_grad(), self.policy.reference():
+            velocity = self.policy.velocity(out.parents, sigma, cond[out.prompt])
+        before, *_ = transition_log_prob(velocity, out.parents, out.children, out.row, out.start, out.end, out.plan)
+        return replace(out, weight=out.weight * preference_weights(out.log_prob - before, advantages, out.group, beta))
 
     def gradient(self,
         cond, # Conditions, a row per prompt

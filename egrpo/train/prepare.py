@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.plan import Plan, count_leaves, count_transitions, describe, gradient_nfe, rollout_nfe
+from ..core.plan import Plan, count_leaves, count_transitions, describe, gradient_nfe, preference_nfe, rollout_nfe
 from ..core.sigmas import flow_sigmas
 from ..methods.aegpo import allocated_plans, signal_needed
 from ..methods.registry import check_plan, make_plan, method_name, method_settings
@@ -151,17 +151,32 @@ def first_plan(
     _, method, settings = _planned(run)
     return make_plan(method, **settings)
 
+# %% ../../nbs/train/03_prepare.ipynb #d42c019b
+def reference_nfe(
+    config:TrainConfig, # Gives beta and inner_epochs
+    plan:Plan, # The plan of one prompt
+)->int: # Velocities
+    "Velocities of the policy before training, for a prompt and iteration: for a KL and for the draws' preference."
+    of_kl = config.inner_epochs * gradient_nfe(plan) if config.beta else 0
+    return of_kl + preference_nfe(plan)
+
+def looks_back(
+    run, # A `TrainConfig` or a `Prepared`
+)->bool: # Is it compared with the policy before training?
+    "Return whether a run asks the policy before training: for a KL, or for its draws' preference."
+    config, *_ = _planned(run)
+    return reference_nfe(config, first_plan(run)) > 0
+
 # %% ../../nbs/train/03_prepare.ipynb #c28054d8
 def iteration_nfe(
     run, # A `TrainConfig` or a `Prepared`
     iteration:int=0, # Which iteration, >= 0
-)->int: # Velocities (probes, rollout, gradient, the KL's reference): network evaluations, or half of them with classifier-free guidance
+)->int: # Velocities (probes, rollout, gradient, reference): network evaluations, or half of them with classifier-free guidance
     "Network evaluations per iteration. An upper bound for pruned plans and AEGPO."
     c, method, settings = _planned(run)
     plan = make_plan(method, iteration, **settings)
     gradient = c.inner_epochs * gradient_nfe(plan)
-    each = rollout_nfe(plan) + gradient
-    if c.beta: each += gradient
+    each = rollout_nfe(plan) + gradient + reference_nfe(c, plan)
     if chooses_steps(method): each += c.num_steps * sum(signal_needed(settings))
     return c.prompts_per_iteration * each
 

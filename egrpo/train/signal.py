@@ -17,8 +17,8 @@ from scipy.stats import t
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.plan import Plan, gradient_nfe, rollout_nfe
-from ..core.rollout import FORWARD_STD, prune
+from ..core.plan import Plan, gradient_nfe, preference_nfe, rollout_nfe
+from ..core.rollout import FORWARD_STD
 from ..methods.registry import explored, stochastic_steps
 from .objective import loss_weights
 from .trainer import Trainer
@@ -87,7 +87,7 @@ def step_sketches(
     before = trainer.policy.nfe
     _, cond, out, rewards = trainer.sample(iteration, plans)
     advantages, _ = trainer.advantages(out, rewards)
-    out = prune(out, advantages)
+    out = trainer.objective.weighed(cond, out, advantages)
     rows = torch.unique(out.row[out.weight > 0])
     weights = loss_weights(out, trainer.config)
     found = {}
@@ -313,12 +313,13 @@ def cross_validated(
 
 # %% ../../nbs/train/12_signal.ipynb #b7f25b2d
 def _draws_nfe(plan, steps):
-    "Network evaluations of a prompt with some of its plan's forward draws; each is evaluated twice."
+    "Network evaluations of a prompt with some of its plan's forward draws, each of which is evaluated two or three times."
     levels = range(len(plan.forward.sigmas))
     kept = len(levels) if steps is None else len({*steps} & {*levels})
     if not kept: return 0
     left_out = (len(levels) - kept) * gradient_nfe(plan) // len(levels)
-    return rollout_nfe(plan) + gradient_nfe(plan) - 2 * left_out
+    times = 3 if plan.forward.preference else 2
+    return rollout_nfe(plan) + preference_nfe(plan) + gradient_nfe(plan) - times * left_out
 
 @cache
 def _branch_nfe(

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ..base.files import write_whole
 from ..base.inputs import in_notebook
-from ..core.rollout import Rollout, prune, rollout
+from ..core.rollout import Rollout, rollout
 from ..methods.aegpo import AttentionPlanner
 from ..methods.registry import make_plans
 from ..models.device import check_torch, is_out_of_memory, synchronize
@@ -34,7 +34,7 @@ from .evaluate import sample_latents, score_latents, score_table
 from .gains import FirstVisits, bar_text, evaluation_metrics
 from .kept import Kept, is_stale
 from .objective import Objective, Weights, loss_weights
-from .prepare import Prepared, chooses_steps, plan_settings, prepare
+from .prepare import Prepared, chooses_steps, looks_back, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
 from .prompts import prompt_batch
 from .report import write_report
@@ -151,7 +151,7 @@ class Trainer:
         self.weights = Weights(self.parameters, config)
         self.optimizer, self.ema = self.weights.optimizer, self.weights.average
         self.objective = Objective(self.policy, config, self.processes)
-        if config.beta: self.policy.freeze_reference()
+        if looks_back(p): self.policy.freeze_reference()
         self.planner = attention_planner(self) if chooses_steps(self.method) else None
         self.iteration = 0 # iterations done
         self.nfe = 0 # network evaluations of training so far
@@ -209,7 +209,7 @@ class Trainer:
     )->dict: # Metrics of the update, see the table below
         "Train on a rollout: an optimiser step for each share of the prompts, `inner_epochs` times over."
         c = self.config
-        out = prune(out, advantages)
+        out = self.objective.weighed(cond, out, advantages)
         weights = loss_weights(out, c)
         trained = torch.unique(out.row[out.weight > 0])
         numbers = torch.tensor(ids or range(len(cond)), device=trained.device)
