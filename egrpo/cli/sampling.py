@@ -78,8 +78,8 @@ def run_sample(
     out = check_picture(args.out, '--out')
     prompts = sample_prompts_of(args)
     images = sample_images(load_sampler(config, args.lora), prompts, config.num_steps, config.shift, config.seed)
-    marked = map('{} {}'.format, verifier_marks(images, prompts), prompts)
-    titles = list(map(str.strip, marked))
+    marks = verifier_marks(images, prompts)
+    titles = [f'{mark} {prompt}'.strip() for mark, prompt in zip(marks, prompts)]
     axes = image_grid(images, titles, columns=args.images if args.images > 1 else 8)
     say(f'{len(images)} images: {save_picture(axes[0].figure, out)}')
     if not args.each: return

@@ -877,15 +877,6 @@ def measure(
     scores['retrieval'] = float(np.mean(found))
     return scores | dict(agreement=agreed, pairs=pairs)
 
-def build_nfe(
-    sizes:Sizes # How much
-)->int: # Evaluations of the transformer, one per image and step
-    "Network evaluations of a `build`: the flow's training, and 16 per sample of the judged and tested prompts"
-    until, _ = sizes.flow_legs[-1]
-    prompts = sizes.judged + max(2, sizes.tested // 4)
-    samples = 4 * prompts + sizes.tested
-    return until * sizes.flow_batch + 16 * samples
-
 def thin(
     losses:list, # One per step
     n:int=100 # Points to keep

@@ -759,8 +759,8 @@ def plot_before_after(
         pair = np.concatenate([a[i], between, b[i]], axis=1)
         ax.imshow(pair)
         signs, colors = zip(*map(_mark, verdicts[i]))
-        labels = map('{} {}'.format, ('before', 'after'), signs)
-        ax.set_xticks([width/2, 1.5*width + gap], map(str.strip, labels), fontsize=8)
+        labels = [f'{when} {sign}'.strip() for when, sign in zip(('before', 'after'), signs)]
+        ax.set_xticks([width/2, 1.5*width + gap], labels, fontsize=8)
         for label, color in zip(ax.get_xticklabels(), colors): label.set_color(color)
         ax.tick_params(length=0, pad=1)
         _title(ax, prompts[i], 32, 2)
