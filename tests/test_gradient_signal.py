@@ -191,7 +191,8 @@ def test_every_setting_has_a_run_of_its_table():
     "A setting's fields are those of the runs that its signal is compared with."
     settings, lr = signal_settings('mini'), ('lr', 'iterations', 'budget', 'eval_every', 'eval_size', 'eval_rewards', 'seed')
     def fields(config): return {k: v for k, v in result_settings(config).items() if k not in lr}
-    for record in _signal_tables():
+    tables = _signal_tables()
+    for record in (*tables['egrpo'], *tables['aegpo']):
         for name, runs in EXPERIMENTS[record].cells(SCALES['mini']).items():
             run = replace(runs[0], plan=fitting(runs[0].method, runs[0].plan))
             assert fields(settings[f'{record}: {name}']) == fields(run), (record, name)

@@ -66,7 +66,7 @@ def keep_samples():
     kept, sample, advantages = [], Trainer.sample, Trainer.advantages
     def sampled(self, *args):
         found = sample(self, *args)
-        kept.append(dict.fromkeys(found[0]))
+        kept.append(dict.fromkeys(map(str, found[0])))
         return found
     def compared(self, out, rewards):
         found, (reward,) = advantages(self, out, rewards), rewards.values()

@@ -27,10 +27,22 @@ class Prompt(str):
     def __new__(cls,
         text, # The prompt
         row=(), # Its columns: name -> value
+        place:str='', # Where it was read, for an error
     ):
         prompt = super().__new__(cls, text)
         prompt.row = dict(row)
+        prompt.place = place
         return prompt
+
+def size_of(
+    prompt:str, # A prompt, with or without a row
+)->str|None: # 'HEIGHTxWIDTH' in pixels; None = the run's resolution
+    "Size that a prompt's columns `height` and `width` ask for."
+    row = getattr(prompt, 'row', None)
+    if not row: return None
+    height, width = row.get('height'), row.get('width')
+    if height in (None, '') and width in (None, ''): return None
+    return f'{height}x{width}'
 
 def rows_of(
     prompts:list, # Strings, with or without rows

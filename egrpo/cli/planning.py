@@ -122,8 +122,8 @@ def plan_cost(
     update = f'an update {gradient_nfe(plan)} with gradient'
     return f'{images} images of a prompt take {nfe:,} network evaluations ({part}), {update}'
 
-COST_OPTIONS = '''model lora_rank lora_targets resolution guidance device dtype micro_batch gradient_checkpointing text_encoders embeddings
-prompts_per_iteration iterations inner_epochs beta ema_decay'''.split()
+COST_OPTIONS = '''model lora_rank lora_targets resolution guidance device dtype micro_batch gradient_checkpointing quantize
+text_encoders embeddings prompts_per_iteration iterations inner_epochs beta ema_decay'''.split()
 SECONDS = dict(forward='Seconds of an evaluation of one latent, as measured on the device',
                backward='Seconds of an evaluation with gradient and its backward pass', image='Seconds of decoding and scoring an image')
 

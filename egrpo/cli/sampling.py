@@ -9,6 +9,7 @@ __all__ = []
 import re
 from pathlib import Path
 
+from ..base.rows import size_of
 from .entry import COMMANDS, Command
 from .options import Option
 from .shared import check_device, check_file, check_picture, given, save_picture, say, try_reward
@@ -56,7 +57,7 @@ def file_name(
     return f'{place:04}_{words[:48]}'.rstrip('_') + '.png'
 
 def write_each(
-    images, # (N,3,H,W) images in [0, 1]
+    images, # (N,3,H,W) images in [0, 1], or a list of them
     prompts:list, # N prompts
     folder, # Where
     **about, # What else is to be known of all: model, seed, steps
@@ -65,7 +66,8 @@ def write_each(
     from egrpo.show.samples import to_image, verifier_marks, write_png
     for place, (image, prompt, mark) in enumerate(zip(images, prompts, verifier_marks(images, prompts))):
         path = Path(folder)/file_name(place, prompt)
-        write_png(to_image(image), path, prompt=prompt, place=place, mark=mark, **about)
+        own = about | dict(resolution=size_of(prompt)) if size_of(prompt) else about
+        write_png(to_image(image), path, prompt=prompt, place=place, mark=mark, **own)
 
 def run_sample(
     args, # Parsed arguments

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.inputs import check_kind, quote, to_json
+from ..base.rows import size_of
 from .entry import COMMANDS, Command, explain
 from .lists import RECIPE
 from .options import Option, config_options, option_groups
@@ -150,7 +151,9 @@ def prompts_text(
 )->str: # A line like those of `describe_run`
     "Line with the number of prompts, and a warning where a run is evaluated on its training prompts."
     prompts, held_out = prepared.prompts, prepared.eval_prompts
+    sizes = {size_of(prompt) for prompt in prompts}
     distinct = f', {len(set(prompts))} distinct' if len(set(prompts)) < len(prompts) else ''
+    if len(sizes) > 1: distinct += f', in {len(sizes)} sizes'
     return f"  prompts  {len(prompts)} to train on{distinct} · {len(held_out)} to evaluate on{overlap_text(held_out, prompts)}"
 
 def try_own_rewards(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..base.files import load_whole, save_whole
 from ..base.inputs import height_width, one_of
+from ..base.rows import size_of
 from ..core.noise import random_order
 from ..core.plan import Branch, Plan, gradient_nfe, rollout_nfe
 from ..core.rollout import rollout
@@ -249,13 +250,15 @@ def describe_choice(
     return choice
 
 # %% ../../nbs/methods/04_aegpo.ipynb #e81f03ac
+def _sized(prompts): return {(prompt, size_of(prompt)) for prompt in prompts}
+
 class AttentionPlanner:
     "Plans for the batches of a run whose method chooses by attention entropy; the profiles are measured first."
     def __init__(self,
         method, # A name in `METHODS` or a function that returns a Plan; it takes `steps` and `num_generations`
         policy, # The policy; where the policy before training is needed, it is frozen as it is now
         accelerator, # accelerate's `Accelerator`, of the processes that train
-        settings:dict, # Fields of the run's configuration, from `egrpo.train.trainer.plan_settings`
+        settings:dict, # Fields of the run's configuration, from `egrpo.train.prepare.plan_settings`
         folder=None, # Where profiles before training are kept; None = in memory only
     ):
         self.method = method
@@ -264,18 +267,16 @@ class AttentionPlanner:
         self.settings = settings
         self.now, self.before = signal_needed(settings)
         if self.before: policy.freeze_reference()
-        shift = settings['shift']
-        levels = shift.tolist() if isinstance(shift, Tensor) else shift
-        schedule = settings['num_steps'], levels, policy.guidance
-        self.known = ProfileCache((policy.fingerprint, *schedule, str(policy.dtype), policy.resolution), folder)
-        self.seen = set() # prompts of earlier iterations
+        self.folder = folder
+        self.known = {} # resolution -> profiles before training
+        self.seen = set() # prompts of earlier iterations, with their sizes
         self.spread = {} # prompt -> moving mean of the standard deviation of its rewards
 
     def remember(self,
         prompts, # Prompts of the iterations that a run has behind it
     ):
         "Take prompts as seen, where a run goes on: their profiles before training were paid for."
-        self.seen |= {*prompts}
+        self.seen |= _sized(prompts)
 
     def track(self,
         prompts:list, # P prompts of an iteration
@@ -295,8 +296,10 @@ class AttentionPlanner:
     def __call__(self,
         prompts:list, # P prompts, of all processes together
         iteration:int, # Training iteration
+        settings:dict|None=None, # Those at the size of the prompts; None = as before
     )->tuple: # P plans, metrics of the choice and its cost
         "Measure, then plan."
+        self.settings = settings or self.settings
         began = time.perf_counter()
         profiles = self._joined(self._profiles, prompts) if self.now else None
         reference = self._joined(self._known_before, prompts) if self.before else None
@@ -307,7 +310,7 @@ class AttentionPlanner:
 
     def _cost(self, prompts):
         "Network evaluations of a batch's probes, whether profiles were found on the disk or measured."
-        new = len({*prompts} - self.seen) if self.before else 0
+        new = len(_sized(prompts) - self.seen) if self.before else 0
         now = len(prompts) if self.now else 0
         self.remember(prompts)
         return self.settings['num_steps'] * (new + now)
@@ -320,7 +323,16 @@ class AttentionPlanner:
         "Profiles of prompts under the policy before training, measured where they are not known."
         def measure(new):
             with self.policy.reference(): return self._profiles(new)
-        return self.known(prompts, measure)
+        return self._cache()(prompts, measure)
+
+    def _cache(self):
+        "Profiles before training, at the policy's size."
+        p, shift = self.policy, self.settings['shift']
+        if p.resolution not in self.known:
+            levels = shift.tolist() if isinstance(shift, Tensor) else shift
+            schedule = self.settings['num_steps'], levels, p.guidance
+            self.known[p.resolution] = ProfileCache((p.fingerprint, *schedule, str(p.dtype), p.resolution), self.folder)
+        return self.known[p.resolution]
 
     def _joined(self, measure, prompts):
         "Profiles (P,T) of a batch: every process adds those of its share to zeros."

@@ -311,7 +311,7 @@ def _segment(images):
     "Connected regions that differ from the ground: (labels (B,H,W) from 0, opacity (B,H,W), number of regions)"
     ground = images.new_tensor(BACKGROUND)[:, None, None]
     contrast = (images - ground).square().sum(1).sqrt().numpy()
-    scale = images.shape[-1] / 64
+    scale = max(images.shape[-2:]) / 64
     labels, n = _label(contrast, MIN_AREA * scale**2)
     flat = labels.ravel()
     area = np.bincount(flat, minlength=n + 1)
@@ -364,7 +364,7 @@ def _tensor(array): return torch.from_numpy(np.asarray(array, np.float32))
 def _regions(images):
     "Regions of a batch, with their centres weighted by opacity"
     labels, opacity, n = _segment(images)
-    size = images.shape[-1]
+    size = max(images.shape[-2:]) # those that are not square lie in the corner of a square
     b, y, x = np.nonzero(labels)
     region = labels[b, y, x] - 1
     alpha = opacity[b, y, x]

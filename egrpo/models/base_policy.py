@@ -186,7 +186,8 @@ class Policy(GuidedNetwork):
         self.device = use_device(device)
         self.dtype = torch_dtype(dtype, self.device)
         choose_kernels(self.dtype, self.device)
-        self.resolution = self._check_resolution(resolution or own_resolution(pipeline))
+        self.made_for = resolution or own_resolution(pipeline)
+        self.resolution = self._check_resolution(self.made_for)
         self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, lora_targets)
         self.lora_rank = self.trained.rank
         self.fingerprint = self.trained.fingerprint + (quantize or '')
@@ -211,6 +212,12 @@ class Policy(GuidedNetwork):
         return None
 
     def _check_resolution(self, resolution): return check_side(resolution, self.patch * self.pipeline.vae_scale_factor)
+
+    def resize(self,
+        resolution:int|str|None=None, # As for `Policy`; None = the one that it was made with
+    ):
+        "Change the size of the images from here on."
+        self.resolution = self._check_resolution(resolution or self.made_for)
 
     @property
     def latent_shape(self)->tuple: # (C,H,W)

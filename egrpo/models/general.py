@@ -139,27 +139,19 @@ class GeneralPolicy(Policy):
         unit = processor.config.vae_scale_factor if processor else 1
         return check_side(resolution, unit)
 
+    def resize(self,
+        resolution:int|str|None=None, # As for `Policy`; None = the one that it was made with
+    ):
+        "Change the size of the images from here on; a new one is tried out."
+        super().resize(resolution)
+        if self.resolution not in self._entered:
+            with entering(self): self._entered[self.resolution] = enter_at_size(self)
+        self.entrance, self._shape = self._entered[self.resolution]
+
     def _explore(self):
         "Find out what the pipeline does not say."
-        self.entrance = Entrance(self.pipeline, self.device, call_arguments(self.pipeline, self.resolution, self.call))
         self.recorded_guidance = self.guidance # embeddings stay those of guidance while it is off
-        try: self._try_call()
-        except Exception as e: # each pipeline has errors of its own
-            if is_out_of_memory(e): raise
-            said = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-            raise ValueError(f"a {type(self.pipeline).__name__} cannot be entered at resolution {self.resolution} ({said})") from e
-
-    def _try_call(self):
-        "Find the shape of latents, the layout of embeddings, and the network's times."
-        with self.prompts.on_device():
-            one, two = (self.entrance.record([''] * n, self.recorded_guidance) for n in (1, 2))
-        if not one: raise ValueError("its call does not embed prompts by encode_prompt")
-        self.entrance.layout = row_layout(one, two)
-        self._empty = RecordedConditions([one])
-        self.prompts.unprompted = self._empty
-        self._shape = self.entrance.shape(one)
-        self.entrance.learn_time(one)
-        if any(getattr(o, 'gradient_checkpointing', False) for o in self._networks()): check_checkpointing(self)
+        with entering(self): explore_call(self)
 
     def _networks(self): return list(networks_of(self.pipeline).values()) # one, or both
 
@@ -231,6 +223,47 @@ def call_arguments(
     plain = dict(height=height, width=width)
     exact = dict(use_resolution_binning=False, max_area=height * width)
     return plain | {name: value for name, value in exact.items() if name in takes} | call
+
+class NotEntered(ValueError): "A pipeline that cannot be entered at a size."
+
+@contextmanager
+def entering(
+    policy:GeneralPolicy, # A policy
+):
+    "Inside: an error says that the pipeline cannot be entered."
+    p = policy
+    try: yield
+    except NotEntered: raise
+    except Exception as e: # each pipeline has errors of its own
+        if is_out_of_memory(e): raise
+        said = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        raise NotEntered(f"a {type(p.pipeline).__name__} cannot be entered at resolution {p.resolution} ({said})") from e
+
+def explore_call(
+    policy:GeneralPolicy, # A policy whose parts are in place; changed
+):
+    "Find the layout of embeddings, the shape of latents and the network's times."
+    p = policy
+    entrance = Entrance(p.pipeline, p.device, call_arguments(p.pipeline, p.resolution, p.call))
+    with p.prompts.on_device():
+        one, two = (entrance.record([''] * n, p.recorded_guidance) for n in (1, 2))
+    if not one: raise ValueError("its call does not embed prompts by encode_prompt")
+    p._layout = row_layout(one, two)
+    p._empty = RecordedConditions([one])
+    p.prompts.unprompted = p._empty
+    p._entered = {} # resolution -> entrance, shape of latents
+    p.resize()
+    if any(getattr(o, 'gradient_checkpointing', False) for o in p._networks()): check_checkpointing(p)
+
+def enter_at_size(
+    policy:GeneralPolicy, # A policy whose resolution is new
+)->tuple: # `Entrance`, shape of one image's latents
+    "Enter the pipeline's call at a policy's resolution."
+    p = policy
+    entrance = Entrance(p.pipeline, p.device, call_arguments(p.pipeline, p.resolution, p.call))
+    entrance.layout = p._layout
+    entrance.learn_time(p._empty.rows[0]) # some schedules go by the size
+    return entrance, entrance.shape(p._empty.rows[0])
 
 def count_rows(
     policy:GeneralPolicy, # A policy

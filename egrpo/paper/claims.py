@@ -155,7 +155,9 @@ PAPER = { # record -> setting -> the paper's scores; the one it finds best first
 NAMES = dict(egrpo='E-GRPO', g2rpo='G²RPO', mix_grpo='MixGRPO', dance_grpo='DanceGRPO',
              branch_grpo='BranchGRPO', tempflow_grpo='TempFlow-GRPO', flow_grpo='Flow-GRPO',
              flow_grpo_fast='Flow-GRPO-Fast', grpo_guard='GRPO-Guard', flash_grpo='Flash-GRPO',
-             dense_grpo='DenseGRPO', awm='AWM', nft='DiffusionNFT')
+             dense_grpo='DenseGRPO', awm='AWM', nft='DiffusionNFT', flow_dppo='Flow-DPPO',
+             dynamic_tree_rpo='Dynamic-TreeRPO', stepwise_flow_grpo='Stepwise-Flow-GRPO',
+             turningpoint_grpo='TurningPoint-GRPO', v_grpo='V-GRPO', dgpo='DGPO')
 
 def method_name(setting:str): return NAMES.get(setting, setting)
 def _short(value:float, digits:int=3): return f'{value:.{digits}f}'.lstrip('0') # .391, 1.324

@@ -33,24 +33,27 @@ from ..train.trainer import Trainer
 # %% ../../nbs/paper/20_signal_settings.ipynb #5a32b0c2
 SIGNAL_BATCHES = dict(smoke=(3, 4), mini=(128, 256), gpu=(512, 512)) # of every setting; of those in MORE_BATCHES
 MORE_BATCHES = ('methods: egrpo', 'methods: g2rpo', 'methods: mix_grpo', 'tau: 0')
-SMOKE = ('methods: egrpo', 'methods: mix_grpo', 'tau: 0', 'after 2: egrpo', 'race: egrpo', 'race: awm') # at scale smoke
+SMOKE = ('methods: egrpo', 'methods: mix_grpo', 'tau: 0', 'after 2: egrpo', 'aegpo: both',
+         'race: egrpo', 'race: awm', 'newer: dgpo') # measured at scale smoke
+NEWER = ('flow_dppo', 'dynamic_tree_rpo', 'stepwise_flow_grpo', 'turningpoint_grpo', 'v_grpo', 'dgpo') # without trained runs
 AFTER = ('egrpo', 'g2rpo', 'tempflow_grpo', 'mix_grpo') # measured after training, too
 BEST = dict(methods='egrpo', tau='2.2', merge_length='adaptive', active_steps='first 8', kernels='flow', aegpo='both',
             allocation='16/8 by ΔEntropy', explored='4 peaks', on_egrpo='AEGPO on E-GRPO') # as the papers have it
 
 def _methods(names): return {name: dict(PUBLISHED[name], method=name) for name in names}
 
-def _signal_tables()->dict: # Record -> setting -> fields of `TrainConfig`
-    "Every setting of the two papers' tables whose signal is measured, by the record of its runs."
-    tables = dict(methods=_methods(TABLE_1), tau=TAU, merge_length=MERGE_LENGTH, active_steps=ACTIVE_STEPS, kernels=KERNELS)
+def _signal_tables()->dict: # Group -> record -> setting -> fields of `TrainConfig`
+    "Every setting whose signal is measured, by the record of its runs, where it has some."
+    egrpo = dict(methods=_methods(TABLE_1), tau=TAU, merge_length=MERGE_LENGTH, active_steps=ACTIVE_STEPS, kernels=KERNELS)
     of_aegpo = dict(aegpo=AEGPO, allocation=ALLOCATION, explored=EXPLORED, on_egrpo=ON_EGRPO)
+    aegpo = {}
     for record, settings in of_aegpo.items():
-        tables[record] = {k: dict(method='aegpo', num_generations=12) | fields for k, fields in settings.items()}
-    return tables
+        aegpo[record] = {k: dict(method='aegpo', num_generations=12) | fields for k, fields in settings.items()}
+    return dict(egrpo=egrpo, aegpo=aegpo, race=dict(race=_methods(RACE), newer=_methods(NEWER)))
 
 def signal_settings(
     scale, # A `Scale`, or its name: smoke, mini or gpu
-    race:bool=False, # The methods of the race, in place of the papers' tables?
+    group:str|None=None, # egrpo, aegpo or race; None = all
 )->dict: # 'record: setting', or 'after N: method' -> `TrainConfig`
     "Every setting whose signal is measured."
     if isinstance(scale, str): scale = get_scale(scale)
@@ -61,11 +64,11 @@ def signal_settings(
     base |= dict(eval_rewards=base['reward'], eval_size=2, eval_every=0)
     if not smoke: base |= dict(prompts_per_iteration=4, iterations=100)
     fields = {}
-    tables = dict(race=_methods(RACE)) if race else _signal_tables()
-    for record, settings in tables.items():
-        for setting, own in settings.items(): fields[f'{record}: {setting}'] = own
-    after = {} if race else _methods(AFTER)
-    for method, own in after.items(): fields[f"after {base['iterations']}: {method}"] = own
+    for name, tables in _signal_tables().items():
+        if group not in (None, name): continue
+        if name == 'egrpo': tables = tables | {f"after {base['iterations']}": _methods(AFTER)}
+        for record, settings in tables.items():
+            for setting, own in settings.items(): fields[f'{record}: {setting}'] = own
     return {name: _signal_config(base, own) for name, own in fields.items() if not smoke or name in SMOKE}
 
 def _signal_config(
@@ -127,7 +130,7 @@ def signal_of_setting(
 )->dict: # What `_measure_signal` gives, and what is in its file
     "Measure a setting's signal, or read what was measured; several processes may measure different settings."
     if isinstance(scale, str): scale = get_scale(scale)
-    settings = signal_settings(scale) | signal_settings(scale, race=True)
+    settings = signal_settings(scale)
     if name not in settings: raise ValueError(f"name must be one of {', '.join(settings)}, got {name!r}")
     store = Path(store or store_dir())
     config = settings[name]
@@ -150,7 +153,7 @@ def trained_gains(
 )->dict: # 'record: setting' -> (mean, low, high)
     "Gains of training in every setting that has a record."
     gains = {}
-    for name in (*_signal_tables(), 'race'):
+    for name in [record for tables in _signal_tables().values() for record in tables]:
         record = 'confirm/race' if name == 'race' else name
         if not known_record(record).exists(): continue
         settings = load_record(record)['data']['settings']
@@ -205,12 +208,12 @@ def _signal_leads(
 def signal_data(
     scale, # A `Scale`
     store=None, # Folder of finished cells; None = `store_dir()`, at scale smoke a temporary one
-    race:bool=False, # Of the methods of the race?
+    group:str='egrpo', # egrpo, aegpo or race
 )->dict: # The record's data
     "Signal and noise of every setting, and how well they predict what training gained."
     with tempfile.TemporaryDirectory() as scratch:
         folder = store or (scratch if scale.name == 'smoke' else store_dir())
-        names = tqdm(signal_settings(scale, race), desc='settings', disable=not is_first_process())
+        names = tqdm(signal_settings(scale, group), desc='settings', disable=not is_first_process())
         found = {name: signal_of_setting(name, scale, folder) for name in names}
     points = _signal_points(found, trained_gains())
     correlation = signal_correlation([p['per_thousand'][0] for p in points], [p['gain'] for p in points])

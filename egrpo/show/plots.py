@@ -710,13 +710,13 @@ def _title(
 # %% ../../nbs/show/00_plots.ipynb #49b13d66
 @style()
 def image_grid(
-    images:Tensor, # (N,3,H,W) in [0, 1]
+    images:Tensor|list, # (N,3,H,W) in [0, 1]; a list of them where they have several sizes
     titles=None, # (N,) titles, such as prompts; wrapped
     columns:int=8, # Images in a row
     figure=None, # Figure or subfigure to fill; None makes one
 )->np.ndarray: # (N,) Axes
     "Images in rows, with titles."
-    pixels = _pixels(images)
+    pixels = [_pixels(image[None])[0] for image in images] if isinstance(images, list) else _pixels(images)
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"titles must be one per image, got {len(titles)} for {len(images)}")
     axes = _grid(len(images), columns, 1.4, 1.4 if titles is None else 1.85, figure)

@@ -88,10 +88,13 @@ def read_pictures(
 
 # %% ../../nbs/show/01_samples.ipynb #07e99ea1
 def verifier_marks(
-    images:Tensor, # (N,3,H,W) images in [0, 1]
+    images:Tensor|list, # (N,3,H,W) images in [0, 1]; a list of them where they have several sizes
     prompts:list, # N prompts
 )->list: # ✓ or ✗ for prompts of the miniature's world, '' for others
     "The verifier's strict verdicts."
+    if isinstance(images, list):
+        marks = [verifier_marks(image[None], [prompt]) for image, prompt in zip(images, prompts)]
+        return [mark for mark, in marks]
     if images.ndim != 4 or not by_category(prompts): return [''] * len(prompts)
     return ['✓' if verdict.strict else '✗' for verdict in verify_batch(images, prompts)]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base.inputs import height_width
+from ..base.rows import size_of
 from ..core.plan import Branch, Plan
 from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
@@ -24,10 +25,24 @@ def ode_plan(
     "The plan without noise: plain sampling."
     return Plan(flow_sigmas(num_steps, shift), (Branch(),))
 
+# %% ../../nbs/train/06_evaluate.ipynb #51ce0002
+def at_each_size(
+    policy, # A policy; afterwards it has its own size again
+    sizes, # 'HEIGHTxWIDTH' of each prompt, or None
+): # Yields pairs: the size, the places of its prompts
+    "Give the policy one size after the other."
+    places = {}
+    for place, size in enumerate(sizes): places.setdefault(size, []).append(place)
+    try:
+        for size, own in places.items():
+            policy.resize(size)
+            yield size, own
+    finally: policy.resize()
+
 # %% ../../nbs/train/06_evaluate.ipynb #65ade08a
 def sample_latents(
     policy, # As for `sample_images`, and so are the others
-    prompts:list, # P prompts
+    prompts:list, # P prompts, of the size that the policy has now
     num_steps:int=16, # Denoising steps
     shift:float|Tensor|None=None, # Of the schedule
     seed:int=0, # Addresses the noise
@@ -54,10 +69,16 @@ def sample_images(
     seed:int=0, # Addresses the noise
     batch:int=128, # Prompts at once, >= 1: bounds memory, changes nothing else
     ids=None, # The prompts' numbers in the noise address, for a share of them; None = 0, 1, …
-)->Tensor: # (P,3,H,W) images in [0, 1], fp32, on the CPU
+)->Tensor|list: # (P,3,H,W) images in [0, 1], fp32, on the CPU; a list of them where prompts have several sizes
     "Sample one image per prompt by the ODE, on addressed noise."
-    latents = sample_latents(policy, prompts, num_steps, shift, seed, batch, ids)
-    return policy.decode(latents.to(policy.device))
+    if ids is None: ids = range(len(prompts))
+    images, drawn = {}, []
+    for _, places in at_each_size(policy, map(size_of, prompts)):
+        own, numbers = [prompts[i] for i in places], [ids[i] for i in places]
+        latents = sample_latents(policy, own, num_steps, shift, seed, batch, numbers)
+        drawn = policy.decode(latents.to(policy.device))
+        images |= zip(places, drawn)
+    return drawn if len(drawn) == len(prompts) else [images[i] for i in range(len(prompts))]
 
 # %% ../../nbs/train/06_evaluate.ipynb #7d7f0846
 SLICE_BYTES = 2**27 # of images in fp32
@@ -111,5 +132,11 @@ def evaluate(
     "Score one ODE image per prompt."
     rewards = get_reward(rewards)
     if images is not None: return score_table(prompts, rewards(images, prompts))
-    latents = sample_latents(policy, prompts, **kwargs)
-    return score_table(prompts, score_latents(policy, latents, prompts, rewards))
+    ids = kwargs.pop('ids', None) or range(len(prompts))
+    tables = []
+    for _, places in at_each_size(policy, map(size_of, prompts)):
+        own, numbers = [prompts[i] for i in places], [ids[i] for i in places]
+        latents = sample_latents(policy, own, ids=numbers, **kwargs)
+        scores = score_latents(policy, latents, own, rewards)
+        tables.append(score_table(own, scores).set_axis(places))
+    return pd.concat(tables).sort_index()

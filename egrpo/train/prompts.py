@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..base.inputs import check_path, check_readable, check_text, from_json, one_of, quote
-from ..base.rows import Prompt
+from ..base.inputs import check_kind, check_path, check_readable, check_text, from_json, one_of, quote
+from ..base.rows import Prompt, size_of
 from ..miniature.world import CATEGORIES, sample_prompts
 from ..rewards.published import HPD_STYLES, hpd_prompts
 
@@ -79,9 +79,18 @@ def _entries(
     if not isinstance(found, list): raise ValueError(f"it holds no list but a {type(found).__name__}")
     return _numbered('entry', found)
 
+def _check_size(prompt):
+    "Refuse a size that is not one of whole pixels."
+    size = size_of(prompt)
+    try: check_kind('resolution', size, 'int|str|None')
+    except ValueError as e:
+        remedy = 'give both or neither, in whole pixels, or rename the columns'
+        raise ValueError(f'has no size in height and width, but {quote(size)}: {remedy}') from e
+
 def _prompt_of(
     entry, # What stands for a prompt in a file
     kind:str, # How the file's name ends
+    place:str, # Where it stands, for a later error
 )->str: # The prompt
     "A file's entry as a prompt, with its row where it has other columns."
     if kind == '.jsonl' and entry.strip():
@@ -95,7 +104,10 @@ def _prompt_of(
     prompt = prompt.strip()
     if not isinstance(entry, dict): return prompt
     row = {column: value for column, value in entry.items() if value is not None}
-    return Prompt(prompt, row) if len(row) > 1 else prompt
+    if len(row) == 1: return prompt
+    prompt = Prompt(prompt, row, place)
+    _check_size(prompt)
+    return prompt
 
 def read_prompts(
     path, # A regular file in UTF-8 of at most 256 MiB
@@ -115,7 +127,7 @@ def read_prompts(
     prompts = []
     for place, entry in entries:
         found = f'{name}: {place} of {quote(path)}'
-        try: prompts.append(_prompt_of(entry, kind))
+        try: prompts.append(_prompt_of(entry, kind, found))
         except ValueError as e: raise ValueError(f"{found} {e}") from e
         check_text(found, prompts[-1])
     return prompts
@@ -170,7 +182,7 @@ def load_prompts(
     return read_prompts(source, name)
 
 # %% ../../nbs/train/02_prompts.ipynb #82bcf0b3
-@lru_cache(maxsize=2) # a batch may end one pass and begin the next
+@lru_cache(maxsize=4) # a batch may end one pass and begin the next; with sizes there are two orders
 def _order(
     n:int, # How many prompts
     epoch:int, # Passes before this one
@@ -181,13 +193,28 @@ def _order(
     generator.manual_seed((seed * 1_000_003 + epoch) % 2**64)
     return torch.randperm(n, generator=generator)
 
+def _of_one_size(
+    prompts:list, # All training prompts
+    iteration:int, # Number of the iteration
+    seed:int, # Seed of the order
+)->tuple: # Prompts of the iteration's size, number of earlier iterations of that size
+    "The bucket of an iteration: that of the prompt which would be its turn in iterations of one prompt."
+    sizes = [size_of(prompt) for prompt in prompts]
+    if len({*sizes}) == 1: return prompts, iteration
+    epoch, place = divmod(iteration, len(prompts))
+    turns = [sizes[i] for i in _order(len(prompts), epoch, seed).tolist()]
+    size = turns[place]
+    bucket = [prompt for prompt, own in zip(prompts, sizes) if own == size]
+    return bucket, epoch * len(bucket) + turns[:place].count(size)
+
 def prompt_batch(
     prompts:list, # All training prompts
     n:int, # Prompts in an iteration, >= 1
     iteration:int, # Number of the iteration, >= 0
     seed:int=0, # Seed of the order
 )->list: # n prompts
-    "The prompts of an iteration: a new order in every pass over all prompts."
+    "The prompts of an iteration, all of one size: a new order in every pass over all of that size."
+    prompts, iteration = _of_one_size(prompts, iteration, seed)
     batch = []
     for i in range(iteration * n, (iteration + 1) * n):
         epoch, place = divmod(i, len(prompts))

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..base.files import check_free, digest, hold, read_object, remove_drafts, sync, write_text
 from ..base.inputs import to_json
-from ..base.rows import rows_of, takes_rows
+from ..base.rows import rows_of, size_of, takes_rows
 from ..methods.registry import METHODS, find_method, method_name
 from ..models.device import best_device
 from ..models.policy import model_sigmas
@@ -134,6 +134,8 @@ def run_sources(
     rewards = p.eval_reward.rewards | p.reward.rewards
     sources = dict(p.names)
     for name in ('prompts', 'eval_prompts'): sources[name] = digest(json.dumps(getattr(p, name)).encode())
+    sizes = [*map(size_of, p.prompts), *map(size_of, p.eval_prompts)]
+    if any(sizes): sources['sizes of the prompts'] = digest(json.dumps(sizes).encode())
     rows = rows_of([*p.prompts, *p.eval_prompts])
     if any(len(row) > 1 for row in rows) and any(map(takes_rows, rewards.values())):
         sources['columns of the prompts'] = digest(json.dumps(rows, default=str).encode())

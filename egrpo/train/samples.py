@@ -13,7 +13,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..base.rows import size_of
 from ..core.rollout import Rollout
+from .evaluate import at_each_size
 
 # %% ../../nbs/train/08_samples.ipynb #cb1f866f
 def group_leaves(
@@ -28,10 +30,19 @@ def group_leaves(
     return dict(best=ranked[0], median=ranked[len(ranked) // 2], worst=ranked[-1])
 
 # %% ../../nbs/train/08_samples.ipynb #8de5f781
-def _pictures(policy, latents, prompts, scores, iteration, labels=None):
-    "Decode latents to `Picture`s, with their scores and the verifier's marks."
+def _decode(policy, kept):
+    "Decode pairs of size and latents, those of a size together."
+    sizes, latents = zip(*kept)
+    images = {}
+    for _, places in at_each_size(policy, sizes):
+        own = torch.stack([latents[i] for i in places])
+        images |= zip(places, policy.decode(own.to(policy.device)))
+    return [images[i] for i in range(len(kept))]
+
+def _pictures(policy, kept, prompts, scores, iteration, labels=None):
+    "Decode pairs of size and latents to `Picture`s, with their scores and the verifier's marks."
     from egrpo.show.samples import Picture, to_image, verifier_marks
-    images = policy.decode(torch.stack(latents).to(policy.device))
+    images = _decode(policy, kept)
     marks = verifier_marks(images, prompts)
     labels = labels or [''] * len(prompts)
     rows = zip(images, prompts, scores, marks, labels)
@@ -48,16 +59,17 @@ class Samples:
         self.folder = Path(folder)
         self.count = count
         self.processes = processes
-        self.latents = {} # place of a prompt -> (C,H,W), of this process's share
+        self.latents = {} # place of a prompt -> its size, (C,H,W); of this process's share
         self.group = None # latents, prompt and scores of a group's images, by label
 
     def keep(self,
-        places, # Places of this process's evaluation prompts
-        latents, # Their clean latents; None where it has no prompts
+        places, # Places of this process's evaluation prompts, of one size
+        latents, # Their clean latents
+        size:str|None=None, # 'HEIGHTxWIDTH'; None = the run's resolution
     ):
         "Keep the first latents of an evaluation."
-        pairs = [] if latents is None else zip(places, latents)
-        self.latents = {place: x.cpu().clone() for place, x in pairs if place < self.count}
+        pairs = zip(places, latents)
+        self.latents |= {place: (size, x.cpu().clone()) for place, x in pairs if place < self.count}
 
     def keep_group(self,
         prompts:list, # This process's prompts
@@ -79,7 +91,8 @@ class Samples:
         chosen = list(leaves.values())
         prompt = prompts[int(out.leaf_prompt[chosen[0]])]
         scores = [{name: float(values[i]) for name, values in rewards.items()} for i in chosen]
-        self.group = list(out.latents[chosen].cpu()), [prompt] * len(chosen), scores, list(leaves)
+        kept = [(size_of(prompt), x) for x in out.latents[chosen].cpu()]
+        self.group = kept, [prompt] * len(chosen), scores, list(leaves)
 
     def draw(self,
         policy, # The policy, to decode

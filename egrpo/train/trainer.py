@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..base.files import write_whole
 from ..base.inputs import in_notebook
+from ..base.rows import size_of
 from ..core.rollout import Rollout, rollout
 from ..methods.aegpo import AttentionPlanner
 from ..methods.registry import make_plans
@@ -30,7 +31,7 @@ from ..models.policy import load_policy
 from ..rewards.reward import RewardError
 from .checkpoint import read_log
 from .config import TrainConfig, evaluation_is_due
-from .evaluate import sample_latents, score_latents, score_table
+from .evaluate import at_each_size, sample_latents, score_latents, score_table
 from .gains import FirstVisits, bar_text, evaluation_metrics
 from .kept import Kept, is_stale
 from .objective import Objective, Weights, loss_weights
@@ -48,10 +49,10 @@ FAILED_ELSEWHERE = "the reward failed in another process, which says why"
 
 def check_trainable(
     parameters:dict, # Name -> parameter
-):
+)->dict: # The same
     "Refuse to train where torch records nothing for a backward pass."
     inference = torch.is_inference_mode_enabled() or any(p.is_inference() for p in parameters.values())
-    if not inference: return
+    if not inference: return parameters
     fault = "torch.inference_mode is on, or was when the policy was loaded"
     raise ValueError(f"{fault}: do both outside of it")
 
@@ -117,6 +118,31 @@ def run_policy(
         policy.drop_text_encoders([*prompts])
     return policy
 
+def size_settings(
+    prepared:Prepared, # The run
+    policy, # Its policy
+)->dict: # 'HEIGHTxWIDTH', or None for the run's resolution -> settings of the plans
+    "Settings of a run's plans for each size of its prompts. Refuses a size that the model cannot have."
+    c = prepared.config
+    found = {None: plan_settings(c, policy.sigmas(c.num_steps, c.shift))}
+    for prompt in prepared.prompts + prepared.eval_prompts:
+        size = size_of(prompt)
+        if size in found: continue
+        try: policy.resize(size)
+        except ValueError as e: raise ValueError(f'{prompt.place}: {e}') from e
+        found[size] = plan_settings(c, policy.sigmas(c.num_steps, c.shift))
+    policy.resize()
+    return found
+
+def at_size_of(
+    trainer, # A `Trainer`, whose policy is resized
+    prompts:list, # Of an iteration: of one size
+)->dict: # Settings of their plans
+    "Give the policy the size of an iteration's prompts."
+    size = size_of(prompts[0])
+    trainer.policy.resize(size)
+    return trainer.sizes[size]
+
 def attention_planner(
     trainer, # A `Trainer`
 )->AttentionPlanner: # Of its method
@@ -142,9 +168,9 @@ class Trainer:
         self.accelerator = start_accelerator(config)
         self.processes = Processes(self.accelerator)
         self.policy = policy or run_policy(p, self.processes, shared)
-        self.parameters = self.policy.parameters()
-        check_trainable(self.parameters)
-        self.settings = plan_settings(config, self.policy.sigmas(config.num_steps, config.shift))
+        self.parameters = check_trainable(self.policy.parameters())
+        self.sizes = size_settings(p, self.policy)
+        self.settings = self.sizes[None]
         self.identity = Identity(config.flat(), model_properties(self.policy, self.settings), sources, self.settings)
         self.run = Run(config.out)
         self.samples = Samples(self.run.samples, config.samples, self.processes)
@@ -164,10 +190,11 @@ class Trainer:
     def plan(self,
         iteration:int, # Number of the iteration, >= 0
     )->tuple: # A plan for each of its prompts, metrics of what was measured for them
-        "The plans of an iteration; a method that chooses by attention entropy has it measured first."
-        if self.planner: return self.planner(self._prompts_of(iteration), iteration)
-        numbers = range(self.config.prompts_per_iteration)
-        return make_plans(self.method, iteration, numbers, **self.settings), {}
+        "The plans of an iteration, for whose size the policy is set; attention entropy that chooses them is measured first."
+        prompts = self._prompts_of(iteration)
+        settings = at_size_of(self, prompts)
+        if self.planner: return self.planner(prompts, iteration, settings)
+        return make_plans(self.method, iteration, range(len(prompts)), **settings), {}
 
     def sample(self,
         iteration:int, # Number of the iteration, >= 0
@@ -283,17 +310,24 @@ def evaluate_shares(
     t = trainer
     places = t.processes.own(range(len(t.eval_prompts)))
     prompts = [t.eval_prompts[i] for i in places]
-    schedule = t.config.num_steps, t.settings['shift']
-    latents = None
+    def rounds():
+        "This process's places and prompts of each size."
+        for size, numbers in at_each_size(t.policy, map(size_of, prompts)):
+            yield size, [places[i] for i in numbers], [prompts[i] for i in numbers]
+    latents = {}
     with t.weights.averaged(), t.policy.together():
-        if places: latents = sample_latents(t.policy, prompts, *schedule, ids=places)
-    t.samples.keep(places, latents)
+        for size, own, some in rounds():
+            latents[size] = sample_latents(t.policy, some, t.config.num_steps, t.sizes[size]['shift'], ids=own)
+            t.samples.keep(own, latents[size], size)
     def scored():
-        if not places: return []
-        scores = score_latents(t.policy, latents, prompts, t.eval_reward)
-        return [score_table(prompts, scores).set_axis(places)]
-    own = t.processes.in_all(scored, RewardError, FAILED_ELSEWHERE)
-    return pd.concat(gather_object(own)).sort_index()
+        "A table for each size."
+        tables = []
+        for size, own, some in rounds():
+            scores = score_latents(t.policy, latents[size], some, t.eval_reward)
+            tables.append(score_table(some, scores).set_axis(own))
+        return tables
+    tables = t.processes.in_all(scored, RewardError, FAILED_ELSEWHERE)
+    return pd.concat(gather_object(tables)).sort_index()
 
 # %% ../../nbs/train/09_trainer.ipynb #149ed74a
 class Loop:
