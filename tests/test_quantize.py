@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from egrpo.cli.commands import main
+from egrpo.models.policy import load_policy
 from egrpo.train.config import TrainConfig
 from egrpo.train.cost import run_memory
 
@@ -18,7 +20,6 @@ def measure(folder):
     "What holds of quantized policies, in a process that finds torchao."
     import torch
 
-    from egrpo.models.policy import load_policy
     from egrpo.testing.pipelines import small_pipeline
     from egrpo.train.trainer import Trainer
 
@@ -59,11 +60,21 @@ def test_a_network_in_int8_trains_a_lora(tmp_path):
         assert own['int8_bytes'] < .7 * own['plain_bytes'], (family, own)
 
 
-def test_int8_without_torchao_is_one_line(tmp_path):
-    words = 'train --model miniature --lora-rank 2 --gradient-checkpointing yes --quantize int8 --device cpu --iterations 1'.split()
-    hidden = "import sys; sys.modules['torchao'] = None; import runpy; runpy.run_module('egrpo', run_name='__main__')"
-    ran = subprocess.run([sys.executable, '-c', hidden, *words, '--out', tmp_path/'run'], capture_output=True, text=True)
-    assert ran.returncode == 2 and 'quantize needs torchao (pip install torchao)' in ran.stderr
+@pytest.mark.parametrize('command', ['train', 'train --dry-run', 'plan'])
+def test_int8_without_torchao_is_one_line(command, tmp_path, monkeypatch, capsys):
+    "Where the model is not there, either: it is not asked for."
+    monkeypatch.setitem(sys.modules, 'torchao', None)
+    words = f'{command} --model no/model --lora-rank 2 --gradient-checkpointing --quantize int8'.split()
+    if 'train' in command: words += ['--out', str(tmp_path/'run')]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "quantize 'int8' needs the package torchao: pip install torchao" in said.err and not said.out
+
+
+def test_a_policy_in_int8_without_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchao', None)
+    with pytest.raises(ValueError, match='quantize needs torchao .pip install torchao., which cannot be imported'):
+        load_policy(quantize='int8', **SMALL)
 
 
 @pytest.mark.parametrize('changes, words', [

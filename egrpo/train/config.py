@@ -294,13 +294,17 @@ def _check_trackers(tracker):
         if name in LoggerType.list() and name not in installed:
             raise ValueError(f"tracker {name!r} is not installed: pip install {name}")
 
-PACKAGES = dict(adamw8bit='bitsandbytes', prodigy='prodigyopt')
+PACKAGES = dict(adamw8bit='bitsandbytes', prodigy='prodigyopt', int8='torchao')
+
+def _check_installed(setting, value):
+    "Refuse a value that needs a package which is not installed."
+    package = PACKAGES.get(value)
+    if package and find_spec(package) is None:
+        raise ValueError(f"{setting} {value!r} needs the package {package}: pip install {package}")
 
 def _check_optimizer(config):
     "Refuse an optimiser that is not installed, and a warm-up that nothing would do."
-    package = PACKAGES.get(config.optimizer)
-    if package and find_spec(package) is None:
-        raise ValueError(f"optimizer {config.optimizer!r} needs the package {package}: pip install {package}")
+    _check_installed('optimizer', config.optimizer)
     if config.sample_with == 'average' and not config.ema_decay:
         raise ValueError("sample_with average needs an average: set ema_decay above 0")
     if config.lr_warmup and config.lr_schedule == 'constant':
@@ -324,6 +328,7 @@ def check_config(
     new_lora = c.lora_alpha, c.lora_targets
     check_settings(c.lora_rank, c.micro_batch, c.guidance, c.lora_from, c.text_encoders, c.embeddings, *new_lora)
     check_quantize(c.quantize, c.lora_rank, c.lora_from, c.gradient_checkpointing)
+    _check_installed('quantize', c.quantize)
     updates, prompts = c.updates_per_iteration, c.prompts_per_iteration
     if updates <= prompts: return
     limit = f"must not exceed prompts_per_iteration ({prompts})"
