@@ -43,7 +43,7 @@ wheels: ## into .whl, packages for a machine without network (others: make wheel
 	  $(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) --dest .whl $(WHEELS)
 
 hpsv2-service: $(HPSV2)/.ready ## the package hpsv2 as a reward server (weights of your own: make hpsv2-service ARGS="--weights FILE")
-	$(HPSV2)/bin/python egrpo/assets/reward_service.py hpsv2 $(ARGS)
+	$(HPSV2)/bin/python egrpo/rewards/service.py hpsv2 $(ARGS)
 
 # torch's threads sleep while they wait; spinning, they take the cores from each other on a busy machine
 lab: $(READY) $(QUIET) ## JupyterLab on the notebooks (in a container: make lab ARGS="--allow-root --no-browser")
