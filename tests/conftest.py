@@ -1,4 +1,5 @@
 "For every test: hypothesis draws the same examples each time, slow machines are not failures, imports end with it, figures are printed."
+import shlex
 import signal
 import sys
 
@@ -38,6 +39,30 @@ def measured(record_property):
     "Print figures below the results: `measured('largest difference of 2 processes from 1', rewards=1e-6, weights=3e-7)`."
     def keep(what, **figures): record_property('measured', f'{what}: ' + ', '.join(f'{k} {float(v):.2g}' for k, v in figures.items()))
     return keep
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    "An empty current folder, no scale in the environment."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('EGRPO_SCALE', raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    "A function from the words after `egrpo train` to the configuration that they come to."
+    from egrpo.cli import training
+    from egrpo.cli.commands import main
+    def arrive(words):
+        seen = []
+        def check(config):
+            seen.append(config)
+            raise ValueError('seen')
+        monkeypatch.setattr(training, 'check_run', check)
+        assert main(['train', *shlex.split(words)]) == 2
+        return seen[0]
+    return arrive
 
 
 def pytest_terminal_summary(terminalreporter):

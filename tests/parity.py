@@ -56,6 +56,27 @@ class Parity:
     lora:float # Largest difference in a plain pipeline with that LoRA: of images, or velocities
 
 
+def inputs(policy, levels=(.9, .4, .9, .9)):
+    "Latents of several levels and prompts of unlike length."
+    cond = policy.encode([*PROMPTS, 'a cat'])
+    rows = torch.tensor([0, 1, 2, 0])
+    noise = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    return noise, torch.tensor(levels), cond[rows]
+
+
+def velocity(policy, *args):
+    "The velocity at `args`, or else at `inputs`."
+    with torch.no_grad(): return policy.velocity(*(args or inputs(policy)))
+
+
+def moved(policy, scale=.1):
+    "The policy, with parameters that are a little elsewhere, as if it were trained."
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in policy.parameters().values(): p.add_(scale * torch.randn(p.shape, generator=rng))
+    return policy
+
+
 def general_policy(name, **how):
     "The general policy of a small pipeline."
     how = dict(lora_rank=None, resolution=SIDES.get(name, 32), guidance=GUIDANCE, device='cpu', call=CALLS.get(name)) | how

@@ -57,14 +57,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    "An empty current folder."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('EGRPO_SCALE', raising=False)
-    return tmp_path
-
-
 # ---- help
 
 def test_help_is_fast_and_imports_nothing_heavy():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from parity import PROMPTS, ask, brightness, differences, general_policy, load_loras, train
+from parity import PROMPTS, ask, brightness, differences, general_policy, inputs, load_loras, moved, train, velocity
 from torch.testing import assert_close
 
 from egrpo.core.plan import gradient_nfe, rollout_nfe
@@ -19,26 +19,6 @@ from egrpo.testing.pipelines import NEWER, small_pipeline
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 THREE = 'flux2-dev', 'qwen-image', 'z-image'
-
-
-def inputs(policy, levels=(.9, .4, .9, .9)):
-    "Latents of several levels and prompts of unlike length."
-    cond = policy.encode([*PROMPTS, 'a cat'])
-    rows = torch.tensor([0, 1, 2, 0])
-    noise = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    return noise, torch.tensor(levels), cond[rows]
-
-
-def velocity(policy, *args):
-    with torch.no_grad(): return policy.velocity(*(args or inputs(policy)))
-
-
-def moved(policy, scale=.1):
-    "The policy, with parameters that are a little elsewhere."
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.parameters().values(): p.add_(scale * torch.randn(p.shape, generator=rng))
-    return policy
 
 
 @pytest.mark.parametrize('name', THREE)

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from egrpo.cli import training
 from egrpo.cli.commands import main
 from egrpo.core import advantage, loss, plan
 from egrpo.core import rollout as rollout_module
@@ -353,25 +352,14 @@ def test_methods_command(capsys):
     assert all(name in printed and PAPERS[name] in printed for name in METHODS)
 
 
-def configured(words, monkeypatch):
-    "The configuration that a command line comes to."
-    seen = []
-    def check(config):
-        seen.append(config)
-        raise ValueError('seen')
-    monkeypatch.setattr(training, 'check_run', check)
-    assert main(words.split()) == 2
-    return seen[0]
-
-
-def test_train_starts_from_what_was_published(monkeypatch):
+def test_train_starts_from_what_was_published(monkeypatch, configured):
     "A method brings its clip range, KL weight and scale of advantages; what is given explicitly wins; the rest stays."
     monkeypatch.delenv('EGRPO_SCALE', raising=False)
-    plain, guard = TrainConfig(), configured('train --method grpo_guard', monkeypatch)
+    plain, guard = TrainConfig(), configured('--method grpo_guard')
     assert (guard.clip_range, guard.beta, guard.lr, guard.lora_rank) == (2e-6, 0, plain.lr, plain.lora_rank)
-    flow = configured('train --method flow_grpo --beta 0 --scale mini', monkeypatch)
+    flow = configured('--method flow_grpo --beta 0 --scale mini')
     assert (flow.advantage_std, flow.beta, flow.clip_range) == ('batch', 0, 1e-4)
-    assert vars(configured('train', monkeypatch)) == vars(plain)
+    assert vars(configured('')) == vars(plain)
 
 
 def test_group_size_is_the_methods_own():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from parity import FAST, GUIDANCE, PROMPTS, fast_path, general_policy, load_loras, packed, ratio_error, train
+from parity import FAST, GUIDANCE, PROMPTS, fast_path, general_policy, inputs, load_loras, moved, packed, ratio_error, train, velocity
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
 
@@ -20,25 +20,6 @@ NEW = 'flux2-dev', 'flux2-klein', 'qwen-image', 'z-image'
 
 def own_policy(name, dtype=None, lora_rank=None, **how):
     return load_policy(small_pipeline(name), 'cpu', dtype, lora_rank, resolution=32, guidance=GUIDANCE, **how)
-
-
-def inputs(policy, levels=(.9, .4, .9, .9)):
-    "Latents of several levels and prompts of unlike length."
-    cond = policy.encode([*PROMPTS, 'a cat'])
-    noise = torch.randn(4, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    return noise, torch.tensor(levels), cond[torch.tensor([0, 1, 2, 0])]
-
-
-def velocity(policy):
-    with torch.no_grad(): return policy.velocity(*inputs(policy))
-
-
-def moved(policy, scale=.1):
-    "The policy, with parameters that are a little elsewhere."
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in policy.parameters().values(): p.add_(scale * torch.randn(p.shape, generator=rng))
-    return policy
 
 
 def gradient(policy):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from parity import brightness
 
-from egrpo.cli import training
 from egrpo.cli.commands import main
 from egrpo.models.policy import load_policy
 from egrpo.testing.pipelines import small_pipeline
@@ -32,14 +31,6 @@ def small_of(settings):
     pipeline = small_pipeline(family)
     if family == 'flux2-klein': pipeline.register_to_config(is_distilled=True)
     return pipeline
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    "An empty current folder."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv('EGRPO_SCALE', raising=False)
-    return tmp_path
 
 
 def with_torchao(words, settings, monkeypatch, capsys):
@@ -109,32 +100,21 @@ def test_every_recipe_trains(name, here):
     assert torch.equal(plan.sigmas, policy.sigmas(FEW_STEPS[name])) and (plan.kernel, plan.noise_level) == ('cps', 1)
 
 
-def configured(words, monkeypatch):
-    "The configuration that `egrpo train` arrives at."
-    seen = []
-    def check(config):
-        seen.append(config)
-        raise ValueError('seen')
-    monkeypatch.setattr(training, 'check_run', check)
-    assert main(['train', *shlex.split(words)]) == 2
-    return seen[0]
-
-
-def test_options_override_a_recipe(here, monkeypatch):
+def test_options_override_a_recipe(here, monkeypatch, configured):
     "A recipe counts more than the environment's scale and what was published, less than an option."
     monkeypatch.setenv('EGRPO_SCALE', 'smoke')
     (here/'mine.yaml').write_text('method: grpo_guard\nbeta: 0.5\nplan: {num_generations: 4}\nlr: 1e-5\n')
-    config = configured('mine.yaml --lr 1e-6', monkeypatch)
+    config = configured('mine.yaml --lr 1e-6')
     assert config == TrainConfig(method='grpo_guard', beta=.5, num_generations=4, lr=1e-6, advantage_std='group', clip_range=2e-6)
-    assert configured('mine.yaml --scale smoke', monkeypatch).iterations == 2
+    assert configured('mine.yaml --scale smoke').iterations == 2
 
 
-def test_a_printed_configuration_reads_back(here, capsys, monkeypatch):
+def test_a_printed_configuration_reads_back(here, capsys, configured):
     for words in ('aegpo --prompts mine.txt --resolution 64', "--reward 'verifier + 0.5*clip' --tau 1.8 --eval-at 7"):
         (here/'mine.txt').write_text('a corgi\n')
         assert main(shlex.split(f'train {words} --print-config')) == 0
         (here/'mine.yaml').write_text(capsys.readouterr().out)
-        with monkeypatch.context() as patch: assert configured(words, patch) == configured('mine.yaml', patch)
+        assert configured(words) == configured('mine.yaml')
         config = TrainConfig(**load_recipe('mine.yaml'))
         assert to_yaml(config) == (here/'mine.yaml').read_text()
 

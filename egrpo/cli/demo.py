@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..base.inputs import to_json
 from .entry import COMMANDS, Command
-from .options import Option, Parser, add_fields, add_own
+from .options import Option
 from .shared import given, say
 from .tables import category_rows, change_tables, ends, score_names, show_mean
 from .training import check_run, part, run_folder
@@ -89,6 +89,13 @@ def changed_places(
     return sorted(first.values())[:n], (better, len(changed) - better)
 
 # %% ../../nbs/cli/08_demo.ipynb #b071b498
+def _pixels(figure):
+    "(H,W,3) in 0..255, drawn at 110 dpi."
+    import numpy as np
+    figure.set_dpi(110)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
 def stack_pictures(
     figures:list, # matplotlib figures, from top to bottom
     path, # PNG file
@@ -96,25 +103,26 @@ def stack_pictures(
     "One picture of several figures."
     import numpy as np
     from PIL import Image
-    def pixels(figure):
-        "(H,W,3) in 0..255, drawn at 110 dpi."
-        figure.set_dpi(110)
-        figure.canvas.draw()
-        return np.asarray(figure.canvas.buffer_rgba())[..., :3]
-    parts = [pixels(f) for f in figures]
-    width = max(p.shape[1] for p in parts)
-    Image.fromarray(np.concatenate([np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in parts])).save(path)
+    parts = list(map(_pixels, figures))
+    width = max(part.shape[1] for part in parts)
+    padded = [np.pad(part, ((0, 0), (0, width - part.shape[1]), (0, 0)), constant_values=255) for part in parts]
+    Image.fromarray(np.concatenate(padded)).save(path)
     return Path(path)
 
 def interval_rows(
-    first, # An evaluation
-    last, # A later one, or None for the first's own scores
+    before, # An evaluation
+    after, # A later one, of the same prompts
     name:str, # The reward's column
-)->dict: # Category -> (mean, low, high)
-    "Scores, or their paired change, by category."
+)->dict: # before, after, change -> category -> (mean, low, high)
+    "Scores and their paired change, by category."
     from egrpo.base.bootstrap import bootstrap_interval
-    values = first[name] if last is None else last[name] - first[name]
-    return {kind: bootstrap_interval(values.iloc[rows], first.prompt.iloc[rows]) for kind, rows in category_rows(first.prompt).items()}
+    prompts = before.prompt
+    intervals = dict(before={}, after={}, change={})
+    for kind, places in category_rows(prompts).items():
+        was = before[name].iloc[places]
+        now = after[name].iloc[places]
+        for what, values in zip(intervals, (was, now, now - was)): intervals[what][kind] = bootstrap_interval(values, prompts.iloc[places])
+    return intervals
 
 def draw_demo(
     out, # The run's folder
@@ -134,8 +142,7 @@ def draw_demo(
     with style(): figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     reward = next(c for c in load_metrics(Path(out)) if c.startswith('reward/'))
     plot_metric(Path(out), reward, ax=axes[0]).set_ylabel(f'{reward[7:]}, training samples')
-    rows = [interval_rows(*pair, name) for pair in ((before, None), (after, None), (before, after))]
-    plot_categories(*rows, xlabel=f'{name}, held-out prompts', ax=axes[1])
+    plot_categories(**interval_rows(before, after, name), xlabel=f'{name}, held-out prompts', ax=axes[1])
     figures = [figure]
     if places:
         verdicts = list(zip(*[[mark == '✓' for mark in verifier_marks(o, prompts)] for o in images]))
@@ -223,8 +230,7 @@ def report_demo(
     from egrpo.base.bootstrap import bootstrap_interval
     from egrpo.base.files import write_text
     out, (before, after) = Path(trainer.config.out), ends(history)
-    pairs = dict(before=(before, None), after=(after, None), change=(before, after))
-    scores = {name: {what: interval_rows(*pair, name) for what, pair in pairs.items()} for name in score_names(before)}
+    scores = {name: interval_rows(before, after, name) for name in score_names(before)}
     change = bootstrap_interval(*change_at(before, after, trained))
     of_trained = dict(prompts=len(trained), change=change, better=marks[0], worse=marks[1])
     summary = dict(iterations=trainer.iteration, seconds=round(seconds, 1), prompts=len(before), trained=of_trained, scores=scores)
@@ -243,15 +249,13 @@ def report_demo(
 NEXT = ("egrpo sample --model {out}/model --prompt 'three purple crosses' --images 8", 'egrpo plan --tau 1.8',
         'egrpo train --scale mini --tau 0 --out runs/tau0')
 
-def add_demo(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo demo."
-    group = parser.add_argument_group('demonstration')
-    add_own(group, Option('scale', 'str', None, 'smoke (seconds, learns nothing), mini, or gpu (default: EGRPO_SCALE, else mini)', 'NAME'),
-            Option('minutes', 'float', 8., 'Time limit of the whole command, which may end before it'),
-            Option('out', 'str', 'runs/demo', 'Folder of the run and its picture; an earlier demo in it is replaced', 'FOLDER'))
-    add_fields(group, ['seed', 'device'])
+DEMO = {
+    'demonstration': [
+        Option('scale', 'str', None, 'smoke (seconds, learns nothing), mini, or gpu (default: EGRPO_SCALE, else mini)', 'NAME'),
+        Option('minutes', 'float', 8., 'Time limit of the whole command, which may end before it'),
+        Option('out', 'str', 'runs/demo', 'Folder of the run and its picture; an earlier demo in it is replaced', 'FOLDER'),
+        'seed', 'device'],
+}
 
-COMMANDS['demo'] = Command(run_demo, add_demo, 'Train E-GRPO on the miniature for some minutes; show scores and images before and after.',
+COMMANDS['demo'] = Command(run_demo, DEMO, 'Train E-GRPO on the miniature for some minutes; show scores and images before and after.',
                            'egrpo demo --minutes 3 --out runs/short')

@@ -11,14 +11,14 @@ import sys
 from dataclasses import dataclass
 
 from ..base.inputs import one_line, open_streams
-from .options import Parser
+from .options import Parser, add_options
 
 # %% ../../nbs/cli/01_entry.ipynb #f5bc50c0
 @dataclass(frozen=True)
 class Command:
     "A sub-command of egrpo."
     run:object # Function of the parsed arguments
-    add:object # Function of the parser: adds the options
+    options:dict # Its options, as `add_options` takes them
     text:str # What it does, in a sentence
     example:str # A line that works
 
@@ -33,26 +33,21 @@ def make_parser()->Parser: # The parser of the whole command line
     parser.add_argument('--version', action='version', version=f'egrpo {__import__("egrpo").__version__}')
     commands = parser.add_subparsers(title='commands', dest='command', metavar='COMMAND [options]', prog='egrpo', parser_class=Parser)
     for name, c in COMMANDS.items():
-        if c: c.add(commands.add_parser(name, help=c.text, description=c.text, epilog=f'example:\n  {c.example}'))
+        if c: add_options(commands.add_parser(name, help=c.text, description=c.text, epilog=f'example:\n  {c.example}'), c.options)
     return parser
 
 # %% ../../nbs/cli/01_entry.ipynb #89ab11fc
-def _memory_is_full(
-    error:Exception, # What was raised
-)->bool: # As `is_out_of_memory`, imported only now
-    "Return whether a device's memory is used up."
-    from egrpo.models.device import is_out_of_memory
-    return is_out_of_memory(error)
-
 def explain(
     error:Exception, # What was raised
 )->str|None: # One line; None where it is no mistake of the user
     "An error in a line."
     said = one_line(str(error))
-    if isinstance(error, (RuntimeError, MemoryError)) and _memory_is_full(error):
-        # the trainer's names a micro-batch to try
-        return said if 'micro_batch' in said else 'the device has not enough memory: lower --micro-batch or --resolution'
-    return said if isinstance(error, (ValueError, OSError, FloatingPointError)) else None
+    if isinstance(error, (ValueError, OSError, FloatingPointError)): return said
+    if not isinstance(error, (RuntimeError, MemoryError)): return None
+    from egrpo.models.device import is_out_of_memory
+    if not is_out_of_memory(error): return None
+    # the trainer's names a micro-batch to try
+    return said if 'micro_batch' in said else 'the device has not enough memory: lower --micro-batch or --resolution'
 
 ENVIRONMENT = dict(
     TRANSFORMERS_VERBOSITY='error', DIFFUSERS_VERBOSITY='error', # our errors are the ones to read

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from .entry import COMMANDS, Command
-from .options import Option, Parser, add_own, converter
+from .options import Argument, Option
 from .shared import say
 
 # %% ../../nbs/cli/08_exporting.ipynb #fb566bfc
@@ -58,15 +58,12 @@ def run_export(
     what = 'pipeline' if is_pipeline or args.merge else 'LoRA'
     say(f'{what}: {out}')
 
-def add_export(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo export."
-    parser.add_argument('run', type=converter('str', 'run'), metavar='RUN', help='`out` of a run')
-    group = parser.add_argument_group('export')
-    add_own(group, Option('out', 'str', 'exported', 'Folder to write', 'FOLDER'),
-            Option('merge', 'bool', False, 'Merge a LoRA into the weights and write the whole pipeline'),
-            Option('dtype', 'str|None', None, 'Dtype of the merged weights, fp32, bf16 or fp16; none = fp32', 'NAME'))
+EXPORT = {
+    '': [Argument('run', 'RUN', '`out` of a run')],
+    'export': [Option('out', 'str', 'exported', 'Folder to write', 'FOLDER'),
+               Option('merge', 'bool', False, 'Merge a LoRA into the weights and write the whole pipeline'),
+               Option('dtype', 'str|None', None, 'Dtype of the merged weights, fp32, bf16 or fp16; none = fp32', 'NAME')],
+}
 
-COMMANDS['export'] = Command(run_export, add_export, 'Write a trained model, its LoRA merged if asked, for plain diffusers.',
+COMMANDS['export'] = Command(run_export, EXPORT, 'Write a trained model, its LoRA merged if asked, for plain diffusers.',
                              'egrpo export runs/lora --merge --out merged')

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..base.inputs import check_readable, quote
 from .entry import COMMANDS, Command
-from .options import Option, Parser, add_own, converter
+from .options import Argument, Option
 from .shared import fold, say
 from .tables import table
 
@@ -25,27 +25,27 @@ def run_methods(
     say(fold('\nat their published settings, steps included (a run has 16 unless told otherwise); nfe = network evaluations of a prompt '
              'and iteration\nnext: egrpo plan --method flow_grpo --num-steps 10; a method of your own: --method module:function'))
 
-COMMANDS['methods'] = Command(run_methods, lambda parser: None, 'List the methods: what each samples, compares and costs.', 'egrpo methods')
+COMMANDS['methods'] = Command(run_methods, {}, 'List the methods: what each samples, compares and costs.', 'egrpo methods')
 
 # %% ../../nbs/cli/04_lists.ipynb #0ef4d754
-def read_images(
-    files:list, # PNG or JPEG files; none = two images of noise
-)->list: # (1,3,H,W) each, in [0,1]
-    "Images to try a reward on."
-    import torch
+def read_image(
+    path, # A PNG or JPEG file
+): # (1,3,H,W), in [0,1]
+    "An image to try a reward on."
     from PIL import Image
 
     from egrpo.rewards.server import from_file
-    if not files: return list(torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
-    def read(path):
-        "One file."
-        named, remedy = f'image: {quote(path)}', 'name a PNG or JPEG file'
-        check_readable(path, named, remedy)
-        try: return from_file(Path(path).read_bytes())[None]
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: # all of them PIL's
-            said = getattr(e, 'strerror', None) or e
-            raise ValueError(f"{named} could not be read ({said}): {remedy}") from e
-    return [read(o) for o in files]
+    named, remedy = f'image: {quote(path)}', 'name a PNG or JPEG file'
+    check_readable(path, named, remedy)
+    try: return from_file(Path(path).read_bytes())[None]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e: # all of them PIL's
+        said = getattr(e, 'strerror', None) or e
+        raise ValueError(f"{named} could not be read ({said}): {remedy}") from e
+
+def two_noises()->list: # (1,3,64,64) each, in [0,1]
+    "Images of noise, where none were named."
+    import torch
+    return list(torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
 
 def run_rewards(
     args, # Parsed arguments
@@ -54,26 +54,24 @@ def run_rewards(
     from egrpo.rewards.reward import describe_rewards, get_reward
     if args.name is None:
         rows = describe_rewards()
-        for row in ({k: k for k in rows[0]}, *rows): say(fold('  '.join(o.ljust(n) for o, n in zip(row.values(), (17, 47, 0))).rstrip()))
+        for name, what, weights in (rows[0].keys(), *[row.values() for row in rows]): say(fold(f'{name:<17}  {what:<47}  {weights}'))
         return say(fold("\na sum: 'hpsv2.1 + 0.5*clip_score'  ·  weights of your own: 'hpsv2.1(/path/HPS_v2.1_compressed.pt)'  ·  "
                         "a trial: egrpo rewards NAME"))
-    reward, images = get_reward(args.name), read_images(args.image)
-    scores = [reward(x, [args.prompt]) for x in images]
-    names = args.image or ['noise'] * len(images)
-    say(table([['image', *reward.names], *[[n, *[f'{float(v):.4f}' for v in s.values()]] for n, s in zip(names, scores)]]))
+    reward = get_reward(args.name)
+    images = list(map(read_image, args.image)) if args.image else two_noises()
+    rows = [['image', *reward.names]]
+    for name, image in zip(args.image or ['noise'] * 2, images):
+        scores = reward(image, [args.prompt])
+        rows.append([name, *[f'{float(score):.4f}' for score in scores.values()]])
+    say(table(rows))
 
-def add_rewards(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo rewards."
-    parser.add_argument('name', nargs='?', type=converter('str', 'name'), metavar='REWARD',
-                        help='A reward or a sum of them to load and try; none lists them')
-    group = parser.add_argument_group('trial')
-    add_own(group, Option('prompt', 'str', 'a red circle', 'What the images should show'))
-    group.add_argument('--image', action='append', type=converter('str', 'image'), metavar='FILE',
-                       help='Image to score; may be repeated (default: two images of noise)')
+REWARDS = {
+    '': [Argument('name', 'REWARD', 'A reward or a sum of them to load and try; none lists them', '?')],
+    'trial': [Option('prompt', 'str', 'a red circle', 'What the images should show'),
+              Option('image', 'str', None, 'Image to score; may be repeated (default: two images of noise)', 'FILE', repeated=True)],
+}
 
-COMMANDS['rewards'] = Command(run_rewards, add_rewards, 'List the rewards, or load one and score images.',
+COMMANDS['rewards'] = Command(run_rewards, REWARDS, 'List the rewards, or load one and score images.',
                               "egrpo rewards 'hpsv2.1 + 0.5*clip_score' --prompt 'a cat' --image cat.png")
 
 # %% ../../nbs/cli/04_lists.ipynb #c70602ed
@@ -85,11 +83,6 @@ def run_recipes(
     for name, path in recipe_paths().items(): say(fold(f'{name:<16}{describe_recipe(path)}'))
     say(fold('\nuse one: egrpo train miniature --seed 1; write one: egrpo train miniature --print-config > mine.yaml'))
 
-def add_recipe(
-    parser, # A command's parser
-):
-    "The recipe that a command begins with."
-    parser.add_argument('recipe', nargs='?', type=converter('str', 'recipe'), metavar='RECIPE',
-                        help='Name of a recipe (`egrpo recipes`), or a .yaml file; options override it')
+RECIPE = Argument('recipe', 'RECIPE', 'Name of a recipe (`egrpo recipes`), or a .yaml file; options override it', '?')
 
-COMMANDS['recipes'] = Command(run_recipes, lambda parser: None, 'List the recipes: configurations to start from.', 'egrpo recipes')
+COMMANDS['recipes'] = Command(run_recipes, {}, 'List the recipes: configurations to start from.', 'egrpo recipes')

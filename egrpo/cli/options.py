@@ -11,6 +11,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 
 from ..base.inputs import check_kind, from_json, height_width, quote
 from ..train.config import SETTINGS, kind_of
@@ -24,6 +25,15 @@ class Option:
     default:object # Its default
     text:str # What it is: the field's comment
     shown:str='' # What stands for its value in the help; N, X or TEXT by its kind if not given
+    repeated:bool=False # May it be given several times, for a list?
+
+@dataclass(frozen=True)
+class Argument:
+    "Words of a command that stand without the name of an option."
+    name:str # In the parsed arguments
+    shown:str # What stands for it in the help
+    text:str # What it is
+    count:str|None=None # '?': it may be left out; '+': one or more
 
 def config_options()->dict: # Name -> Option, in the order of the fields
     "The fields of `TrainConfig` and the settings of methods as options."
@@ -65,23 +75,23 @@ class Join(argparse.Action):
 READERS = {'int': int, 'float': float, 'str': str, 'bool': yes_or_no, 'dict': named_value, 'int|str': pixels}
 WANTED = {'int': 'whole number', 'float': 'number', 'bool': 'yes or no', 'dict': 'name=value', 'int|str': 'number or HEIGHTxWIDTH'}
 
-def converter(
+def read_word(
+    word:str, # Of the command line
     kind:str, # An annotation as in `Option`
-    name:str='it', # The option's name, which may have a limit of its own
-):
-    "The function that reads a word of the command line as a value of `kind`."
+    name:str, # The option's name, which may have a limit of its own
+): # A value of `kind`
+    "Read a word as an option's value."
     plain = kind.removesuffix('|None')
-    read = READERS[plain]
-    def convert(word):
-        if kind.endswith('|None') and word.lower() == 'none': return None
-        try: value = read(word)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f'invalid {WANTED[plain]} value: {quote(word)}') from None
-        try: return check_kind(name, value, plain)
-        except ValueError as e: # argparse says the name
-            fault = str(e).removeprefix(name).lstrip(' :')
-            raise argparse.ArgumentTypeError(fault) from None
-    return convert
+    if kind != plain and word.lower() == 'none': return None
+    try: value = READERS[plain](word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'invalid {WANTED[plain]} value: {quote(word)}') from None
+    try: return check_kind(name, value, plain)
+    except ValueError as e: # argparse says the name
+        fault = str(e).removeprefix(name).lstrip(' :')
+        raise argparse.ArgumentTypeError(fault) from None
+
+def converter(kind:str, name:str='it'): return partial(read_word, kind=kind, name=name)
 
 def show_default(
     value, # A default
@@ -109,23 +119,23 @@ def add_option(
         more = dict(action=Join)
     may_be_none = '|None' in option.kind
     if option.default is not None or may_be_none: text += f' (default: {show_default(option.default)})'
+    if option.repeated: more = dict(action='append')
     if option.kind == 'bool|None': more = dict(nargs='?', const=True) # the flag by itself is a yes
     read = converter(option.kind, option.name)
     parser.add_argument(flag, type=read, default=default, metavar=shown, help=text, **more)
 
-def add_fields(
-    parser, # A parser or a group of options
-    names, # Fields of `TrainConfig`
+def add_options(
+    parser, # A command's parser
+    groups:dict, # Title, '' for none -> `Option`s, `Argument`s, and fields of `TrainConfig` by their names
 ):
-    "Make options of fields. One that is not given leaves no trace, so that a preset can have its say."
-    for name in names: add_option(parser, config_options()[name], argparse.SUPPRESS)
-
-def add_own(
-    parser, # A parser or a group of options
-    *options, # `Option`s
-):
-    "Options of a command that are no fields of the configuration; one that is not given has its default."
-    for o in options: add_option(parser, o, o.default)
+    "Give a parser its options. A field that is not given leaves no trace, so that a preset can have its say."
+    fields = config_options()
+    for title, options in groups.items():
+        group = parser.add_argument_group(title) if title else parser
+        for o in options:
+            if isinstance(o, str): add_option(group, fields[o], argparse.SUPPRESS)
+            elif isinstance(o, Option): add_option(group, o, o.default)
+            else: group.add_argument(o.name, nargs=o.count, type=converter('str', o.name), metavar=o.shown, help=o.text)
 
 # %% ../../nbs/cli/00_options.ipynb #5e936676
 GROUPS = {

@@ -11,10 +11,20 @@ from pathlib import Path
 
 from ..base.inputs import quote
 from .entry import COMMANDS, Command
-from .options import Option, Parser, add_own, converter
+from .options import Argument, Option
 from .shared import check_file, fold, say
 
 # %% ../../nbs/cli/09_paper.ipynb #00cab050
+def claim_line(
+    claim, # A `Claim`
+    data:dict, # Its record's data
+)->str: # A line
+    "A claim with its verdict and numbers."
+    found = claim.judge(data)
+    text = f'{claim.text}: {found.verdict} | {found.seen}'
+    if not found.equal: return text
+    return f'{text} | at equal iterations: {found.equal.verdict} | {found.equal.seen}'
+
 def findings(
     name:str, # A name in `egrpo.paper.experiments.EXPERIMENTS`
     data:dict, # Its record's data
@@ -32,13 +42,8 @@ def findings(
         if contender == unit: continue
         ratio = time_ratio(seconds, contender, unit)
         times.append(f"{contender} takes {ratio['min']:.2f} times as long as {unit}")
-    def line(claim):
-        "Line with a claim's verdict."
-        found = claim.judge(data)
-        equal = f' | at equal iterations: {found.equal.verdict} | {found.equal.seen}' if found.equal else ''
-        return f'{claim.text}: {found.verdict} | {found.seen}{equal}'
     own = [claim for claim in CLAIMS if claim.record == name and claim.registered >= registered]
-    return times + list(map(line, own))
+    return times + [claim_line(claim, data) for claim in own]
 
 def run_reproduce(
     args, # Parsed arguments
@@ -67,19 +72,15 @@ def run_reproduce(
     say(fold('\n'.join(lines)))
     if dist.is_initialized(): dist.destroy_process_group()
 
-def add_reproduce(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo reproduce."
-    parser.add_argument('name', nargs='?', type=converter('str', 'name'), metavar='NAME',
-                        help='Which figure or table; none lists them')
-    add_own(parser.add_argument_group('run'),
-            Option('scale', 'str', None, 'smoke, mini, confirm, gpu or flux (default: EGRPO_SCALE, else mini)', 'NAME'),
+REPRODUCE = {
+    '': [Argument('name', 'NAME', 'Which figure or table; none lists them', '?')],
+    'run': [Option('scale', 'str', None, 'smoke, mini, confirm, gpu or flux (default: EGRPO_SCALE, else mini)', 'NAME'),
             Option('workers', 'int', 1, 'Worker processes, each with one thread; 0 runs in this process'),
             Option('partial', 'bool', False, 'Run nothing: write the record from the runs that are finished'),
-            Option('only', 'str', None, 'Some of the settings, separated by commas (default: all)', 'A,B'))
+            Option('only', 'str', None, 'Some of the settings, separated by commas (default: all)', 'A,B')],
+}
 
-COMMANDS['reproduce'] = Command(run_reproduce, add_reproduce, "Run the experiment behind a paper's figure or table and write its record.",
+COMMANDS['reproduce'] = Command(run_reproduce, REPRODUCE, "Run the experiment behind a paper's figure or table and write its record.",
                                 'egrpo reproduce tau --scale mini --workers 2')
 
 # %% ../../nbs/cli/09_paper.ipynb #cc6cf673
@@ -90,13 +91,9 @@ def run_claims(
     from egrpo.paper.claims import claims_json, claims_text
     say(claims_json() if args.json else fold(claims_text()))
 
-def add_claims(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo claims."
-    add_own(parser.add_argument_group('run'), Option('json', 'bool', False, 'Print a JSON list, an object per claim'))
+AS_JSON = {'run': [Option('json', 'bool', False, 'Print a JSON list, an object per claim')]}
 
-COMMANDS['claims'] = Command(run_claims, add_claims, "List both papers' claims, their numbers, ours, and whether they hold.",
+COMMANDS['claims'] = Command(run_claims, AS_JSON, "List both papers' claims, their numbers, ours, and whether they hold.",
                              'egrpo claims --json')
 
 # %% ../../nbs/cli/09_paper.ipynb #4c0b7e22
@@ -124,11 +121,7 @@ def run_notebooks(
     say(fold(f'notebooks and records are in {folder}\nnext: pip install jupyterlab ipywidgets'))
     say('      ' + shlex.join(['jupyter', 'lab', str(folder), '--LabApp.default_url=/lab/tree/nbs/index.ipynb']))
 
-def add_notebooks(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo notebooks."
-    parser.add_argument('folder', type=converter('str', 'folder'), metavar='FOLDER', help='Where to put them; made if it is not there')
+COPY = {'': [Argument('folder', 'FOLDER', 'Where to put them; made if it is not there')]}
 
-COMMANDS['notebooks'] = Command(run_notebooks, add_notebooks, 'Copy the notebooks and their records to a folder of yours.',
+COMMANDS['notebooks'] = Command(run_notebooks, COPY, 'Copy the notebooks and their records to a folder of yours.',
                                 'egrpo notebooks here')

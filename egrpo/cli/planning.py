@@ -8,11 +8,12 @@ __all__ = []
 # %% ../../nbs/cli/05_planning.ipynb #c1105003
 import os
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 from .entry import COMMANDS, Command
-from .lists import add_recipe
-from .options import GROUPS, Option, Parser, add_fields, add_own, config_options
+from .lists import RECIPE
+from .options import GROUPS, Option, config_options
 from .shared import check_device, check_picture, dim, fold, given, given_plan, save_picture, say
 from .tables import table
 from ..train.config import TrainConfig
@@ -46,19 +47,16 @@ def plan_table(
     sigmas = flow_sigmas(settings.num_steps, settings.shift)
     lengths = plan_lengths(settings)
     first = settings.first_step or 0
+    end = first + settings.active_steps
     last = settings.num_steps - 1
-    def entropy(k, length):
-        "Entropy of step `k`, merged with `length` steps."
-        entropies = step_entropy(sigmas, length, settings.noise_level, kernel=settings.kernel)
-        return f'{entropies[k]:.3f}'
-    def row(k, length):
-        "Cells of step `k`, merged with `length` steps; 0 = cannot be stochastic."
-        active = '●' if first <= k < first + settings.active_steps else ''
+    entropy = partial(step_entropy, sigmas, noise_level=settings.noise_level, kernel=settings.kernel)
+    alone = entropy(1)
+    rows = [['step', 'sigma', 'timestep', 'entropy', 'merge', 'merged entropy', 'active']]
+    for k, length in enumerate(lengths):
         merged = ['=' if k == last else '✗', '', '']
-        if length: merged = [str(length), entropy(k, length), active]
-        return [*_level_cells(k, sigmas[k]), entropy(k, 1), *merged]
-    rows = [row(k, length) for k, length in enumerate(lengths)]
-    return table([['step', 'sigma', 'timestep', 'entropy', 'merge', 'merged entropy', 'active'], *rows])
+        if length: merged = [str(length), f'{entropy(length)[k]:.3f}', '●' if first <= k < end else '']
+        rows.append([*_level_cells(k, sigmas[k]), f'{alone[k]:.3f}', *merged])
+    return table(rows)
 
 def steps_table(
     plan, # A `Plan`
@@ -70,9 +68,9 @@ def steps_table(
     for branch in plan.branches:
         for step in branch.steps: marks[step.start] = '●' if step.weight else '○'
     marks[plan.num_steps - 1] = '='
-    def row(k, sigma, entropy): return [*_level_cells(k, sigma), f'{entropy:.3f}', marks.get(k, '')]
-    rows = [row(k, *step) for k, step in enumerate(zip(plan.sigmas, entropies))]
-    return table([['step', 'sigma', 'timestep', 'entropy', 'active'], *rows])
+    rows = [['step', 'sigma', 'timestep', 'entropy', 'active']]
+    for k, entropy in enumerate(entropies): rows.append([*_level_cells(k, plan.sigmas[k]), f'{entropy:.3f}', marks.get(k, '')])
+    return table(rows)
 
 def draws_table(
     plan, # A `Plan` with forward draws
@@ -271,37 +269,26 @@ def run_plan(
     if cost: say(fold(cost))
     if args.picture: say('picture:', save_picture(plot_plan(plan).figure, args.picture))
 
-def add_plan(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo plan."
-    add_recipe(parser)
-    group = parser.add_argument_group('plan')
-    add_fields(group, PLAN_OPTIONS)
-    add_own(group, Option('iteration', 'int', 0, 'Training iteration, for methods whose plan changes with it'))
-    group = parser.add_argument_group('memory and time, shown if one of these is given')
-    add_own(group, Option('scale', 'str|None', None, 'Settings of a scale, smoke, mini, confirm, gpu or flux', 'NAME'))
-    add_fields(group, COST_OPTIONS)
-    seconds = [Option(f'seconds_{name}', 'float|None', None, text) for name, text in SECONDS.items()]
-    add_own(group, Option('processes', 'int', 1, 'Devices that share the prompts of an iteration'),
-            Option('share', 'bool', False, 'They share the network, too: memory as with FSDP, traffic not in the seconds'),
-            Option('device_memory', 'float|None', None, 'What a device has, in GiB: says whether the run fits'),
-            Option('probe', 'bool', False, 'Load the model and measure what a latent takes'),
-            *seconds)
-    group = parser.add_argument_group('output')
-    add_own(group, Option('picture', 'str', None, 'Draw the plan as a timeline into this file', 'FILE'))
+SCALE = 'Settings of a scale, smoke, mini, confirm, gpu or flux'
+ONE_SCALE = Option('scale', 'str|None', None, SCALE, 'NAME')
+PLAN = {
+    '': [RECIPE],
+    'plan': [*PLAN_OPTIONS, Option('iteration', 'int', 0, 'Training iteration, for methods whose plan changes with it')],
+    'memory and time, shown if one of these is given': [
+        ONE_SCALE, *COST_OPTIONS,
+        Option('processes', 'int', 1, 'Devices that share the prompts of an iteration'),
+        Option('share', 'bool', False, 'They share the network, too: memory as with FSDP, traffic not in the seconds'),
+        Option('device_memory', 'float|None', None, 'What a device has, in GiB: says whether the run fits'),
+        Option('probe', 'bool', False, 'Load the model and measure what a latent takes'),
+        *[Option(f'seconds_{name}', 'float|None', None, text) for name, text in SECONDS.items()]],
+    'output': [Option('picture', 'str', None, 'Draw the plan as a timeline into this file', 'FILE')],
+}
 
 # %% ../../nbs/cli/05_planning.ipynb #bbecd387
-COMMANDS['plan'] = Command(run_plan, add_plan, 'Show which steps explore, how they are merged to reach tau, and the cost of a rollout.',
+COMMANDS['plan'] = Command(run_plan, PLAN, 'Show which steps explore, how they are merged to reach tau, and the cost of a rollout.',
                            'egrpo plan --tau 1.8 --picture plan.png')
 
 # %% ../../nbs/cli/05_planning.ipynb #e23228ea
-def _tried_row(micro_batch, seconds, size):
-    "Cells of a micro-batch that was tried."
-    forward = f'{1000 * seconds.forward:.4g}'
-    backward = f'{1000 * seconds.backward:.4g}'
-    return [str(micro_batch), forward, backward, f'{size / 2**20:,.0f}']
-
 def run_tune(
     args, # Parsed arguments
 ):
@@ -319,8 +306,11 @@ def run_tune(
     policy = policy_of(config)
     limit = free_bytes(policy.device) if args.limit is None else int(args.limit * 2**30)
     tried = tune(policy, limit, args.most)
-    rows = [_tried_row(*one) for one in tried]
-    say(table([['micro-batch', 'ms a latent', 'with gradient', 'MiB'], *rows]))
+    rows = [['micro-batch', 'ms a latent', 'with gradient', 'MiB']]
+    for micro_batch, seconds, size in tried:
+        milliseconds = [f'{1000 * one:.4g}' for one in (seconds.forward, seconds.backward)]
+        rows.append([str(micro_batch), *milliseconds, f'{size / 2**20:,.0f}'])
+    say(table(rows))
     largest, *_ = tried[-1]
     best = best_micro_batch(tried)
     say(f'\nlargest that fits: {largest}; as fast as any: --micro-batch {best}')
@@ -349,20 +339,17 @@ def suffix_text(
 TUNE_OPTIONS = '''model lora_rank lora_targets lora_from resolution guidance call device dtype gradient_checkpointing compiled attention
 vae_tiling text_encoders embeddings'''.split()
 
-def add_tune(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo tune."
-    group = parser.add_argument_group('what is tried')
-    add_own(group, Option('scale', 'str|None', None, 'Settings of a scale, smoke, mini, confirm, gpu or flux', 'NAME'))
-    add_fields(group, TUNE_OPTIONS)
-    add_own(group, Option('limit', 'float|None', None, 'GiB a micro-batch may take; none = what is free, half of it on a CPU'),
-            Option('most', 'int', 256, 'Largest micro-batch to try'))
-    group = parser.add_argument_group('solver and stride of the ODE after a stochastic step')
-    add_own(group, Option('suffix', 'bool', False, "Try which suffix saves evaluations and keeps the order of a group's rewards"),
-            Option('probe_prompts', 'int', 8, 'Prompts that are asked'),
-            Option('agreement', 'float', .98, 'Rank correlation of rewards that must be kept'))
-    add_fields(group, SUFFIX_OPTIONS)
+TUNE = {
+    'what is tried': [
+        ONE_SCALE, *TUNE_OPTIONS,
+        Option('limit', 'float|None', None, 'GiB a micro-batch may take; none = what is free, half of it on a CPU'),
+        Option('most', 'int', 256, 'Largest micro-batch to try')],
+    'solver and stride of the ODE after a stochastic step': [
+        Option('suffix', 'bool', False, "Try which suffix saves evaluations and keeps the order of a group's rewards"),
+        Option('probe_prompts', 'int', 8, 'Prompts that are asked'),
+        Option('agreement', 'float', .98, 'Rank correlation of rewards that must be kept'),
+        *SUFFIX_OPTIONS],
+}
 
-COMMANDS['tune'] = Command(run_tune, add_tune, 'Find the micro-batch to use; with --suffix solver and stride, too.',
+COMMANDS['tune'] = Command(run_tune, TUNE, 'Find the micro-batch to use; with --suffix solver and stride, too.',
                            'egrpo tune --lora-rank 8')

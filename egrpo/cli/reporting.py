@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/cli/08_reporting.ipynb #83585b13
 from .entry import COMMANDS, Command
-from .options import Option, Parser, add_own, converter
+from .options import Argument, Option
 from .shared import check_file, say
 
 # %% ../../nbs/cli/08_reporting.ipynb #009ec362
@@ -19,14 +19,10 @@ def run_report(
     out = check_file(args.out, '--out')
     say(f'report: {write_report(args.folder, out)}')
 
-def add_report(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo report."
-    parser.add_argument('folder', nargs='+', type=converter('str', 'folder'), metavar='FOLDER',
-                        help='`out` of a run; several are shown side by side')
-    group = parser.add_argument_group('page')
-    add_own(group, Option('out', 'str', None, 'HTML file to write; none = report.html in the first folder', 'FILE'))
+REPORT = {
+    '': [Argument('folder', 'FOLDER', '`out` of a run; several are shown side by side', '+')],
+    'page': [Option('out', 'str', None, 'HTML file to write; none = report.html in the first folder', 'FILE')],
+}
 
-COMMANDS['report'] = Command(run_report, add_report, 'Write a page on one run or on several: curves, pictures, what changed, costs.',
+COMMANDS['report'] = Command(run_report, REPORT, 'Write a page on one run or on several: curves, pictures, what changed, costs.',
                              'egrpo report runs/tau0 runs/tau18 --out both.html')

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..base.rows import size_of
 from .entry import COMMANDS, Command
-from .options import Option, Parser, add_fields, add_own, config_options, converter
+from .options import Option
 from .shared import check_device, check_file, check_picture, given, save_picture, say, try_reward
 from .tables import category_table
 from ..train.config import TrainConfig
@@ -76,9 +76,12 @@ def run_sample(
     from egrpo.show.plots import image_grid
     from egrpo.show.samples import verifier_marks
     from egrpo.train.evaluate import sample_images
-    config, out, prompts = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_picture(args.out, '--out'), sample_prompts_of(args)
+    config = TrainConfig(**given(args, SAMPLE_OPTIONS))
+    out = check_picture(args.out, '--out')
+    prompts = sample_prompts_of(args)
     images = sample_images(load_sampler(config, args.lora), prompts, config.num_steps, config.shift, config.seed)
-    titles = [f'{mark} {prompt}'.strip() for mark, prompt in zip(verifier_marks(images, prompts), prompts)]
+    marks = verifier_marks(images, prompts)
+    titles = [f'{mark} {prompt}'.strip() for mark, prompt in zip(marks, prompts)]
     axes = image_grid(images, titles, columns=args.images if args.images > 1 else 8)
     say(f'{len(images)} images: {save_picture(axes[0].figure, out)}')
     if not args.each: return
@@ -87,31 +90,25 @@ def run_sample(
     write_each(images, prompts, folder, steps=config.num_steps, lora=args.lora, **about)
     say(f'one by one: {folder}')
 
-def add_model_options(
-    parser:Parser, # The command's parser
-):
-    "Options of commands that sample."
-    group = parser.add_argument_group('model')
-    add_fields(group, [n for n in SAMPLE_OPTIONS if n not in ('num_steps', 'shift', 'seed')])
-    lora = 'LoRA to put into the model: `model` of a run, another folder, a .safetensors file or a hub id'
-    add_own(group, Option('lora', 'str', None, lora, 'LORA'))
-    add_fields(parser.add_argument_group('sampling'), ['num_steps', 'shift', 'seed'])
+SAMPLING = 'num_steps', 'shift', 'seed'
+LORA = 'LoRA to put into the model: `model` of a run, another folder, a .safetensors file or a hub id'
+MODEL = {
+    'model': [*[name for name in SAMPLE_OPTIONS if name not in SAMPLING], Option('lora', 'str', None, LORA, 'LORA')],
+    'sampling': SAMPLING,
+}
 
-def add_sample(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo sample."
-    add_model_options(parser)
-    group = parser.add_argument_group('images')
-    group.add_argument('--prompt', action='append', type=converter('str', 'prompt'), metavar='TEXT',
-                       help='What to draw; may be repeated (default: a held-out shapes prompt of each category)')
-    add_own(group, Option('prompts', 'str', None, "Text file with one prompt a line, 'shapes' or 'hpd'", 'FILE'),
-            Option('size', 'int', 48, 'Most prompts to draw'),
-            Option('images', 'int', 1, 'Images per prompt, each from its own noise'),
-            Option('out', 'str', 'samples.png', 'Picture to write, a grid', 'FILE'),
-            Option('each', 'bool', False, 'Write each image, too, into a folder named as the picture, with its prompt and settings inside'))
+SAMPLE = MODEL | {
+    'images': [
+        Option('prompt', 'str', None, 'What to draw; may be repeated (default: a held-out shapes prompt of each category)', 'TEXT',
+               repeated=True),
+        Option('prompts', 'str', None, "Text file with one prompt a line, 'shapes' or 'hpd'", 'FILE'),
+        Option('size', 'int', 48, 'Most prompts to draw'),
+        Option('images', 'int', 1, 'Images per prompt, each from its own noise'),
+        Option('out', 'str', 'samples.png', 'Picture to write, a grid', 'FILE'),
+        Option('each', 'bool', False, 'Write each image, too, into a folder named as the picture, with its prompt and settings inside')],
+}
 
-COMMANDS['sample'] = Command(run_sample, add_sample, 'Draw images from a model, as it is or with a trained LoRA.',
+COMMANDS['sample'] = Command(run_sample, SAMPLE, 'Draw images from a model, as it is or with a trained LoRA.',
                              "egrpo sample --prompt 'three purple crosses' --prompt 'a red circle' --images 4")
 
 # %% ../../nbs/cli/06_sampling.ipynb #b8d9264a
@@ -122,7 +119,9 @@ def run_evaluate(
     from egrpo.rewards.reward import get_reward
     from egrpo.train.evaluate import evaluate
     from egrpo.train.prompts import load_prompts
-    config, out, reward = TrainConfig(**given(args, SAMPLE_OPTIONS)), check_file(args.out, '--out'), get_reward(args.rewards)
+    config = TrainConfig(**given(args, SAMPLE_OPTIONS))
+    out = check_file(args.out, '--out')
+    reward = get_reward(args.rewards)
     if args.size < 1: raise ValueError(f"size must be >= 1 prompt, got {args.size}")
     prompts = load_prompts(args.prompts, 'held_out', args.size)[:args.size]
     reward.check(prompts)
@@ -141,17 +140,13 @@ def save_scores(
     frame.to_csv(path, index=False)
     say(f'scores of every prompt: {path}')
 
-def add_evaluate(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo evaluate."
-    defaults = config_options()
-    add_model_options(parser)
-    group = parser.add_argument_group('evaluation')
-    add_own(group, Option('prompts', 'str', 'shapes', "'shapes' or 'hpd' (held-out prompts of the miniature, of HPD) or a prompt file"),
-            Option('size', 'int', defaults['eval_size'].default, 'Most prompts to use'),
-            Option('rewards', 'str', 'verifier + verifier_strict', 'What to measure: names or your own module:function, + between'),
-            Option('out', 'str', None, 'CSV file for the scores of every prompt', 'FILE'))
+EVALUATE = MODEL | {
+    'evaluation': [
+        Option('prompts', 'str', 'shapes', "'shapes' or 'hpd' (held-out prompts of the miniature, of HPD) or a prompt file"),
+        Option('size', 'int', TrainConfig.eval_size, 'Most prompts to use'),
+        Option('rewards', 'str', 'verifier + verifier_strict', 'What to measure: names or your own module:function, + between'),
+        Option('out', 'str', None, 'CSV file for the scores of every prompt', 'FILE')],
+}
 
-COMMANDS['evaluate'] = Command(run_evaluate, add_evaluate, 'Score a model on held-out prompts, with intervals.',
+COMMANDS['evaluate'] = Command(run_evaluate, EVALUATE, 'Score a model on held-out prompts, with intervals.',
                                "egrpo evaluate --size 64 --rewards 'verifier + clip' --out scores.csv")

@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager
 
 from .entry import COMMANDS, Command
-from .options import Option, Parser, add_own
+from .options import Option
 from .shared import say, try_reward
 
 # %% ../../nbs/cli/10_serving.ipynb #5f1a9b84
@@ -70,18 +70,14 @@ def run_serve(
         try: serve_reward(args)
         except KeyboardInterrupt: say('stopped')
 
-def add_serve(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo serve."
-    add_own(parser.add_argument_group('server'),
-            Option('reward', 'str', 'verifier', 'What to serve: a reward, or a weighted sum, which is one number'),
-            Option('host', 'str', '127.0.0.1',
-                   'Address to listen on; 0.0.0.0 lets other machines ask, who need the token', 'ADDRESS'),
-            Option('port', 'int', 8000, 'Port to listen on; 0 takes a free one'),
-            Option('token', 'str|None', None,
-                   'Word that requests must carry; better set EGRPO_TOKEN: others see command lines', 'WORD'),
-            Option('prompt', 'str', 'a red circle', 'Prompt to try the reward with before serving'))
+SERVE = {
+    'server': [
+        Option('reward', 'str', 'verifier', 'What to serve: a reward, or a weighted sum, which is one number'),
+        Option('host', 'str', '127.0.0.1', 'Address to listen on; 0.0.0.0 lets other machines ask, who need the token', 'ADDRESS'),
+        Option('port', 'int', 8000, 'Port to listen on; 0 takes a free one'),
+        Option('token', 'str|None', None, 'Word that requests must carry; better set EGRPO_TOKEN: others see command lines', 'WORD'),
+        Option('prompt', 'str', 'a red circle', 'Prompt to try the reward with before serving')],
+}
 
-COMMANDS['serve'] = Command(run_serve, add_serve, 'Serve a reward over HTTP, for trainings that name it server(http://…).',
+COMMANDS['serve'] = Command(run_serve, SERVE, 'Serve a reward over HTTP, for trainings that name it server(http://…).',
                             "egrpo serve --reward 'hpsv2.1' --port 8000")

@@ -104,8 +104,10 @@ def fold(
     "Break lines that are longer than the terminal is wide; what goes on is indented."
     if not sys.stdout.isatty(): return text
     width = max(40, shutil.get_terminal_size().columns)
-    def broken(line): return textwrap.wrap(line, width, subsequent_indent=' ' * 4, break_on_hyphens=False, break_long_words=False)
-    return '\n'.join(part for line in text.splitlines() for part in (broken(line) if len(line) > width else [line]))
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=' ' * 4, break_on_hyphens=False, break_long_words=False)
+    lines = []
+    for line in text.splitlines(): lines += wrapper.wrap(line) if len(line) > width else [line]
+    return '\n'.join(lines)
 
 def dim(
     line:str, # A line that is read second

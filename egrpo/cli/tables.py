@@ -11,14 +11,14 @@ def table(
 )->str: # Lines
     "Rows as aligned columns."
     widths = [max(map(len, column)) for column in zip(*rows)]
-    def line(row):
-        "The first column is text, the others are numbers."
-        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        cells[0] = row[0].ljust(widths[0])
-        return '  '.join(cells).rstrip()
+    lines = []
+    for row in rows:
+        cells = list(map(str.rjust, row, widths)) # numbers
+        cells[0] = row[0].ljust(widths[0]) # but the first column is text
+        lines.append('  '.join(cells).rstrip())
     rule = '  '.join('-' * width for width in widths)
-    header, *body = map(line, rows)
-    return '\n'.join([header, rule, *body])
+    lines.insert(1, rule)
+    return '\n'.join(lines)
 
 # %% ../../nbs/cli/02_tables.ipynb #f338c505
 def category_rows(

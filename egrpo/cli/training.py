@@ -18,9 +18,9 @@ from pathlib import Path
 from ..base.inputs import check_kind, quote, to_json
 from ..base.rows import size_of
 from .entry import COMMANDS, Command, explain
-from .lists import add_recipe
-from .options import Option, Parser, add_fields, add_own, config_options, option_groups
-from .planning import schedule_text, starting_point
+from .lists import RECIPE
+from .options import Option, config_options, option_groups
+from .planning import SCALE, schedule_text, starting_point
 from .sampling import SAMPLE_OPTIONS
 from .shared import check_device, check_file, fold, given, given_plan, say, try_reward
 from .tables import change_tables, overlap_text, table
@@ -59,7 +59,8 @@ def run_folder(
     "Inside a run: a failure leaves nothing before the first iteration, and says where to go on after it."
     from egrpo.base.files import check_free
     out = Path(out)
-    made = [p for p in (out, *out.parents) if not p.exists() and not (keep and Path(keep).resolve().is_relative_to(p.resolve()))]
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    if keep: made = [folder for folder in made if not Path(keep).resolve().is_relative_to(folder.resolve())]
     log = out/'metrics.jsonl'
     size = log.stat().st_size if log.exists() else 0
     names = 'config.json', 'evaluations.csv', 'report.html', 'samples', 'demo.json', 'checkpoint', 'model', 'trial'
@@ -92,13 +93,6 @@ def check_model(
     "Refuse a name that can be none of these; whether a hub has the model shows when it is loaded."
     if model == 'miniature' or Path(model).exists() or re.fullmatch(r'[\w.-]+/[\w.-]+', model): return
     raise ValueError(f"model {model!r} is no folder here and no hub id (owner/name): name one of them, or 'miniature'")
-
-def check_config_and_method(config):
-    "Refuse settings that no run, and no plan, can have."
-    from egrpo.train.config import check_config
-    from egrpo.train.prepare import check_method
-    check_config(config)
-    check_method(config.method, config)
 
 def check_run(
     config, # A `TrainConfig`
@@ -182,8 +176,11 @@ def run_train(
     from egrpo.train.run import Run
     config = train_config(args)
     if args.print_config:
+        from egrpo.train.config import check_config
+        from egrpo.train.prepare import check_method
         from egrpo.train.recipes import to_yaml
-        check_config_and_method(config)
+        check_config(config)
+        check_method(config.method, config)
         return say(to_yaml(config).rstrip())
     prepared = check_run(config)
     if args.dry_run: try_own_rewards(prepared)
@@ -253,8 +250,9 @@ def sample_command(
 )->str: # A line for the shell
     "The command that draws from a trained model what its evaluations saw."
     c, default = config, config_options()
-    lora = c.lora_rank or c.lora_from
-    words = ['egrpo', 'sample', '--model', *([c.model, '--lora', f'{Path(c.out)}/model'] if lora else [f'{Path(c.out)}/model'])]
+    words = ['egrpo', 'sample', '--model']
+    if c.lora_rank or c.lora_from: words += [c.model, '--lora']
+    words.append(f'{Path(c.out)}/model')
     silent = {'shift'} if is_own_schedule(c) else set()
     for name in (o for o in SAMPLE_OPTIONS[1:-1] if o not in silent): # evaluations are on the noise of seed 0
         value = getattr(c, name)
@@ -280,23 +278,20 @@ def run_report(
             ('evaluations', f'{out}/evaluations.csv', 'a row per evaluation and prompt'),
             ('checkpoint', f'{out}/checkpoint', shlex.join(['egrpo', 'train', '--resume', '--out', str(out)]) + more)]
     if c.samples: rows.insert(0, ('report', f'{out}/report.html', 'a page to look at, with curves and pictures'))
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    lines = [f'{name:<{widths[0]}}  {place:<{widths[1]}}  {what}' for name, place, what in rows]
+    width = max(len(place) for _, place, _ in rows)
+    lines = [f'{name:<11}  {place:<{width}}  {what}' for name, place, what in rows]
     short = trainer.iteration < c.iterations
     return '\n'.join([f'stopped after {trainer.iteration} of {c.iterations} iterations'] * short + lines)
 
-def add_train(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo train: every field of the configuration."
-    add_recipe(parser)
-    scale = 'Settings of a scale, smoke, mini, confirm, gpu or flux, in place of the defaults below (default: EGRPO_SCALE, else none)'
-    add_own(parser.add_argument_group('preset'), Option('scale', 'str', None, scale, 'NAME'),
-            Option('dry_run', 'bool', False, 'Check the settings, print what the numbers come to, and stop'),
-            Option('print_config', 'bool', False, 'Print all settings as a recipe, and stop'))
-    for title, names in option_groups().items(): add_fields(parser.add_argument_group(title), names)
+TRAIN_SCALE = f'{SCALE}, in place of the defaults below (default: EGRPO_SCALE, else none)'
+TRAIN = {
+    '': [RECIPE],
+    'preset': [Option('scale', 'str', None, TRAIN_SCALE, 'NAME'),
+               Option('dry_run', 'bool', False, 'Check the settings, print what the numbers come to, and stop'),
+               Option('print_config', 'bool', False, 'Print all settings as a recipe, and stop')],
+} | option_groups()
 
-COMMANDS['train'] = Command(run_train, add_train, 'Train a model with a method, a reward and prompts of your choice.',
+COMMANDS['train'] = Command(run_train, TRAIN, 'Train a model with a method, a reward and prompts of your choice.',
                             'egrpo train --iterations 100 --tau 1.8 --reward preference --out runs/tau18')
 
 # %% ../../nbs/cli/07_training.ipynb #5a16b0c2
@@ -325,20 +320,15 @@ def run_signal(
         write_text(out, to_json(gs.signal_json(report), indent=1))
         say(f'numbers: {out}')
 
-def add_signal(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo signal: those of a training that matter before its first update."
-    scale = 'Settings of a scale, smoke, mini, confirm, gpu or flux (default: EGRPO_SCALE, else none)'
-    add_own(parser.add_argument_group('measurement'),
-            Option('batches', 'int', 128, 'Batches to draw, each an iteration of a training, >= 3'),
-            Option('out', 'str', None, 'JSON file for all numbers', 'FILE'),
-            Option('scale', 'str', None, scale, 'NAME'))
-    groups = option_groups()
-    for title in SIGNAL_GROUPS: add_fields(parser.add_argument_group(title), groups[title])
-    add_fields(parser.add_argument_group('loss and seed'), SIGNAL_OPTIONS)
+PRESET = Option('scale', 'str', None, f'{SCALE} (default: EGRPO_SCALE, else none)', 'NAME')
+SIGNAL = {
+    'measurement': [Option('batches', 'int', 128, 'Batches to draw, each an iteration of a training, >= 3'),
+                    Option('out', 'str', None, 'JSON file for all numbers', 'FILE'), PRESET],
+    **{title: option_groups()[title] for title in SIGNAL_GROUPS},
+    'loss and seed': SIGNAL_OPTIONS,
+}
 
-COMMANDS['signal'] = Command(run_signal, add_signal, 'Measure how much of the gradient is signal: which steps to train, how large a batch.',
+COMMANDS['signal'] = Command(run_signal, SIGNAL, 'Measure how much of the gradient is signal: which steps to train, how large a batch.',
                              'egrpo signal --reward preference --batches 32 --out signal.json')
 
 # %% ../../nbs/cli/07_training.ipynb #e8960d7b
@@ -346,16 +336,18 @@ def phase_rows(
     report, # From `egrpo.train.phases.measure_phases`
 )->list: # Rows of a table
     "A row per phase, and one of all."
-    seconds = sum(o.seconds for o in report.phases)
-    def row(name, took, predicted, flops, held):
-        "Cells of a phase."
-        known = '' if predicted is None else f'{predicted:.3g}'
-        reached = flops / took / report.peak
-        return [name, f'{took:.3g}', known, f'{took / seconds:.0%}', f'{flops / 1e12:.3g}', f'{reached:.1%}', f'{held / 2**30:.2f}']
-    rows = [row(o.name, o.seconds, o.predicted, o.flops, o.bytes) for o in report.phases]
-    held, predicted = max(o.bytes for o in report.phases), sum(o.predicted or 0. for o in report.phases)
-    head = ['', 'seconds', 'predicted', 'of all', 'Tflop', 'of peak', 'GiB at most']
-    return [head, *rows, row('iteration', seconds, predicted, sum(o.flops for o in report.phases), held)]
+    from egrpo.train.phases import Phase
+    phases = report.phases
+    seconds = sum(o.seconds for o in phases)
+    predicted = sum(o.predicted or 0. for o in phases)
+    flops = sum(o.flops for o in phases)
+    whole = Phase('iteration', seconds, predicted, flops, flops / seconds / report.peak, max(o.bytes for o in phases))
+    rows = [['', 'seconds', 'predicted', 'of all', 'Tflop', 'of peak', 'GiB at most']]
+    for o in (*phases, whole):
+        known = '' if o.predicted is None else f'{o.predicted:.3g}'
+        shares = f'{o.seconds / seconds:.0%}', f'{o.flops / 1e12:.3g}', f'{o.share:.1%}'
+        rows.append([o.name, f'{o.seconds:.3g}', known, *shares, f'{o.bytes / 2**30:.2f}'])
+    return rows
 
 def phase_text(
     report, # From `egrpo.train.phases.measure_phases`
@@ -385,17 +377,11 @@ def run_speed(
     say(f'\n{table(phase_rows(report))}\n')
     say(fold(phase_text(report)))
 
-def add_speed(
-    parser:Parser, # The command's parser
-):
-    "Options of egrpo speed: those of a training."
-    add_recipe(parser)
-    scale = 'Settings of a scale, smoke, mini, confirm, gpu or flux (default: EGRPO_SCALE, else none)'
-    add_own(parser.add_argument_group('measurement'),
-            Option('rounds', 'int', 3, 'Iterations that are timed, after one that is not; the median counts'),
-            Option('json', 'bool', False, 'Print all numbers as JSON'),
-            Option('scale', 'str', None, scale, 'NAME'))
-    for title, names in option_groups().items(): add_fields(parser.add_argument_group(title), names)
+SPEED = {
+    '': [RECIPE],
+    'measurement': [Option('rounds', 'int', 3, 'Iterations that are timed, after one that is not; the median counts'),
+                    Option('json', 'bool', False, 'Print all numbers as JSON'), PRESET],
+} | option_groups()
 
-COMMANDS['speed'] = Command(run_speed, add_speed, 'Measure where an iteration spends its time and memory; nothing is saved.',
+COMMANDS['speed'] = Command(run_speed, SPEED, 'Measure where an iteration spends its time and memory; nothing is saved.',
                             'egrpo speed flux_lora_80gb --rounds 2')

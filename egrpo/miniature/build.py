@@ -9,6 +9,7 @@ __all__ = ['build']
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,12 @@ def fit(
     return losses
 
 # %% ../../nbs/miniature/01_build.ipynb #3a54b8e9
+def _codec_step(codec, batch, seed, step):
+    "The codec's loss on scenes and noise of a step"
+    images, _ = scenes(batch, ('codec', seed, step))
+    noise = torch.randn(batch, 16, 8, 8, generator=addressed_generator('codec noise', seed, step))
+    return codec_loss(codec, images, noise)
+
 def train_codec(
     codec, # AutoencoderKL, trained in place
     steps:int, # Optimiser steps
@@ -134,11 +141,7 @@ def train_codec(
     seed:int=0 # Seed of scenes and noise
 )->list: # Losses
     "Fit the codec to rendered scenes"
-    def loss(step):
-        images, _ = scenes(batch, ('codec', seed, step))
-        noise = torch.randn(batch, 16, 8, 8, generator=addressed_generator('codec noise', seed, step))
-        return codec_loss(codec, images, noise)
-    return fit(codec, loss, steps, lr, weight_decay=.01)
+    return fit(codec, partial(_codec_step, codec, batch, seed), steps, lr, weight_decay=.01)
 
 # %% ../../nbs/miniature/01_build.ipynb #c45e9dd9
 @torch.no_grad()
@@ -616,6 +619,12 @@ def clip_loss(
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
+def _clip_step(scorer, batch, seed, noise, step):
+    "CLIP's loss on noisy scenes of a step"
+    images, prompts = scenes(batch, ('clip', seed, step))
+    grain = torch.randn(images.shape, generator=addressed_generator('clip noise', seed, step))
+    return clip_loss(scorer, images + noise * grain, prompts)
+
 def train_clip(
     scorer:Scorer, # Trained in place
     steps:int, # Optimiser steps
@@ -625,11 +634,7 @@ def train_clip(
     noise:float=.05 # Standard deviation added to the pixels
 )->list: # Losses
     "Fit CLIP to rendered scenes and their prompts"
-    def loss(step):
-        images, prompts = scenes(batch, ('clip', seed, step))
-        grain = torch.randn(images.shape, generator=addressed_generator('clip noise', seed, step))
-        return clip_loss(scorer, images + noise * grain, prompts)
-    losses = fit(scorer.model.train(), loss, steps, lr, weight_decay=.05)
+    losses = fit(scorer.model.train(), partial(_clip_step, scorer, batch, seed, noise), steps, lr, weight_decay=.05)
     scorer.model.eval()
     return losses
 
@@ -712,6 +717,20 @@ def preference_loss(
     log_odds = _logit_scale(scorer) * (a - b)
     return F.binary_cross_entropy_with_logits(log_odds, chosen.to(a.device))
 
+def draw_pairs(
+    judged:Judged, # Images and scores
+    batch:int, # How many
+    rng:torch.Generator, # Picks prompts, images and choices
+)->tuple: # Two (B,3,64,64) in 0..1, B prompts, (B,) 1 where the first was chosen
+    "Draw pairs of images of the same prompt, and let the noisy judge choose"
+    n, k = judged.graded.shape
+    i = torch.randint(n, (batch,), generator=rng)
+    order = torch.rand(batch, k, generator=rng).argsort(1)
+    first, second = order[:, 0], order[:, 1]
+    chosen = choose(judged.graded[i, first], judged.graded[i, second], rng)
+    images = [judged.images[i, j].float() / 255 for j in (first, second)]
+    return *images, [judged.prompts[m] for m in i], chosen
+
 def train_preference(
     scorer:Scorer, # A trained CLIP; trained on in place
     judged:Judged, # Images and scores
@@ -724,15 +743,7 @@ def train_preference(
     "Fit a CLIP to noisy choices between images of the same prompt"
     model = scorer.model.train()
     model.logit_scale.data.fill_(math.log(scale))
-    n, k = judged.graded.shape
-    def loss(step):
-        rng = addressed_generator('preference', seed, step)
-        i = torch.randint(n, (batch,), generator=rng)
-        order = torch.rand(batch, k, generator=rng).argsort(1)
-        first, second = order[:, 0], order[:, 1]
-        chosen = choose(judged.graded[i, first], judged.graded[i, second], rng)
-        images = [judged.images[i, j].float() / 255 for j in (first, second)]
-        return preference_loss(scorer, *images, [judged.prompts[m] for m in i], chosen)
+    def loss(step): return preference_loss(scorer, *draw_pairs(judged, batch, addressed_generator('preference', seed, step)))
     losses = fit(model, loss, steps, lr, weight_decay=.1, warmup=50)
     model.eval()
     return losses
@@ -865,15 +876,6 @@ def measure(
     scores['codec_strict'] = float(np.mean([v.strict for v in verdicts]))
     scores['retrieval'] = float(np.mean(found))
     return scores | dict(agreement=agreed, pairs=pairs)
-
-def build_nfe(
-    sizes:Sizes # How much
-)->int: # Evaluations of the transformer, one per image and step
-    "Network evaluations of a `build`: the flow's training, and 16 per sample of the judged and tested prompts"
-    until, _ = sizes.flow_legs[-1]
-    prompts = sizes.judged + max(2, sizes.tested // 4)
-    samples = 4 * prompts + sizes.tested
-    return until * sizes.flow_batch + 16 * samples
 
 def thin(
     losses:list, # One per step

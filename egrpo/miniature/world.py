@@ -460,9 +460,9 @@ def _match(wanted, seen):
         for j, found in enumerate(seen):
             named = found.colors[color] if color else 0
             worth[i, j] = .05 + found.shapes[shape] + named
-    rows, columns = linear_sum_assignment(-worth)
-    pairs = dict(zip(rows, columns))
-    return [seen[pairs[i]] if i in pairs else None for i in range(len(wanted))]
+    chosen = [None] * len(wanted)
+    for i, j in zip(*linear_sum_assignment(-worth)): chosen[i] = seen[j]
+    return chosen
 
 # %% ../../nbs/miniature/00_world.ipynb #221e316e
 def _position_score(relation, wanted, chosen):

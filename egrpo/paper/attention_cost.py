@@ -100,13 +100,14 @@ def flops_of_recording(
     from egrpo.models.recorder import record_attention_entropy
     inputs = flux_inputs(model, 1, image, text)
     with FlopCounterMode(display=False) as plain: model(**inputs)
-    def added(n):
-        "FLOPs of recording one image query of `n`: the fused call's, twice the fallback's that are counted."
+    forward = plain.get_total_flops()
+    added = {}
+    for n in every:
         with FlopCounterMode(display=False) as recorded, record_attention_entropy(model, every=n): model(**inputs)
-        return 2 * (recorded.get_total_flops() - plain.get_total_flops())
-    products = {str(op): n for op, n in plain.get_flop_counts()['Global'].items()}
-    attention = sum(n for op, n in products.items() if 'bmm' in op or 'attention' in op)
-    return dict(forward=plain.get_total_flops(), attention=attention, added={n: added(n) for n in every})
+        added[n] = 2 * (recorded.get_total_flops() - forward) # the fused call's, twice the fallback's that are counted
+    products = plain.get_flop_counts()['Global']
+    attention = sum(n for op, n in products.items() if 'bmm' in str(op) or 'attention' in str(op))
+    return dict(forward=forward, attention=attention, added=added)
 
 # %% ../../nbs/paper/10_attention_cost.ipynb #c8cb127f
 def _recorded(

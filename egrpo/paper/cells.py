@@ -67,6 +67,8 @@ def _unpack(
     return cell | dict(scores=scores)
 
 # %% ../../nbs/paper/13_cells.ipynb #e5a438c3
+def _total(metrics, *names): return sum(m.get(name, 0) for name in names for m in metrics)
+
 def _costs(
     metrics:list, # A dict of metrics per iteration
     wall:float, # Seconds the whole run lasted
@@ -78,17 +80,14 @@ def _costs(
     for m in metrics:
         scores = {name: m[f'reward/{name}'] for name in weights}
         reward.append(round(weighted_sum(scores, weights), 4))
-    train = sum(m['seconds_rollout'] + m['seconds_update'] for m in metrics)
+    train = _total(metrics, 'seconds_rollout', 'seconds_update') * busy / wall
     ratio_error = max(m['ratio_error'] for m in metrics)
-    nfe = sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics)
-    costs = dict(nfe=nfe, seconds=round(busy, 1), train_seconds=round(train * busy / wall, 1))
+    costs = dict(nfe=_total(metrics, 'nfe_rollout', 'nfe_gradient'), seconds=round(busy, 1), train_seconds=round(train, 1))
     costs |= dict(ratio_error=float(f'{ratio_error:.3g}'), reward=reward)
-    probes = [m for m in metrics if 'nfe_probe' in m]
-    if probes:
-        nfe = sum(m['nfe_probe'] for m in probes)
-        seconds = sum(m['seconds_probe'] for m in probes) * (busy / wall)
-        costs['probe'] = dict(nfe=round(nfe, 1), seconds=round(seconds, 1))
-    return costs
+    if not any('nfe_probe' in m for m in metrics): return costs
+    seconds = _total(metrics, 'seconds_probe') * (busy / wall)
+    probe = dict(nfe=round(_total(metrics, 'nfe_probe'), 1), seconds=round(seconds, 1))
+    return costs | dict(probe=probe)
 
 # %% ../../nbs/paper/13_cells.ipynb #731386ed
 FALL = .1 # by how much the verifier's score must fall for a sample to count as hacked

@@ -89,31 +89,29 @@ def _row(
     claim:Claim, # A claim
     found:Finding, # What its record says
     verdict:str, # In words
-    scale:str='', # Of the record
+    **record, # scale, exploratory and beside, of the record
 )->dict: # A row of `claims_table`
     "Row of a claim."
     equal = found.equal or Finding('', '')
+    notebook = claim.notebook or EXPERIMENTS[claim.record].notebook
     return dict(place=claim.place, claim=claim.text, paper=claim.paper, ours=found.seen, verdict=verdict, word=found.word,
-                ours_iterations=equal.seen, verdict_iterations=equal.verdict, scale=scale, exploratory=False,
-                registered=claim.registered, beside={}, notebook='', found=found)
+                ours_iterations=equal.seen, verdict_iterations=equal.verdict, registered=claim.registered,
+                notebook=notebook, found=found, **record)
 
 def judged(
     claim:Claim, # A claim
 )->dict: # A row of `claims_table`; `found` is the `Finding`, `beside` the verdict of each further record by its scale
     "Judge a claim by its record, where training runs are compared also at equal iterations."
     records = records_of(claim)
-    notebook = claim.notebook or EXPERIMENTS[claim.record].notebook
     if not records:
-        found = Finding('', NOT_MEASURED)
         command = f'egrpo reproduce {claim.record}' + ' --scale confirm' * claim.registered
-        return _row(claim, found, f'{NOT_MEASURED} yet: {command}') | dict(notebook=notebook)
+        return _row(claim, Finding('', NOT_MEASURED), f'{NOT_MEASURED} yet: {command}', scale='', exploratory=False, beside={})
     record, *others = records
     found = claim.judge(record['data'])
     note = size_note(record) if claim.record in SIZES else ''
     if note: found = replace(found, seen=f'{found.seen}; {note}')
     beside = {other['scale']: claim.judge(other['data']).verdict for other in others}
-    row = _row(claim, found, found.verdict, record['scale'])
-    return row | dict(exploratory=_exploratory(record), beside=beside, notebook=notebook)
+    return _row(claim, found, found.verdict, scale=record['scale'], exploratory=_exploratory(record), beside=beside)
 
 # %% ../../nbs/paper/23_claims.ipynb #04ab3f3c
 MARGINS = dict(preference=.005, clip=.01, verifier=.01, verifier_strict=.02) # a sixth to a third of the gain
@@ -161,7 +159,7 @@ NAMES = dict(egrpo='E-GRPO', g2rpo='G²RPO', mix_grpo='MixGRPO', dance_grpo='Dan
              dynamic_tree_rpo='Dynamic-TreeRPO', stepwise_flow_grpo='Stepwise-Flow-GRPO',
              turningpoint_grpo='TurningPoint-GRPO', v_grpo='V-GRPO', dgpo='DGPO')
 
-def _name(setting:str): return NAMES.get(setting, setting)
+def method_name(setting:str): return NAMES.get(setting, setting)
 def _short(value:float, digits:int=3): return f'{value:.{digits}f}'.lstrip('0') # .391, 1.324
 
 def quoted(
@@ -175,7 +173,7 @@ def quoted(
     shown = []
     for setting, scores in others:
         if over is not None and setting not in over: continue
-        shown.append(f'{_short(scores[place])} ({_name(setting)})')
+        shown.append(f'{_short(scores[place])} ({method_name(setting)})')
     return f"{_short(best[place])}; {', '.join(shown)}"
 
 ROUNDED = .001 # the last digit of the paper's numbers
@@ -285,7 +283,7 @@ def _by_margin(
 
 def _lead_text(own:str, found:Finding)->str:
     lead = show_interval(found.interval, '+')
-    return f'{_name(own)} minus {_name(found.rival)} {lead}'
+    return f'{method_name(own)} minus {method_name(found.rival)} {lead}'
 
 def _known_before(
     data:dict, # A record's data
@@ -317,7 +315,7 @@ def best(
         equal = _by_margin(same, margin, seeds, paper)
         equal = replace(equal, seen=_lead_text(own, equal))
     score = show_interval(data['settings'][own][reward]['after'])
-    seen = f'{_name(own)} {score}; {_lead_text(own, end)}'
+    seen = f'{method_name(own)} {score}; {_lead_text(own, end)}'
     return replace(end, seen=seen, equal=equal)
 
 def moves(
@@ -335,7 +333,7 @@ def moves(
     margin = margins_of(record)[reward]
     found = _by_margin(claimed, margin, seeds_of(data, settings), {})
     shown = show_interval(gains[found.rival].interval(), '+')
-    return replace(found, seen=f"{_name(found.rival)} {shown}")
+    return replace(found, seen=f"{method_name(found.rival)} {shown}")
 
 def _rise_lead(
     data:dict, # A record's data
@@ -361,7 +359,7 @@ def training_best(
     equal, shared = _rise_lead(data, 'rise_equal', over)
     if not rivals: return NOTHING
     if shared != rivals: equal = None
-    rise = f"{_name(own)} rises by {show_interval(data['training_rise'][own], '+')}"
+    rise = f"{method_name(own)} rises by {show_interval(data['training_rise'][own], '+')}"
     if not data['minus_base']: rise += ' (the base model is not subtracted)'
     return replace(found, seen=f'{rise}; {found.seen}', equal=equal)
 

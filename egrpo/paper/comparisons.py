@@ -199,14 +199,6 @@ class Comparison:
             found[reward] = contrast(self.best, self.other, reward, iteration, training)
         return found
 
-    def at_end(self)->dict:
-        "Leads after training, at equal network evaluations."
-        return self.leads()
-
-    def at_equal_iterations(self)->dict:
-        "Leads at the last iteration that both have, as the papers compare."
-        return self.leads(self.iteration)
-
     def rise(self,
         iterations:int|None=None, # As in `training_rise`
     )->Estimate: # Of the best minus the other
@@ -243,7 +235,7 @@ def _end_data(
     pair:Comparison, # The best and another setting
 )->dict: # Field of the record's data -> its value for the other
     "Entries of a record on a comparison at the end of the runs."
-    leads, rise = pair.at_end(), pair.rise()
+    leads, rise = pair.leads(), pair.rise()
     shown = dict(against_best=_other_minus_best(leads), rise_against_best=(-rise).interval())
     return shown | dict(end=_fields(leads), rise=asdict(rise))
 
@@ -251,7 +243,7 @@ def _equal_data(
     pair:Comparison, # The best and another setting
 )->dict: # Field of the record's data -> its value for the other
     "Entries of a record on a comparison at equal iterations."
-    leads = pair.at_equal_iterations()
+    leads = pair.leads(pair.iteration)
     rise = pair.rise(pair.iteration)
     shown = dict(iteration=pair.iteration, against_best=_other_minus_best(leads), rise=(-rise).interval())
     return dict(equal_iterations=shown, equal=_fields(leads), rise_equal=asdict(rise))
@@ -272,17 +264,21 @@ def grid_data(
     end = swap_keys({name: _end_data(pair) for name, pair in pairs.items()})
     equal = swap_keys({name: _equal_data(pair) for name, pair in pairs.items() if pair.iteration})
     every = [result for runs in results.values() for result in runs]
-    comparisons = dict(end=end['end'], equal=equal['equal'], gain=own.pop('gain'))
-    comparisons |= dict(rise=end['rise'], rise_equal=equal['rise_equal'])
-    cost = own.pop('cost')
-    cells = own.pop('cells')
-    data = dict(best=best, settings=own.pop('settings'), against_best=end['against_best'])
-    data |= dict(equal_iterations=equal['equal_iterations'], comparisons=comparisons)
-    data['minus_base'] = all(base_reward(result) is not None for result in every)
-    data |= own
+    comparisons = dict(end=end['end'], equal=equal['equal'], gain=own['gain'], rise=end['rise'], rise_equal=equal['rise_equal'])
     on_policy = [result for result in every if result['config'].get('sample_with', 'weights') == 'weights']
-    ratio_error = max(result['ratio_error'] for result in on_policy)
-    return data | dict(rise_against_best=end['rise_against_best'], cost=cost, ratio_error=ratio_error, cells=cells)
+    return dict(best=best,
+                settings=own['settings'],
+                against_best=end['against_best'],
+                equal_iterations=equal['equal_iterations'],
+                comparisons=comparisons,
+                minus_base=all(base_reward(result) is not None for result in every),
+                held_out=own['held_out'],
+                training=own['training'],
+                training_rise=own['training_rise'],
+                rise_against_best=end['rise_against_best'],
+                cost=own['cost'],
+                ratio_error=max(result['ratio_error'] for result in on_policy),
+                cells=own['cells'])
 
 # %% ../../nbs/paper/16_comparisons.ipynb #109cb051
 def rewards_of(

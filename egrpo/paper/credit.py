@@ -17,7 +17,7 @@ from ..core.sde import ode_step, sde_sample, sde_step
 from ..core.sigmas import flow_sigmas
 from .exploration import exploration_plan, explore, join_scores, spread
 from .intervals import column_intervals
-from .measurement import REWARDS, repeat_each, rounded, untrained
+from .measurement import REWARDS, batches, repeat_each, rounded, untrained
 from ..rewards.reward import get_reward
 
 # %% ../../nbs/paper/05_credit.ipynb #2cec9d2e
@@ -129,11 +129,8 @@ def redraw_scores(
     batch:int=8, # Prompts at once, >= 1: bounds memory, changes nothing else
 )->dict: # Name -> (P,1+n,G) scores of the chains, then of those redrawn around each step
     "Score a group of chains and its redraws."
-    if batch < 1: raise ValueError(f"batch must be >= 1 prompt, got {batch}")
     parts = []
-    for first in range(0, len(prompts), batch):
-        some = prompts[first:first + batch]
-        ids = list(range(first, first + len(some)))
+    for some, ids in batches(prompts, batch):
         latents = redraw_chains(policy, policy.encode(some), plan, 'credit', seed, keep=keep, ids=ids)
         shape = latents.shape[:3]
         _, walks, chains = shape

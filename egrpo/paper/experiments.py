@@ -291,7 +291,7 @@ def _kept_images(
 )->dict|None: # fixed, hacked, prompts, saw, key; None where no run keeps images
     "Images that a setting keeps, and what the verifier saw."
     for result in results:
-        if 'shown' in result: return {k: result['shown'][k] for k in ('fixed', 'hacked', 'prompts', 'saw')} | dict(key=result['key'])
+        if 'shown' in result: return result['shown'] | dict(key=result['key'])
 
 def _hacking_data(
     results:dict, # Setting -> list of results

@@ -17,7 +17,7 @@ from ..core.plan import Branch, Plan, SDEStep
 from ..core.rollout import rollout
 from ..core.sigmas import flow_sigmas
 from .intervals import as_ratio, column_intervals, log_ratio
-from .measurement import REWARDS, repeat_each, rounded, untrained
+from .measurement import REWARDS, batches, repeat_each, rounded, untrained
 from ..rewards.reward import get_reward
 
 # %% ../../nbs/paper/04_exploration.ipynb #2da58374
@@ -117,13 +117,8 @@ def explore(
     batch:int=4, # Prompts at once, >= 1: bounds memory, changes nothing else
 )->Exploration: # Scores of all samples
     "Score the samples of every step of a plan, and the ODE's image."
-    if batch < 1: raise ValueError(f"batch must be >= 1 prompt, got {batch}")
     before = policy.nfe
-    parts = []
-    for first in range(0, len(prompts), batch):
-        some = prompts[first:first + batch]
-        ids = list(range(first, first + len(some)))
-        parts.append(_score_steps(policy, some, ids, plan, rewards, seed))
+    parts = [_score_steps(policy, some, ids, plan, rewards, seed) for some, ids in batches(prompts, batch)]
     scores, odes, latents = zip(*parts)
     steps = [branch.steps[0] for branch in plan.branches[:-1]]
     places = [(step.start, step.length) for step in steps]

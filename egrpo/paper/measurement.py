@@ -83,6 +83,18 @@ def rounded(
     "Round values for a record."
     return np.round(np.asarray(values, dtype=float), digits).tolist()
 
+def batches(
+    prompts:list, # P prompts
+    batch:int, # At once, >= 1
+)->list: # (prompts, their numbers)
+    "Divide prompts."
+    if batch < 1: raise ValueError(f"batch must be >= 1 prompt, got {batch}")
+    parts = []
+    for first in range(0, len(prompts), batch):
+        some = prompts[first:first + batch]
+        parts.append((some, list(range(first, first + len(some)))))
+    return parts
+
 def repeat_each(
     prompts:list, # P prompts
     n:int, # Copies of each

@@ -146,9 +146,7 @@ def roughness(
 # %% ../../nbs/paper/06_merging_noise.ipynb #62953e26
 MARGIN = 0.05 # of the verifier's graded score, in [0, 1]: how much worse than the ODE a merged step may be
 
-def _merging_steps()->list: # (start, length)
-    "Steps whose noise is measured."
-    return all_steps(16, range(1, 9))
+STEPS = all_steps(16, range(1, 9)) # (start, length) of the steps whose noise is measured
 
 def _guard(
     steps:list, # (start, length)
@@ -170,9 +168,8 @@ def merging_noise_data(
 )->dict: # The record's data
     "Measure verifier score and roughness after merged steps, beside the exact Gaussian, and the guard for tau that follows."
     size, policy, prompts = untrained('merging_noise', scale)
-    steps = _merging_steps()
     rewards = RewardSet(dict(verifier=get_reward('verifier').rewards['verifier'], roughness=roughness))
-    found = explore(policy, prompts, exploration_plan(steps, 1), rewards, batch=8)
+    found = explore(policy, prompts, exploration_plan(STEPS, 1), rewards, batch=8)
     ode, change = {}, {}
     for name, before in found.ode.items():
         if name == 'moved': continue
@@ -180,9 +177,9 @@ def merging_noise_data(
         by_step = found.scores[name][..., 0].T
         change[name] = [paired_interval(before, after) for after in by_step]
     gaussian = dict(data_std=.5, ode=gaussian_std([]), all_stochastic=gaussian_std(all_steps()))
-    gaussian['std'] = [gaussian_std([step]) for step in steps]
+    gaussian['std'] = [gaussian_std([step]) for step in STEPS]
     shares = landing_shares(flow_sigmas())
-    share = [shares[k, length - 1] for k, length in steps]
-    data = dict(prompts=len(prompts), seed=0, steps=steps, nfe=found.nfe, ode=ode, change=change)
-    guard = _guard(steps, change['verifier'])
+    share = [shares[k, length - 1] for k, length in STEPS]
+    data = dict(prompts=len(prompts), seed=0, steps=STEPS, nfe=found.nfe, ode=ode, change=change)
+    guard = _guard(STEPS, change['verifier'])
     return data | dict(share=share, gaussian=gaussian, margin=MARGIN, guard=guard)

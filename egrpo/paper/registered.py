@@ -65,6 +65,11 @@ def shared_iterations(
                 if goes_on: places[_without_seed(run)].add(shared)
     return places
 
+def _evaluated(run, places):
+    "Name the iterations in a run."
+    at = places.get(_without_seed(run))
+    return replace(run, eval_at=' '.join(map(str, sorted(at)))) if at else run
+
 def register(
     planned:dict, # Experiment -> setting -> a `TrainConfig` per seed
     iterations:Callable, # Run -> how many iterations it surely has
@@ -76,12 +81,8 @@ def register(
         chosen[g.experiment][g.best] = runs[g.best][:g.best_seeds]
         for rival in g.rivals: chosen[g.experiment][rival] = runs[rival][:g.seeds]
     places = shared_iterations(chosen, iterations)
-    def evaluated(run):
-        "Name the iterations in the run."
-        at = places.get(_without_seed(run))
-        return replace(run, eval_at=' '.join(map(str, sorted(at)))) if at else run
     for g in DESIGN:
         grid = chosen[g.experiment]
         if g.timed: continue # they name their iterations themselves
-        for setting, runs in grid.items(): grid[setting] = [evaluated(run) for run in runs]
+        for setting, runs in grid.items(): grid[setting] = [_evaluated(run, places) for run in runs]
     return dict(chosen)

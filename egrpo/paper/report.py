@@ -14,7 +14,7 @@ from html import escape
 import numpy as np
 
 from .cells import load_cell, store_dir
-from .claims import CLAIMS, MARKS, NAMES, PAPER, PAPER_BEFORE, SCORES, best, judged
+from .claims import CLAIMS, MARKS, NAMES, PAPER, PAPER_BEFORE, SCORES, best, judged, method_name
 from .comparisons import evaluation_texts, rewards_of
 from .experiments import EXPERIMENTS, cells_of, reproduce
 from .intervals import difference
@@ -36,6 +36,8 @@ STYLE = """<style>
 .egrpo.box {border-left: 4px solid #0072B2; padding-left: 1em}
 </style>"""
 
+ARROWS = dict(up=' ▲', down=' ▼')
+
 @dataclass(frozen=True)
 class Cell:
     "A cell of a table."
@@ -46,14 +48,13 @@ class Cell:
     @property
     def plain(self)->str: # A line
         "The cell without styles."
-        arrow = dict(up=' ▲', down=' ▼', best=' *').get(self.kind, '')
-        return f'{self.text} {self.small}'.strip() + arrow
+        mark = ' *' if self.kind == 'best' else ARROWS.get(self.kind, '')
+        return f'{self.text} {self.small}'.strip() + mark
 
     @property
     def html(self)->str: # A cell in HTML
         "The cell with styles."
-        arrow = dict(up=' ▲', down=' ▼').get(self.kind, '')
-        text = _lines(self.text) + arrow
+        text = _lines(self.text) + ARROWS.get(self.kind, '')
         if self.kind == 'best': text = f'<b>{text}</b>'
         small = f'<br><small>{escape(self.small)}</small>' if self.small else ''
         kind = f' class="{self.kind}"' if self.kind else ''
@@ -69,7 +70,6 @@ def _lines(
 BLANK = Cell('')
 
 def _words(text:str, small:str=''): return Cell(text, small, 'left')
-def _named(setting:str): return NAMES.get(setting, setting)
 
 # %% ../../nbs/paper/30_report.ipynb #ca573923
 def _align(line, widths):
@@ -195,8 +195,8 @@ def comparison(
         same = _difference(equal['against_best'][reward]) if equal else BLANK
         verdict = _verdict_cell(found)
         verdict_equal = _verdict_cell(found.equal)
-        rows.append([_words(_named(rival)), _difference(end[reward]), verdict, same, verdict_equal])
-    own = _named(data['best'])
+        rows.append([_words(method_name(rival)), _difference(end[reward]), verdict, same, verdict_equal])
+    own = method_name(data['best'])
     columns = (f'minus {own}', 'at equal evaluations', f'{own} is better', 'at equal iterations', f'{own} is better')
     return Page([], [Table(f'What we see, in {reward}', columns, rows)], box=True)
 
@@ -270,7 +270,7 @@ def _own(
     data:dict, # A record's data
 )->Cell: # Its name, marked if it is the one in question
     "Name of a setting."
-    name = _named(setting)
+    name = method_name(setting)
     return Cell(f'▸ {name}', kind='own') if setting == data['best'] else _words(name)
 
 def _paper_cell(score, top):
@@ -294,10 +294,9 @@ def score_rows(
     rewards = rewards_of(data)
     trained, *others = rewards
     settings = data['settings']
-    def mean_after(setting, reward): return settings[setting][reward]['after'][0]
-    order = sorted(settings, key=lambda setting: -mean_after(setting, trained))
+    order = sorted(settings, key=lambda setting: -settings[setting][trained]['after'][0])
     top = {}
-    for reward in rewards: top[reward] = max(mean_after(setting, reward) for setting in settings)
+    for reward in rewards: top[reward] = max(own[reward]['after'][0] for own in settings.values())
     highest = [max(column) for column in zip(*paper.values())]
     rows = []
     for setting in order:
@@ -332,8 +331,8 @@ def difference_rows(
         verdict = _verdict_cell(found.equal if equal_iterations else found)
         place = f"at {equal[rival]['iteration']}" if equal_iterations else ''
         shown = [_difference(differences[rival][r]) for r in rewards]
-        rows.append([_words(_named(rival), place), *shown, verdict])
-    own = _named(data['best'])
+        rows.append([_words(method_name(rival), place), *shown, verdict])
+    own = method_name(data['best'])
     kind = 'iterations' if equal_iterations else 'network evaluations'
     columns = ['', f'{trained} (trained on)', *others, f'{own} is better']
     return Table(f'Minus {own}, at equal {kind}', columns, rows)
@@ -380,7 +379,7 @@ def with_names(
     data:dict, # Data of a record of a grid of methods
 )->dict: # For a picture
     "A record's data under the methods' names, in the order of `NAMES`."
-    named = data | dict(best=_named(data['best']))
+    named = data | dict(best=method_name(data['best']))
     for part in ('settings', 'training', 'held_out', 'cost', 'against_best'):
         named[part] = {name: data[part][method] for method, name in NAMES.items() if method in data[part]}
     return named
@@ -398,7 +397,7 @@ def rises(
         end = _difference(against[k]) if k in against else BLANK
         same = _difference(equal['rise']) if equal else BLANK
         rows.append([_own(k, data), _difference(rise[k]), end, same])
-    own = _named(data['best'])
+    own = method_name(data['best'])
     columns = ('', 'rise', f'minus {own}, at equal evaluations', 'at equal iterations')
     return Page([], [Table('Rise of the training reward', columns, rows)])
 
@@ -426,7 +425,7 @@ def later_gains(
         own, texts = _later(data, data['best'], iteration)
         more, _ = _later(data, setting, iteration)
         lead = difference(more, own, texts).interval()
-        rows.append([_words(_named(setting)), _difference(lead)])
+        rows.append([_words(method_name(setting)), _difference(lead)])
     columns = ('', rewards_of(data)[0])
     return Page([], [Table(f"Gained after equal iterations, minus {data['best']}", columns, rows)])
 

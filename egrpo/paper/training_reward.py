@@ -17,7 +17,7 @@ from ..base.files import digest
 from ..core.advantage import weighted_sum
 from ..models.policy import load_policy
 from .intervals import difference
-from .measurement import measurement_size, repeat_each, rounded
+from .measurement import batches, measurement_size, repeat_each, rounded
 from .records import known_record, load_record
 from ..rewards.reward import get_reward
 from ..train.evaluate import evaluate
@@ -39,13 +39,8 @@ def base_scores_data(
     rewards = get_reward('preference + clip')
     texts = list(dict.fromkeys(load_prompts('shapes', 'train', size['prompts'])))
     policy = load_policy(lora_rank=None)
-    each = repeat_each(texts, noises)
-    found = []
-    for first in range(0, len(each), 128):
-        some = each[first:first + 128]
-        ids = range(first, first + len(some))
-        found.append(evaluate(policy, some, rewards, seed=1, ids=ids))
-    found = pd.concat(found)
+    parts = batches(repeat_each(texts, noises), 128)
+    found = pd.concat([evaluate(policy, some, rewards, seed=1, ids=ids) for some, ids in parts])
     scores = {name: found[name].to_numpy().reshape(-1, noises) for name in rewards.names}
     data = dict(size, texts=len(texts), digest=_digest(texts), seed=1, nfe=policy.nfe)
     data |= dict(scores={}, noise_std={})

@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from ..base.inputs import from_json, quote
 from ..base.rows import rows_of
 from .published import RewardError
-from .server import RewardClient, find_token, public_address, to_png
+from .server import RewardClient, public_address, to_png
 
 # %% ../../nbs/rewards/02_judge.ipynb #6a7de006
 def word_probabilities(
@@ -79,34 +80,25 @@ def column_atoms(
     example = '[["Is there a cat?", "yes"]]'
     raise ValueError(f"has no atoms for prompt {quote(row['prompt'])}: column {quote(column)} must be like {example}")
 
+@dataclass(eq=False, repr=False)
 class Judge:
     "A reward that asks a vision-language model. Make one with `judge`."
-    def __init__(self,
-        url:str, # As in `judge`
-        model:str, # As in `judge`
-        ask:str, # As in `judge`
-        read:Callable, # An answer's `choices[0]` -> score
-        max_tokens:int, # Longest answer
-        atoms:dict|str|None, # As in `judge`
-        geometric:bool, # As in `judge`
-        workers:int, # As in `judge`
-        timeout:float, # As in `judge`
-        retries:int, # As in `judge`
-        token:str, # '' = none
-    ):
-        self.model = model
-        self.ask = ask
-        self.read = read
-        self.max_tokens = max_tokens
-        self.atoms = atoms
-        self.geometric = geometric
-        self.workers = workers
+    url:str # As in `judge`
+    model:str # As in `judge`
+    ask:str # As in `judge`
+    read:Callable # An answer's `choices[0]` -> score
+    max_tokens:int # Longest answer
+    atoms:dict|str|None # As in `judge`
+    geometric:bool # As in `judge`
+    workers:int # As in `judge`
+    client:RewardClient # Asks the server
+
+    def __post_init__(self):
         self.answers = {}
         self.lock = threading.Lock()
         self.__name__ = 'judge'
-        column = f', atoms={atoms}' if isinstance(atoms, str) else ''
-        self.spec = f'judge({public_address(url)}, {model}{column})'
-        self.client = RewardClient(url.rstrip('/') + '/chat/completions', timeout, retries, token)
+        column = f', atoms={self.atoms}' if isinstance(self.atoms, str) else ''
+        self.spec = f'judge({public_address(self.url)}, {self.model}{column})'
         self.client.spec = self.spec
         self.client.remedy = "start its server, or check the address"
 
@@ -150,8 +142,8 @@ class Judge:
         if key not in self.answers:
             choice = self._choice(png, text)
             try: score = read(choice)
-            except (ValueError, LookupError, TypeError) as e:
-                if isinstance(e, ValueError): raise RewardError(f"reward {self.spec} {e}") from e
+            except ValueError as e: raise RewardError(f"reward {self.spec} {e}") from e
+            except (LookupError, TypeError) as e:
                 raise RewardError(f"reward {self.spec} gave no log-probabilities: serve a model with logprobs, "
                                   "or read='number'") from e
             self._keep(key, score)
@@ -218,4 +210,5 @@ def judge(
         raise ValueError(f"workers must be >= 1, timeout > 0 and retries >= 0, got {workers}, {timeout} and {retries}")
     ask = ask or (QUALITY if read == 'levels' else QUESTION)
     max_tokens = 512 if read == 'number' else 1
-    return Judge(url, model, ask, READERS[read], max_tokens, atoms, geometric, workers, timeout, retries, find_token(token))
+    client = RewardClient(url.rstrip('/') + '/chat/completions', timeout, retries, token)
+    return Judge(url, model, ask, READERS[read], max_tokens, atoms, geometric, workers, client)

@@ -329,18 +329,13 @@ def clean_prompt(
 # %% ../../nbs/rewards/00_published.ipynb #82458705
 BATCH = 32 # images in one forward pass
 
+@dataclass(eq=False, repr=False)
 class ClipReward:
     "Cosine of image and prompt in a CLIP."
-    def __init__(self,
-        model, # CLIPModel
-        tokenizer, # Its tokenizer
-        prepare:Callable=cut_out, # What is done to images first: `cut_out`, `squash`, or `fit_in` for HPS
-        clean:Callable=str, # What is done to a prompt first: nothing, or `clean_prompt` for HPS
-    ):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.prepare = prepare
-        self.clean = clean
+    model:object # CLIPModel
+    tokenizer:object # Its tokenizer
+    prepare:Callable=cut_out # What is done to images first: `cut_out`, `squash`, or `fit_in` for HPS
+    clean:Callable=str # What is done to a prompt first: nothing, or `clean_prompt` for HPS
 
     @torch.no_grad()
     def image_features(self,
@@ -400,12 +395,11 @@ def apply_head(
     for weight, bias in layers: x = F.linear(x, weight.to(x.device), bias.to(x.device))
     return x[:, 0]
 
+@dataclass(eq=False, repr=False)
 class AestheticReward:
     "LAION's aesthetic score: a head on CLIP's image vector."
-    def __init__(self,
-        clip:ClipReward, # CLIP-L
-        layers:list, # (weight, bias) of each layer
-    ): self.clip, self.layers = clip, layers
+    clip:ClipReward # CLIP-L
+    layers:list # (weight, bias) of each layer
 
     def __call__(self,
         images:Tensor, # (B,3,H,W) in [0,1]
@@ -547,6 +541,13 @@ def text_match(
     return max(0., 1 - edit_distance(read, wanted) / len(wanted))
 
 # %% ../../nbs/rewards/00_published.ipynb #ed4c097f
+def eight_bits(
+    image:Tensor, # (3,H,W) in [0,1]
+): # (H,W,3) array, 0 to 255
+    "An image as files have it."
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte()
+    return pixels.permute(1, 2, 0).cpu().numpy()
+
 class OcrReward:
     "How much of the text in the prompt's quotes can be read in the image."
     def __init__(self):
@@ -559,8 +560,7 @@ class OcrReward:
         image:Tensor, # (3,H,W) in [0,1]
     )->str: # Its text, lines joined by blanks
         "The text in an image."
-        pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte()
-        blue_first = pixels.permute(1, 2, 0).numpy()[..., ::-1] # as OpenCV has it
+        blue_first = eight_bits(image)[..., ::-1] # as OpenCV has it
         found, _ = self.engine(blue_first.copy())
         return ' '.join(text for _, text, _ in found or [])
 

@@ -111,13 +111,13 @@ def _score_frames(
 def _verifier(images, prompts):
     "Graded verifier score."
     from egrpo.miniature.world import verify_batch
-    return [o.graded for o in verify_batch(images.float().cpu(), prompts)]
+    return [o.graded for o in verify_batch(images, prompts)]
 
 # %% ../../nbs/rewards/03_reward.ipynb #2d2d8982
 def _verifier_strict(images, prompts):
     "1 if the verifier finds all right, else 0."
     from egrpo.miniature.world import verify_batch
-    return [float(o.strict) for o in verify_batch(images.float().cpu(), prompts)]
+    return [float(o.strict) for o in verify_batch(images, prompts)]
 
 # %% ../../nbs/rewards/03_reward.ipynb #d9ed3d24
 def _check_readable(
@@ -272,6 +272,19 @@ def _called(
     return names
 
 # %% ../../nbs/rewards/03_reward.ipynb #2d47dcb9
+def _find_judge(
+    place:str, # An address, a model, perhaps a way to read, perhaps atoms=COLUMN
+): # A `Judge`
+    "A judge as a sum names it."
+    words, atoms = [], None
+    for word in map(str.strip, place.split(',')):
+        if not word.startswith('atoms='): words.append(word)
+        else: atoms = atoms or word.removeprefix('atoms=')
+    if len(words) not in (2, 3): raise ValueError("reward judge needs an address and a model: write "
+                                                  "judge(http://127.0.0.1:8000/v1, MODEL) or judge(http://…/v1, MODEL, levels)")
+    url, model, *read = words
+    return judge(url, model, read=read[0] if read else 'yes', atoms=atoms)
+
 def _find(
     name:str, # A built-in or published name, 'server', module:function or file.py:function
     place:str|None=None, # What stands in parentheses
@@ -283,13 +296,7 @@ def _find(
         except ValueError: raise ValueError("reward server(address, X): after the comma stand seconds to wait: "
                                             "write server(http://127.0.0.1:8000, 600)") from None
         return RewardClient(url.strip(), wait)
-    if name == 'judge':
-        words = [word.strip() for word in (place or '').split(',')]
-        atoms = [word.removeprefix('atoms=') for word in words if word.startswith('atoms=')]
-        words = [word for word in words if not word.startswith('atoms=')]
-        if len(words) not in (2, 3): raise ValueError("reward judge needs an address and a model: write "
-                                                      "judge(http://127.0.0.1:8000/v1, MODEL) or judge(http://…/v1, MODEL, levels)")
-        return judge(words[0], words[1], read=(words[2:] or ['yes'])[0], atoms=(atoms or [None])[0])
+    if name == 'judge': return _find_judge(place or '')
     if name in REWARD_MODELS: return RewardModel(name, place)
     if place: raise ValueError(f"reward {name!r} has no place to name: leave out ({place})")
     if name in BUILT_IN: return BUILT_IN[name]
@@ -309,8 +316,11 @@ def get_reward(
     if not isinstance(spec, str):
         raise ValueError(f"reward must be a name, a callable or a dict of callables, got {type(spec).__name__}: try 'verifier'")
     terms = _parse(spec)
-    names = _called(terms, spec)
-    return RewardSet({k: _find(*term[1:]) for k, term in zip(names, terms)}, {k: term[0] for k, term in zip(names, terms)})
+    rewards, weights = {}, {}
+    for called, (weight, name, place) in zip(_called(terms, spec), terms):
+        rewards[called] = _find(name, place)
+        weights[called] = weight
+    return RewardSet(rewards, weights)
 
 # %% ../../nbs/rewards/03_reward.ipynb #487e75af
 def describe_rewards()->list: # A dict per reward: name, what it is, where its weights are

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..base.inputs import LONGEST_QUOTE, one_line, quote
 from ..base.rows import Prompt, ask_reward, rows_of
-from .published import RewardError
+from .published import RewardError, eight_bits
 
 # %% ../../nbs/rewards/01_server.ipynb #3699b726
 def to_png(
@@ -39,9 +39,8 @@ def to_png(
 )->bytes: # PNG, 8 bits a channel
     "An image as a PNG."
     from PIL import Image
-    pixels = (image.float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, 'PNG', compress_level=1)
+    Image.fromarray(eight_bits(image)).save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
 def _pixels(

@@ -270,15 +270,14 @@ def _curves(
 )->list: # (method, label, look, curve) of every line
     "The lines of a learning plot: colours tell methods apart, or rewards where there is one method."
     methods = _by_method(evaluations)
+    several = len(methods) > 1
     pairs = [(method, reward) for method in methods for reward in rewards]
     lines = []
     for i, (method, reward) in enumerate(pairs):
-        look = dict(color=COLORS[i % 6], ls='-')
+        row, column = divmod(i, len(rewards)) if several else (i, 0)
+        look = dict(color=COLORS[row % 6], ls=['-', '--', ':', '-.'][column % 4])
         label = reward
-        if len(methods) > 1:
-            row, column = divmod(i, len(rewards))
-            look = dict(color=COLORS[row % 6], ls=['-', '--', ':', '-.'][column % 4])
-            label = method if len(rewards) == 1 else f'{method}, {reward}'
+        if several: label = method if len(rewards) == 1 else f'{method}, {reward}'
         curve = learning_curve(methods[method], reward, change)
         lines.append((method, label, look, curve))
     return lines
@@ -728,9 +727,10 @@ def image_grid(
 
 # %% ../../nbs/show/00_plots.ipynb #b480c259
 def _mark(
-    passed:bool, # Tick or cross?
+    passed:bool|None, # Tick or cross? None = neither
 )->tuple: # (sign, colour)
     "The verifier's verdict, to be put below an image: in a corner of it an object may be."
+    if passed is None: return '', GREY
     return ('✓', COLORS[2]) if passed else ('✗', COLORS[1])
 
 # %% ../../nbs/show/00_plots.ipynb #8699b6dc
@@ -748,7 +748,8 @@ def plot_before_after(
     if a.shape != b.shape or len(prompts) != len(a):
         raise ValueError(f"before, after and prompts must match, got {len(a)} and {len(b)} images of {a.shape[1:]} and {b.shape[1:]}, "
                          f"and {len(prompts)} prompts")
-    if verdicts is not None and np.shape(verdicts) != (len(a), 2):
+    if verdicts is None: verdicts = [(None, None)] * len(a)
+    if np.shape(verdicts) != (len(a), 2):
         raise ValueError(f"verdicts must be ({len(a)}, 2), before and after, got {np.shape(verdicts)}")
     height, width = a.shape[1:3]
     gap = max(1, width // 32)
@@ -757,13 +758,10 @@ def plot_before_after(
     for i, ax in enumerate(axes):
         pair = np.concatenate([a[i], between, b[i]], axis=1)
         ax.imshow(pair)
-        marks = [('', GREY)] * 2 if verdicts is None else map(_mark, verdicts[i])
-        (sign_before, color_before), (sign_after, color_after) = marks
-        labels = f'before {sign_before}'.strip(), f'after {sign_after}'.strip()
+        signs, colors = zip(*map(_mark, verdicts[i]))
+        labels = [f'{when} {sign}'.strip() for when, sign in zip(('before', 'after'), signs)]
         ax.set_xticks([width/2, 1.5*width + gap], labels, fontsize=8)
-        left, right = ax.get_xticklabels()
-        left.set_color(color_before)
-        right.set_color(color_after)
+        for label, color in zip(ax.get_xticklabels(), colors): label.set_color(color)
         ax.tick_params(length=0, pad=1)
         _title(ax, prompts[i], 32, 2)
     return axes

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import egrpo
-from .samples import HEIGHT, Picture, fit_height
+from .samples import HEIGHT, Picture, _moment, fit_height
 
 # %% ../../nbs/show/02_report.ipynb #f5f79a9d
 @dataclass
@@ -325,8 +325,6 @@ def _earlier(first, picture):
     "The image before training, where it is of an earlier iteration."
     if first is None or first.iteration >= picture.iteration: return []
     return [figure(first, 'before')]
-
-def _moment(picture): return f'after {picture.iteration}' if picture.iteration else 'before'
 
 def picture_blocks(
     runs:list, # `RunData`

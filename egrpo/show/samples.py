@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..base.files import write_whole
 from ..miniature.world import by_category, verify_batch
+from ..rewards.published import eight_bits
 
 # %% ../../nbs/show/01_samples.ipynb #08da25a3
 @dataclass
@@ -34,8 +35,7 @@ def to_image(
 )->Image.Image: # RGB, 8 bits
     "An image for Pillow."
     if image.ndim == 4: image = image[0]
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(eight_bits(image))
 
 def write_png(
     image:Image.Image, # The image
@@ -118,27 +118,19 @@ def fit_height(
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 # %% ../../nbs/show/01_samples.ipynb #dd8ffede
-def _beside(images, space=SPACE):
-    "Images in a row."
-    width = sum(image.width + space for image in images) - space
-    height = max(image.height for image in images)
-    sheet = Image.new('RGB', (width, height), 'white')
-    left = 0
+def _join(images, space, axis):
+    "Images in a row (axis 0) or in a column (axis 1), on a white sheet that just holds them."
+    size = [max(sides) for sides in zip(*[image.size for image in images])]
+    size[axis] = sum(image.size[axis] + space for image in images) - space
+    sheet = Image.new('RGB', tuple(size), 'white')
+    place = [0, 0]
     for image in images:
-        sheet.paste(image, (left, 0))
-        left += image.width + space
+        sheet.paste(image, tuple(place))
+        place[axis] += image.size[axis] + space
     return sheet
 
-def _below(images, space=SPACE):
-    "Images in a column."
-    width = max(image.width for image in images)
-    height = sum(image.height + space for image in images) - space
-    sheet = Image.new('RGB', (width, height), 'white')
-    top = 0
-    for image in images:
-        sheet.paste(image, (0, top))
-        top += image.height + space
-    return sheet
+def _beside(images, space=SPACE): return _join(images, space, 0)
+def _below(images, space=SPACE): return _join(images, space, 1)
 
 def _font(size):
     "A font that has ✓ and ✗."

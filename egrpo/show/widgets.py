@@ -9,6 +9,8 @@ __all__ = ['explore_merging', 'explore_plans', 'live_plot', 'gallery', 'before_a
 import base64
 import html
 import io
+from dataclasses import dataclass
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +22,7 @@ from ..core.entropy import merge_lengths
 from ..core.plan import count_leaves, gradient_nfe, plot_plan, rollout_nfe
 from ..core.sigmas import flow_sigmas
 from ..methods.registry import METHODS, find_method, make_plan
-from .plots import COLORS, DASHED, GREY, _pixels, load_metrics, plot_before_after, plot_entropy, plot_merge_lengths, style
+from .plots import COLORS, DASHED, GREY, _mark, _pixels, load_metrics, plot_before_after, plot_entropy, plot_merge_lengths, style
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60a06
 def figure_png(
@@ -44,12 +46,10 @@ def pixels_png(
     return file.getvalue()
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60a08
+@dataclass(repr=False)
 class Picture:
     "A picture in the output of a cell."
-    def __init__(self,
-        png:bytes, # Its bytes
-    ):
-        self.png = png
+    png:bytes # Its bytes
 
     def __repr__(self): return 'Picture()'
     def _repr_png_(self): return self.png
@@ -74,15 +74,15 @@ def _explorer(
 
 def explore(
     draw, # Function of the controls' values -> PNG
-    controls, # Function of the module ipywidgets -> dict, name -> a widget with a value
-    **first, # The controls' first values, by name, for where there are no widgets
+    controls, # Function of the module ipywidgets and the first values -> dict, name -> a widget with a value
+    **first, # The controls' first values, by name
 ): # A widget, or a `Picture`
     "Put controls above a picture; outside of a notebook, or without ipywidgets, the picture alone."
     if not in_notebook(): return Picture(draw(**first))
     try:
         import ipywidgets
     except ImportError: return Picture(draw(**first))
-    return _explorer(ipywidgets, draw, controls(ipywidgets))
+    return _explorer(ipywidgets, draw, controls(ipywidgets, **first))
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60a12
 def _merging_png(
@@ -101,6 +101,8 @@ def _merging_png(
         top.set_title(_merging_title(sigmas, tau, noise_level, active))
     return figure_png(figure)
 
+def _steps_slider(w, value): return w.IntSlider(value=value, min=4, max=32, description='steps', continuous_update=False)
+
 def _merging_title(
     sigmas:Tensor, # (T+1,) schedule
     tau:float, # Threshold
@@ -114,6 +116,14 @@ def _merging_title(
     return f'{int(reached.sum())} of {active} steps explore; {rollout_nfe(plan)} network evaluations a prompt'
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60f12
+def _merging_controls(w, tau, shift, noise_level, num_steps):
+    "Sliders for E-GRPO's schedule."
+    slide = dict(continuous_update=False, readout_format='.2f')
+    return dict(tau=w.FloatSlider(value=tau, min=0, max=5, step=.05, description='τ', **slide),
+                shift=w.FloatSlider(value=shift, min=1, max=8, step=.25, description='shift', **slide),
+                noise_level=w.FloatSlider(value=noise_level, min=.1, max=1.5, step=.05, description='noise level', **slide),
+                num_steps=_steps_slider(w, num_steps))
+
 def explore_merging(
     tau:float=2.2, # Threshold on the exp scale, 0 to 5
     shift:float=3., # Of the schedule, 1 to 8
@@ -121,14 +131,7 @@ def explore_merging(
     num_steps:int=16, # T, 4 to 32
 ): # A widget, or the picture
     "Explore how entropy decides which steps E-GRPO merges (E-GRPO, Eq. 10 and 11)."
-    first = dict(tau=tau, shift=shift, noise_level=noise_level, num_steps=num_steps)
-    def controls(w):
-        slide = dict(continuous_update=False, readout_format='.2f')
-        return dict(tau=w.FloatSlider(value=tau, min=0, max=5, step=.05, description='τ', **slide),
-                    shift=w.FloatSlider(value=shift, min=1, max=8, step=.25, description='shift', **slide),
-                    noise_level=w.FloatSlider(value=noise_level, min=.1, max=1.5, step=.05, description='noise level', **slide),
-                    num_steps=w.IntSlider(value=num_steps, min=4, max=32, description='steps', continuous_update=False))
-    return explore(_merging_png, controls, **first)
+    return explore(_merging_png, _merging_controls, tau=tau, shift=shift, noise_level=noise_level, num_steps=num_steps)
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60a17
 def _plan_png(
@@ -151,6 +154,12 @@ def _plan_png(
     return figure_png(figure)
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60f17
+def _plan_controls(w, method, num_generations, num_steps):
+    "A choice of the method, and sliders."
+    return dict(method=w.Dropdown(options=[*METHODS], value=method, description='method'),
+                num_generations=w.IntSlider(value=num_generations, min=2, max=32, description='group', continuous_update=False),
+                num_steps=_steps_slider(w, num_steps))
+
 def explore_plans(
     method:str='egrpo', # A name in `egrpo.methods.registry.METHODS`
     num_generations:int=12, # Samples of a group, 2 to 32
@@ -158,13 +167,7 @@ def explore_plans(
 ): # A widget, or the picture
     "Explore the methods: where each puts noise, and what a prompt costs."
     find_method(method)
-    first = dict(method=method, num_generations=num_generations, num_steps=num_steps)
-    def controls(w):
-        slide = dict(continuous_update=False)
-        return dict(method=w.Dropdown(options=[*METHODS], value=method, description='method'),
-                    num_generations=w.IntSlider(value=num_generations, min=2, max=32, description='group', **slide),
-                    num_steps=w.IntSlider(value=num_steps, min=4, max=32, description='steps', **slide))
-    return explore(_plan_png, controls, **first)
+    return explore(_plan_png, _plan_controls, method=method, num_generations=num_generations, num_steps=num_steps)
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60a21
 def _live_png(
@@ -217,12 +220,10 @@ def live_plot(): # A callback of `Trainer.fit`
     return _LivePlot()
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60a25
+@dataclass(repr=False)
 class Page:
     "HTML in the output of a cell."
-    def __init__(self,
-        text:str, # HTML
-    ):
-        self.text = text
+    text:str # HTML
 
     def __repr__(self): return 'Page()'
     def _repr_html_(self): return self.text
@@ -241,7 +242,7 @@ def _card(
 )->str: # HTML
     "One image with its prompt."
     data = base64.b64encode(pixels_png(pixels)).decode()
-    mark, color = ('', GREY) if passed is None else ('✓', COLORS[2]) if passed else ('✗', COLORS[1])
+    mark, color = _mark(passed)
     text = html.escape(prompt, quote=True)
     image = IMAGE.format(data=data, note=html.escape(note, quote=True), alt=text, side=side)
     sign = f'<b style="color:{color}">{mark}</b>' if mark else ''
@@ -266,6 +267,25 @@ def gallery(
     return Page(''.join(_card(*card, side) for card in zip(pixels, prompts, passed, notes)))
 
 # %% ../../nbs/show/01_widgets.ipynb #71d60a29
+def _pair_png(
+    old:np.ndarray, # (H,W,3) in [0, 1]
+    new:np.ndarray, # (H,W,3) in [0, 1]
+    line:float, # Where they meet, 0 to 1 of the width
+)->bytes: # PNG
+    "An image, old up to the line."
+    height, width, _ = old.shape
+    cut = round(line * width)
+    joined = np.concatenate([old[:, :cut], new[:, cut:]], 1)
+    if 0 < cut < width: joined[:, cut - 1] = 1
+    return pixels_png(joined, max(1, 320 // height))
+
+def _pair_controls(w, number, line, prompts):
+    "A choice of the prompt, and a slider for the line."
+    chosen = [(prompt, i) for i, prompt in enumerate(prompts)]
+    slider = w.FloatSlider(value=line, min=0, max=1, step=.01, readout=False, description='before | after',
+                           style=dict(description_width='initial'))
+    return dict(number=w.Dropdown(options=chosen, value=number, description='prompt'), line=slider)
+
 def before_after(
     before:Tensor, # (N,3,H,W) images in [0, 1] before training
     after:Tensor, # The same prompts and noise after training
@@ -274,17 +294,7 @@ def before_after(
 ): # A widget, or the picture
     "Compare images: a slider moves the line between before and after."
     old, new = _pixels(before, 'before'), _pixels(after, 'after')
-    def pair(number, line):
-        "The image `number`, old up to the line."
-        cut = round(line * old.shape[2])
-        joined = np.concatenate([old[number][:, :cut], new[number][:, cut:]], 1)
-        if 0 < cut < old.shape[2]: joined[:, cut - 1] = 1
-        return pixels_png(joined, max(1, 320 // old.shape[1]))
-    def controls(w):
-        chosen = [(prompt, i) for i, prompt in enumerate(prompts)]
-        return dict(number=w.Dropdown(options=chosen, description='prompt'),
-                    line=w.FloatSlider(value=.5, min=0, max=1, step=.01, readout=False, description='before | after',
-                                       style=dict(description_width='initial')))
-    if in_notebook(): return explore(pair, controls, number=0, line=.5)
+    def pair(number, line): return _pair_png(old[number], new[number], line)
+    if in_notebook(): return explore(pair, partial(_pair_controls, prompts=prompts), number=0, line=.5)
     axes = plot_before_after(before, after, prompts, verdicts)
     return Picture(figure_png(axes[0].figure))
