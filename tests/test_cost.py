@@ -1,6 +1,8 @@
 "What runs cost, what they hold, and that faster ways do the same."
 import gc
+import inspect
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -231,7 +233,54 @@ def test_parameters_and_activations_of_a_folder(tmp_path, make):
     assert .6 < counted / real < 1.6 and 0 < checkpointed
 
 
-@pytest.mark.parametrize('model', ['flux.1-dev', 'stable-diffusion-3.5-large'])
+def network_calls(policy, prompt):
+    "What a policy's network is called with for one latent, by the name of its argument."
+    seen = []
+    names = [*inspect.signature(policy.transformer.forward).parameters]
+    def note(module, args, kwargs): seen.append(dict(zip(names, args)) | kwargs)
+    hook = policy.transformer.register_forward_pre_hook(note, with_kwargs=True)
+    latents, cond = torch.zeros(1, *policy.latent_shape), policy.encode([prompt])
+    with torch.no_grad(): policy.velocity(latents, torch.tensor([.5]), cond)
+    hook.remove()
+    (call,) = seen
+    return {k: v for k, v in call.items() if k != 'return_dict'}, cond.embeds.shape[1]
+
+
+def shapes(call):
+    "Shapes of tensors, also in lists; other values as they are."
+    def shape(o): return [shape(x) for x in o] if isinstance(o, list) else tuple(o.shape) if torch.is_tensor(o) else o
+    return {k: shape(v) for k, v in call.items() if v is not None}
+
+
+@pytest.mark.parametrize('name', ['flux2-dev', 'flux2-klein', 'qwen-image', 'z-image'])
+def test_memory_of_newer_families(tmp_path, name, measured):
+    "Counted without numbers, from a folder, against a real pass of the policy: its arguments, what it keeps, parameters, evaluations."
+    pipeline = small_pipeline(name)
+    pipeline.save_pretrained(tmp_path)
+    config = TrainConfig(model=str(tmp_path), device='cpu', dtype='fp32', resolution='32x64', lora_rank=2, guidance=1., micro_batch=1)
+    policy = load_policy(str(tmp_path), 'cpu', 'fp32', 0, guidance=0. if name == 'z-image' else 1., resolution='32x64')
+    call, tokens = network_calls(policy, 'a red circle')
+    a = replace(cost.architecture(str(tmp_path)), text_tokens=tokens)
+    assert (cost.latent_channels(a), *cost._sides(config, a)) == policy.latent_shape
+    assert shapes(cost.network_inputs(a, policy.transformer, policy.latent_shape)) == shapes(call)
+    real, _ = cost.kept_bytes(policy.transformer, call)
+    network = cost.build_part(*a.network)
+    counted, checkpointed = cost.kept_bytes(network, cost.network_inputs(a, network, policy.latent_shape))
+    measured(f'{name}, bytes kept by a pass, counted to measured', ratio=counted / real)
+    assert .6 < counted / real < 1.6 and 0 < checkpointed < counted
+    def count(*modules): return sum(p.numel() for m in modules for p in m.parameters())
+    found = cost.count_parameters(str(tmp_path), 2)
+    assert (found['network'], found['vae']) == (count(policy.transformer), count(policy.pipeline.vae))
+    assert found['text'] == count(pipeline.text_encoder)
+    assert found['lora'] == sum(p.numel() for p in load_policy(str(tmp_path), 'cpu', lora_rank=2).parameters().values())
+    parts = cost.run_memory(config)
+    assert parts['decoder'] == 4 * found['vae'] and parts['activations'] > 0
+    for guidance in (0., 1., 3.5):
+        twice = load_policy(str(tmp_path), 'cpu', lora_rank=None, guidance=guidance).nfe_per_velocity
+        assert cost.evaluations_per_velocity(replace(config, guidance=guidance)) == twice
+
+
+@pytest.mark.parametrize('model', ['flux.1-dev', 'stable-diffusion-3.5-large', 'Tongyi-MAI/Z-Image-Turbo'])
 def test_less_memory_with_less(model):
     usual = dict(model=model, resolution=512, micro_batch=2, lora_rank=8)
     def total(**o): return sum(cost.run_memory(TrainConfig(**usual | o)).values())

@@ -61,15 +61,14 @@ def test_every_recipe_is_planned(name, here, capsys, monkeypatch):
 
 @pytest.mark.parametrize('name', recipe_paths())
 def test_every_recipe_has_a_plan(name, here, capsys, monkeypatch):
-    "Without its model; memory is told of the families that are counted, activations aside, which test_cost counts."
+    "Without its model; memory and time are told, activations aside, which test_cost counts."
     monkeypatch.setattr(cost, 'activation_bytes', lambda *args: (2**30, 2**28))
     words = ['plan', name, '--seconds-forward', '.1', '--seconds-backward', '.3']
     with_torchao(words, load_recipe(name), monkeypatch, capsys)
     assert main(words) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    uncounted = name in ('flux2_klein', 'z_image_turbo')
-    assert ('memory is not counted for this family' in said) == uncounted
-    assert ('an iteration takes' in said) != uncounted and 'network evaluations' in said and 'velocities' in said
+    assert 'memory is not counted' not in said and 'one device holds' in said
+    assert 'an iteration takes' in said and 'network evaluations' in said and 'velocities' in said
 
 
 @pytest.mark.parametrize('name, path', recipe_paths().items(), ids=recipe_paths())

@@ -44,6 +44,7 @@ class Architecture:
     text:tuple # Text encoders
     text_tokens:int # Tokens of a prompt in the network
     guided_twice:bool=False # Classifier-free guidance: two evaluations a velocity
+    unguided:float=1. # Guidance up to which one is enough
 
 _flux = dict(num_layers=19, num_single_layers=38, num_attention_heads=24, attention_head_dim=128, joint_attention_dim=4096,
              pooled_projection_dim=768, in_channels=64)
@@ -57,7 +58,8 @@ _t5 = 'T5EncoderModel', dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240
 _clip_l = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
 _clip_g = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)
 _with_projection, _flux_class, _sd3_class = 'CLIPTextModelWithProjection', 'FluxTransformer2DModel', 'SD3Transformer2DModel'
-COUNTED = _flux_class, _sd3_class # networks whose costs are known here: FLUX.1's and Stable Diffusion 3's
+_flux2_class, _qwen_class, _z_class = 'Flux2Transformer2DModel', 'QwenImageTransformer2DModel', 'ZImageTransformer2DModel'
+COUNTED = _flux_class, _sd3_class, _flux2_class, _qwen_class, _z_class # networks whose costs are known here
 
 def _sd3_family(
     network:dict, # Configuration of the transformer
@@ -66,12 +68,27 @@ def _sd3_family(
     text = (_with_projection, _clip_l), (_with_projection, _clip_g), _t5
     return Architecture((_sd3_class, network), _vae, text, 77 + 256, True)
 
+_klein = dict(num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False)
+_video_vae = 'AutoencoderKLQwenImage', dict(z_dim=16, dim_mult=[1, 2, 4, 4])
+_qwen3 = 'Qwen3ForCausalLM', dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, head_dim=128,
+                                  num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True)
+_qwen25 = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, tie_word_embeddings=False)
+_sees = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
+_qwen25vl = 'Qwen2_5_VLForConditionalGeneration', dict(text_config=_qwen25, vision_config=_sees, tie_word_embeddings=False)
+_z_image = Architecture((_z_class, {}), _vae, (_qwen3,), 512, True, 0.)
+
 ARCHITECTURES = {
     'flux.1-dev': Architecture((_flux_class, _flux | dict(guidance_embeds=True)), _vae, (('CLIPTextModel', _clip_l), _t5), 512),
     'flux.1-schnell': Architecture((_flux_class, _flux), _vae, (('CLIPTextModel', _clip_l), _t5), 256),
     'stable-diffusion-3-medium-diffusers': _sd3_family(_sd3),
     'stable-diffusion-3.5-medium': _sd3_family(_medium),
     'stable-diffusion-3.5-large': _sd3_family(_large),
+    'flux.2-klein-4b': Architecture((_flux2_class, _klein), ('AutoencoderKLFlux2', {}), (_qwen3,), 512),
+    'flux.2-klein-base-4b': Architecture((_flux2_class, _klein), ('AutoencoderKLFlux2', {}), (_qwen3,), 512, True),
+    'qwen-image': Architecture((_qwen_class, {}), _video_vae, (_qwen25vl,), 512, True),
+    'z-image': _z_image,
+    'z-image-turbo': _z_image,
 }
 
 # %% ../../nbs/train/10_cost.ipynb #e4452783
@@ -89,6 +106,18 @@ def _read_part(
 class NotCounted(ValueError): "A family of models whose memory and evaluations are not counted here."
 
 def _is_hub_id(model): return re.fullmatch(r'[\w.-]+/[\w.-]+', model) is not None
+
+def _newer_family(
+    folder:Path, # A pipeline
+    network:tuple, # Class name, configuration
+    vae:tuple, # Likewise
+    text:tuple, # Of each text encoder
+)->Architecture: # The whole
+    "Parts of a FLUX.2, Qwen-Image or Z-Image: 512 tokens, which the last two read only where a prompt is so long."
+    index = _read_json(folder/'model_index.json')
+    plain = index['_class_name'] == 'Flux2Pipeline' or index.get('is_distilled', False)
+    unguided = 0. if network[0] == _z_class else 1.
+    return Architecture(network, vae, text, 512, not plain, unguided)
 
 def architecture(
     model:str, # A name in `ARCHITECTURES`, a hub id that ends in one, 'miniature', or a pipeline's folder
@@ -108,9 +137,10 @@ def architecture(
         raise kind(f"model {model!r} is not known here: name one of {known}, or a folder with transformer and vae") from e
     kind, settings = network
     if kind not in COUNTED:
-        known = ' and '.join(COUNTED)
+        known = ', '.join(COUNTED)
         raise NotCounted(f"model {model!r} has a {kind}: costs are counted of {known}; egrpo tune takes UNets, too")
     text = tuple(map(_read_part, sorted(folder.glob('text_encoder*'))))
+    if kind in (_flux2_class, _qwen_class, _z_class): return _newer_family(folder, network, vae, text)
     limits = [_longest_text(tokenizer) for tokenizer in sorted(folder.glob('tokenizer*'))]
     if kind != _flux_class: return Architecture(network, vae, text, limits[0] + min(256, limits[-1]), True) # CLIP's and T5's
     most = 512 if settings['guidance_embeds'] else 256
@@ -182,15 +212,49 @@ def flux_inputs(
         guidance=empty() + 3.5 if c.guidance_embeds else None)
 
 # %% ../../nbs/train/10_cost.ipynb #6bd88bbc
+def _flux2_inputs(network, batch, image, text):
+    "Inputs of a FLUX.2 transformer, whose places have four axes."
+    c = network.config
+    empty = _empty_like(network, batch)
+    ids = torch.zeros(image + text, 4, device=network.device)
+    return dict(
+        hidden_states=empty(image, c.in_channels),
+        encoder_hidden_states=empty(text, c.joint_attention_dim),
+        timestep=empty() + .5,
+        txt_ids=ids[:text],
+        img_ids=ids[text:],
+        guidance=empty() + 3.5 if c.guidance_embeds else None)
+
+def _qwen_inputs(network, batch, shape, text):
+    "Inputs of a Qwen-Image transformer for frames and sides in tokens."
+    c = network.config
+    empty = _empty_like(network, batch)
+    return dict(
+        hidden_states=empty(math.prod(shape), c.in_channels),
+        encoder_hidden_states=empty(text, c.joint_attention_dim),
+        encoder_hidden_states_mask=None,
+        timestep=empty() + .5,
+        img_shapes=[[shape]] * batch)
+
+def _z_inputs(network, batch, shape, text):
+    "Inputs of a Z-Image transformer: lists, an entry for each sample."
+    empty = _empty_like(network, batch)
+    texts = empty(text, network.config.cap_feat_dim)
+    return dict(x=list(empty(*shape)), t=empty() + .5, cap_feats=list(texts))
+
 def network_inputs(
-    a:Architecture, # FLUX's or Stable Diffusion 3's
+    a:Architecture, # Of a network in `COUNTED`
     network, # Its network, on any device
     latent:tuple, # (C,H,W) of one image's latents
     batch:int=1, # Latents
 )->dict: # Arguments of its forward pass
     "Inputs of the right shapes for a network."
     C, H, W = latent
-    if a.network[0] == _flux_class: return flux_inputs(network, batch, H * W // 4, a.text_tokens)
+    kind, text = a.network[0], a.text_tokens
+    if kind == _flux_class: return flux_inputs(network, batch, H * W // 4, text)
+    if kind == _flux2_class: return _flux2_inputs(network, batch, H * W, text)
+    if kind == _qwen_class: return _qwen_inputs(network, batch, (1, H // 2, W // 2), text)
+    if kind == _z_class: return _z_inputs(network, batch, (C, 1, H, W), text)
     c = network.config
     empty = _empty_like(network, batch)
     return dict(
@@ -263,16 +327,25 @@ def kept_bytes(
     finally:
         for h in hooks: h.remove()
 
+def latent_channels(
+    a:Architecture, # Of a model
+)->int: # C of its policy's latents
+    "Channels of an image's latents."
+    kind, settings = a.network
+    if kind == _flux2_class: return settings.get('in_channels', 128) # 2×2 latents in one
+    _, vae = a.vae
+    return vae.get('latent_channels') or vae.get('z_dim', 4)
+
 @lru_cache(maxsize=8)
 def activation_bytes(
     model:str, # As for `architecture`
-    side:int|tuple, # Side of the latents, an eighth of the images', or (height, width)
+    side:int|tuple, # Side of the latents, an eighth of the images' (FLUX.2: a sixteenth), or (height, width)
     dtype:str='bf16', # Of the network
 )->tuple: # Bytes: all, with gradient checkpointing
     "Bytes that the backward pass keeps of one latent's forward pass."
     a = architecture(model)
     network = build_part(*a.network, DTYPES[dtype])
-    channels = a.vae[1].get('latent_channels', 4)
+    channels = latent_channels(a)
     sides = side if isinstance(side, tuple) else (side, side)
     return kept_bytes(network, network_inputs(a, network, (channels, *sides)))
 
@@ -284,14 +357,17 @@ def _sides(
     "Sides of an image's latents."
     _, vae = a.vae
     pixels = config.resolution or vae.get('sample_size', 1024)
-    halvings = len(vae.get('block_out_channels', (0,) * 4)) - 1
+    levels = vae.get('block_out_channels') or vae.get('dim_mult') or (0,) * 4
+    halvings = len(levels) - 1
+    if a.network[0] == _flux2_class: halvings += 1
     return tuple(side // 2**halvings for side in height_width(pixels))
 
 def evaluations_per_velocity(
     config:TrainConfig, # The configuration
 )->int: # 1, or 2 with classifier-free guidance
     "Network evaluations for one velocity."
-    return 2 if architecture(config.model).guided_twice and config.guidance > 1 else 1
+    a = architecture(config.model)
+    return 2 if a.guided_twice and config.guidance > a.unguided else 1
 
 def default_micro_batch(
     config:TrainConfig, # The configuration
@@ -299,9 +375,8 @@ def default_micro_batch(
     "The micro-batch: as configured, or as `egrpo.models.policy` would choose it."
     if config.micro_batch: return config.micro_batch
     a = architecture(config.model)
-    _, vae = a.vae
     height, width = _sides(config, a)
-    size = vae.get('latent_channels', 4) * height * width
+    size = latent_channels(a) * height * width
     return max(1, MICRO_BATCH_ELEMENTS // (size * evaluations_per_velocity(config)))
 
 def planned_device(
