@@ -2,6 +2,7 @@
 import json
 from collections import Counter
 
+import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,10 +13,12 @@ from test_processes import run as run_by
 
 from egrpo.base.rows import Prompt, size_of
 from egrpo.cli.commands import main
+from egrpo.core.plan import gradient_nfe, rollout_nfe
 from egrpo.methods.aegpo import AttentionPlanner
 from egrpo.models.policy import load_policy
 from egrpo.testing.pipelines import small_pipeline
-from egrpo.train.evaluate import evaluate, sample_images
+from egrpo.train import trainer as trainer_module
+from egrpo.train.evaluate import evaluate, sample_images, sample_latents
 from egrpo.train.prompts import prompt_batch, read_prompts
 from egrpo.train.run import run_sources
 from egrpo.train.trainer import TrainConfig, Trainer
@@ -80,12 +83,21 @@ def test_two_processes_are_one_run(file):
 
 
 @pytest.mark.parametrize('by', [dict(), dict(base='flow_grpo', allocation='reward_std', explore='all')])
-def test_attention_entropy_allocates_within_a_size(file, by):
+def test_attention_entropy_allocates_within_a_size(file, by, monkeypatch):
     "Profiles before training are of a size; what a run counted is what its plans predict, also resumed."
     settings = dict(method='aegpo', active_steps=None, tau=None, num_generations=6, top=2, eval_size=1, iterations=3) | by
+    plan, planned = Trainer.plan, []
+    def noted(self, iteration):
+        "The plans of an iteration, kept."
+        found = plan(self, iteration)
+        planned.append(found[0])
+        return found
+    monkeypatch.setattr(Trainer, 'plan', noted)
     trainer, metrics, _ = fit(file, 'a', **settings)
     assert all(sum(m['samples']) == 12 for m in metrics)
-    assert trainer.nfe == sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics)
+    for plans, m in zip(planned, metrics):
+        assert m['nfe_rollout'] == sum(map(rollout_nfe, plans)) + m['nfe_probe']
+        assert m['nfe_gradient'] == sum(map(gradient_nfe, plans))
     fit(file, 'b', **settings | dict(iterations=1))
     resumed, again, _ = fit(file, 'b', **settings, resume=True)
     assert [m['samples'] for m in metrics] == [m['samples'] for m in again] and trainer.nfe == resumed.nfe
@@ -151,7 +163,7 @@ def test_the_general_policy_at_another_size(name):
     assert max(filter(None, differences(policy, policy.pipeline)), default=0.) < 1e-6
 
 
-def test_a_schedule_by_size(file):
+def test_a_schedule_by_size(file, monkeypatch):
     "A run of a pipeline whose schedule depends on the size has other noise levels for each, in training and evaluation."
     policy = general_policy('flux2-dev', resolution=64, lora_rank=2)
     trainer, metrics, seen = fit(file, 'a', policy=policy, samples=2, eval_size=3, lora_rank=2, iterations=2)
@@ -159,10 +171,48 @@ def test_a_schedule_by_size(file):
     assert max(m['ratio_error'] for m in metrics) < 1e-6
     plans = {size_of(trainer._prompts_of(i)[0]): trainer.plan(i)[0][0] for i in range(5)}
     assert len(plans) > 1
-    for size, plan in plans.items():
+    evaluated = {}
+    def watched(policy, prompts, num_steps, shift, **kwargs):
+        "Note the schedule that prompts are sampled with."
+        evaluated[size_of(prompts[0])] = policy.sigmas(num_steps, shift)
+        return sample_latents(policy, prompts, num_steps, shift, **kwargs)
+    monkeypatch.setattr(trainer_module, 'sample_latents', watched)
+    trainer.evaluate()
+    assert len(evaluated) > 1
+    for size, sigmas in {**{size: plan.sigmas for size, plan in plans.items()}, **evaluated}.items():
         alone = general_policy('flux2-dev', resolution=size or 64)
-        assert torch.equal(plan.sigmas, alone.sigmas(4))
+        assert torch.equal(sigmas, alone.sigmas(4))
+    for size in plans.keys() & evaluated.keys(): assert torch.equal(plans[size].sigmas, evaluated[size])
     assert len({plan.sigmas[1].item() for plan in plans.values()}) == len({32 * 64 if size else 64 * 64 for size in plans})
+
+
+def test_a_size_that_was_left_behind_changes_nothing(file, tmp_path):
+    "A policy that another run left at its size makes the plans of its own; a rollout has the size of its iteration."
+    policy = general_policy('flux2-dev', resolution=64, lora_rank=2)
+    own = policy.sigmas(4)
+    trainer, _, _ = fit(file, 'a', policy=policy, eval_size=1, lora_rank=2, iterations=1)
+    assert policy.resolution == 64 # after a run it is at its own
+    policy.resize('32x64')
+    plain = TrainConfig(**SMALL | dict(lora_rank=2, out=str(tmp_path/'plain')))
+    later = Trainer(plain, policy=policy, reward=Seen())
+    assert torch.equal(later.plan(0)[0][0].sigmas, own)
+    i = next(i for i in range(9) if size_of(trainer._prompts_of(i)[0]) == '32x64')
+    plans, _ = trainer.plan(i)
+    trainer.evaluate()
+    *_, out, _ = trainer.sample(i, plans)
+    policy.resize('32x64')
+    assert out.latents.shape[1:] == policy.latent_shape
+    with pytest.raises(ValueError, match='cannot be entered|must be'): policy.resize('16x16000000')
+    assert policy.resolution == '32x64'
+
+
+def test_images_of_two_sizes_are_scored_as_they_are():
+    policy, prompts = load_policy(device='cpu', lora_rank=None), [Prompt('a red circle', dict(height='32', width='64')), 'a blue square']
+    images = sample_images(policy, prompts, num_steps=2)
+    table = evaluate(policy, prompts, 'verifier', images)
+    pd.testing.assert_frame_equal(table, evaluate(policy, prompts, 'verifier', num_steps=2, ids=torch.tensor([0, 1])), check_exact=False)
+    for call in (sample_images, evaluate):
+        with pytest.raises(ValueError, match='prompts is empty'): call(policy, [])
 
 
 @pytest.mark.parametrize('text, says', [

@@ -291,6 +291,10 @@ def test_dgpo_is_its_code(place):
     still = (velocity.grad == 0).all(1).tolist()
     assert still == oracle.DGPO_CLIPPED[place]
 
+def test_a_group_that_has_learnt_everything_is_still_trained():
+    advantages = torch.tensor([1., -1.])
+    assert (preference_weights(advantages, advantages, torch.zeros(2).long(), 2000.) > 0).all()
+
 def test_a_group_weighs_a_half_before_training_and_by_what_is_learnt_after_it(tmp_path):
     trainer = Trainer(run_config('dgpo', tmp_path, num_steps=4, beta=0.))
     _, cond, out, _ = trainer.sample(0)
@@ -306,7 +310,7 @@ def test_a_group_weighs_a_half_before_training_and_by_what_is_learnt_after_it(tm
     for group in moved.group.unique():
         own = moved.group == group
         learnt = (advantages * (error - error_before))[own].sum() / own.sum()
-        assert_close(weights(moved)[own], torch.sigmoid(100 * learnt).expand(own.sum()), rtol=1e-3, atol=1e-4)
+        assert_close(weights(moved)[own], torch.sigmoid(10 * learnt).expand(own.sum()), rtol=1e-3, atol=1e-4)
 
 def test_a_run_that_looks_back_resumes_to_the_bit(tmp_path):
     "Also where nothing but the preference needs the policy before training."

@@ -26,6 +26,7 @@ def brightness(images, prompts): return [sum(image.resize((1, 1)).getpixel((0, 0
 def breaks(images, prompts): raise KeyError('no such\\nword')
 def short(images, prompts): return [1.]
 def infinite(images, prompts): return [float('inf')] * len(images)
+number = 3
 '''
 SMALL = ''' # the package's own code on a small model: its weights and words are written, then it is served
 import json, sys
@@ -79,7 +80,8 @@ def test_a_function_of_another_environment_is_a_reward(tmp_path):
         assert_close(client(images, ['a'] * 3), torch.tensor([0., .6, 1.]))
         assert_close(client(images.repeat(20, 1, 1, 1), ['a'] * 60), torch.tensor([0., .6, 1.] * 20)) # more than a request holds
         assert json.load(urllib.request.urlopen(url)) == dict(reward='mine:brightness')
-        for body in (b'{}', b'no json', b'{"prompts": ["a"], "images": ["AAAA"]}', b'{"prompts": ["a"], "images": []}'):
+        for body in (b'{}', b'no json', b'{"prompts": ["a"], "images": ["AAAA"]}', b'{"prompts": ["a"], "images": []}',
+                     b'{"prompts": "ab", "images": ["", ""]}'):
             with pytest.raises(urllib.error.HTTPError) as refused: urllib.request.urlopen(url, body)
             assert refused.value.code == 400 and 'cannot be read' in json.load(refused.value)['error']
 
@@ -94,10 +96,12 @@ def test_a_reward_that_fails_stops_the_training(tmp_path, name, said):
 
 @pytest.mark.parametrize('words, said', [
     ('hpsv4', 'must be hpsv2, hpsv3 or module:function, got hpsv4'), ('mine:nothing', "mine:nothing cannot be loaded"),
-    ('nowhere:score', 'nowhere:score cannot be loaded'), ('hpsv2 --weights none.pt', '--weights none.pt is no file')])
+    ('nowhere:score', 'nowhere:score cannot be loaded'), ('hpsv2 --weights none.pt', '--weights none.pt is no file'),
+    ('mine:brightness --weights none.pt', '--weights is for hpsv2 and hpsv3'), ('mine:number', 'number is a int, not a function'),
+    (':f', ':f cannot be loaded'), ('mine:brightness --port 70000', '--port must be 0 to 65535')])
 def test_what_cannot_be_served_is_said_in_a_line(tmp_path, words, said):
     (tmp_path/'mine.py').write_text(REWARDS)
-    done = subprocess.run([sys.executable, SERVICE, *words.split(), '--port', '0'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, SERVICE, *'--port 0'.split(), *words.split()], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 

@@ -115,11 +115,12 @@ def plan_cost(
     plan, # A `Plan`
 )->str: # One line
     "Network evaluations of a rollout and an update of one prompt."
-    from egrpo.core.plan import count_leaves, gradient_nfe, rollout_nfe
+    from egrpo.core.plan import count_leaves, gradient_nfe, preference_nfe, rollout_nfe
     images, nfe = count_leaves(plan), rollout_nfe(plan)
     if plan.forward: part = f'{gradient_nfe(plan):,} of them at the draws'
     else: part = f'{images * plan.num_steps:,} if each were sampled on its own'
     update = f'an update {gradient_nfe(plan)} with gradient'
+    if before := preference_nfe(plan): update += f' and {before} of the policy before training'
     return f'{images} images of a prompt take {nfe:,} network evaluations ({part}), {update}'
 
 COST_OPTIONS = '''model lora_rank lora_targets resolution guidance device dtype micro_batch gradient_checkpointing quantize

@@ -237,7 +237,8 @@ def preference_weights(
     index, num = _index_groups(groups, advantages.device)
     sums = _sum_by(advantages * gained, index, num)
     sizes = _sum_by(torch.ones_like(advantages), index, num)
-    return torch.sigmoid(-beta * sums / sizes)[index]
+    least = torch.finfo(advantages.dtype).tiny # 0 would mean: not trained
+    return torch.sigmoid(-beta * sums / sizes).clamp(min=least)[index]
 
 # %% ../../nbs/core/02_advantage.ipynb #a0fd7414
 def sample_weights(

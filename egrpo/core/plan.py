@@ -353,6 +353,7 @@ def describe(
     branches = ' · '.join(map(_branch_text, plan.branches))
     counts = f"{count_leaves(plan)} images, {count_transitions(plan)} trained transitions"
     nfe = f"nfe {rollout_nfe(plan)} + {gradient_nfe(plan)} with gradient"
+    if before := preference_nfe(plan): nfe += f" + {before} of the policy before training"
     return f"{sampling} | {branches} | {counts}, {nfe}"
 
 # %% ../../nbs/core/03_plan.ipynb #0a1f9f70

@@ -101,13 +101,13 @@ def dgpo(
     num_generations:int=24, # G, samples per group, >= 2
     draws:int|None=None, # Draws per image, >= 1, at as many noise levels; None = four, as far as the first part has them
     stride:int=1, # Schedule steps per ODE step, >= 1
-    preference:float=100., # β of the group's preference, > 0
+    preference:float=10., # β of the group's preference, > 0
     seed:int=0, # Addresses the noise levels
     iteration:int=0, # Addresses the noise levels
 )->Plan: # The plan of one prompt
     "DGPO (arXiv 2510.08425): the group's preference as a weight of the matching losses of its images."
     at_least('num_steps', num_steps, 2, 'the last noise level is 0')
-    if not preference > 0: raise SettingError('preference', f"must be > 0, got {preference}: 100 is published")
+    if not preference > 0: raise SettingError('preference', f"must be > 0, got {preference}: 10 and 100 are published")
     sigmas = flow_sigmas(num_steps, shift)
     first = min(num_steps, max(1, round(.6 * num_steps)) + 1) # levels of its first part
     draws = min(4, first) if draws is None else draws

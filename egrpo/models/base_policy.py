@@ -216,7 +216,7 @@ class Policy(GuidedNetwork):
     def resize(self,
         resolution:int|str|None=None, # As for `Policy`; None = the one that it was made with
     ):
-        "Change the size of the images from here on."
+        "Change the size of the images, until prompts of another size are sampled or trained."
         self.resolution = self._check_resolution(resolution or self.made_for)
 
     @property

@@ -143,9 +143,14 @@ class GeneralPolicy(Policy):
         resolution:int|str|None=None, # As for `Policy`; None = the one that it was made with
     ):
         "Change the size of the images from here on; a new one is tried out."
+        before = self.resolution
         super().resize(resolution)
         if self.resolution not in self._entered:
-            with entering(self): self._entered[self.resolution] = enter_at_size(self)
+            try:
+                with entering(self): self._entered[self.resolution] = enter_at_size(self)
+            except Exception:
+                self.resolution = before
+                raise
         self.entrance, self._shape = self._entered[self.resolution]
 
     def _explore(self):

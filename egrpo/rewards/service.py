@@ -79,7 +79,9 @@ def find_reward(
     if name in PACKAGES: return PACKAGES[name](weights)
     module, _, function = name.partition(':')
     sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module), function)
+    found = getattr(importlib.import_module(module), function)
+    if callable(found): return found
+    raise ValueError(f'{function} is a {type(found).__name__}, not a function')
 
 # %% ../../nbs/rewards/04_service.ipynb #7e5c0008
 MOST_IMAGES = 32 # of a request
@@ -107,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         "Prompts and images in, scores out."
         try: images, prompts = self.read()
-        except (ValueError, KeyError, TypeError, OSError) as e:
+        except Exception as e: # whatever a hostile picture raises
             self.answer(400, error=f'the request cannot be read: {one_line(e)}')
             return
         try: scores = self.score(images, prompts)
@@ -120,6 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         if not 0 < size <= MOST_BYTES: raise ValueError(f'it has {size} bytes')
         asked = json.loads(self.rfile.read(size))
         prompts, files = asked['prompts'], asked['images']
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts): raise ValueError('prompts is no list of texts')
         if not 0 < len(files) == len(prompts) <= MOST_IMAGES: raise ValueError(f'send 1 to {MOST_IMAGES} images, a prompt each')
         files = [io.BytesIO(base64.b64decode(file)) for file in files]
         return [Image.open(file, formats=['PNG']).convert('RGB') for file in files], prompts
@@ -154,9 +157,11 @@ def main(
     args = parser.parse_args(words)
     if args.reward not in PACKAGES and ':' not in args.reward:
         parser.error(f'reward must be hpsv2, hpsv3 or module:function, got {args.reward}')
+    if args.weights and args.reward not in PACKAGES: parser.error('--weights is for hpsv2 and hpsv3: a function reads its own file')
+    if not 0 <= args.port < 65536: parser.error(f'--port must be 0 to 65535, got {args.port}')
     if args.weights and not os.path.isfile(args.weights): parser.error(f'--weights {args.weights} is no file')
     try: reward = find_reward(args.reward, args.weights)
-    except (ImportError, OSError, AttributeError) as e: parser.error(f'{args.reward} cannot be loaded: {one_line(e)}')
+    except Exception as e: parser.error(f'{args.reward} cannot be loaded: {one_line(e)}')
     try: server = make_service(reward, args.reward, args.port)
     except OSError as e: parser.error(f'port {args.port} cannot be listened on ({e.strerror}): choose another --port')
     address = f'http://127.0.0.1:{server.server_port}'

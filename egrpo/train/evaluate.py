@@ -71,6 +71,7 @@ def sample_images(
     ids=None, # The prompts' numbers in the noise address, for a share of them; None = 0, 1, …
 )->Tensor|list: # (P,3,H,W) images in [0, 1], fp32, on the CPU; a list of them where prompts have several sizes
     "Sample one image per prompt by the ODE, on addressed noise."
+    if not prompts: raise ValueError("prompts is empty: give at least one")
     if ids is None: ids = range(len(prompts))
     images, drawn = {}, []
     for _, places in at_each_size(policy, map(size_of, prompts)):
@@ -126,13 +127,18 @@ def evaluate(
     policy, # A policy (`egrpo.models.policy`)
     prompts:list, # P prompts
     rewards='verifier + verifier_strict', # A reward or a sum of rewards (`egrpo.rewards.reward`); each part is a column
-    images:Tensor|None=None, # (P,3,H,W) images in [0, 1] to score instead of new samples
+    images=None, # (P,3,H,W) images in [0, 1] to score instead of new samples, or a list of P, as `sample_images` gives them
     **kwargs, # `num_steps`, `shift`, `seed`, `batch` and `ids` of `sample_images`
 )->pd.DataFrame: # A row per prompt: the prompt and a column per reward
     "Score one ODE image per prompt."
     rewards = get_reward(rewards)
+    if not prompts: raise ValueError("prompts is empty: give at least one")
+    if isinstance(images, list):
+        rows = [score_table([prompt], rewards(x[None], [prompt])) for prompt, x in zip(prompts, images)]
+        return pd.concat(rows, ignore_index=True)
     if images is not None: return score_table(prompts, rewards(images, prompts))
-    ids = kwargs.pop('ids', None) or range(len(prompts))
+    ids = kwargs.pop('ids', None)
+    if ids is None: ids = range(len(prompts))
     tables = []
     for _, places in at_each_size(policy, map(size_of, prompts)):
         own, numbers = [prompts[i] for i in places], [ids[i] for i in places]

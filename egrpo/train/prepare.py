@@ -105,6 +105,7 @@ def prepare(
 )->Prepared: # Nothing of it needs the model
     "Check a configuration and make what it names: prompts, rewards, plans."
     check_config(config)
+    if policy: policy.resize() # another run may have left it at another size
     sigmas = policy.sigmas(config.num_steps, config.shift) if policy else None
     method = method or config.method
     settings = check_method(method, config, sigmas)

@@ -124,12 +124,15 @@ def size_settings(
 )->dict: # 'HEIGHTxWIDTH', or None for the run's resolution -> settings of the plans
     "Settings of a run's plans for each size of its prompts. Refuses a size that the model cannot have."
     c = prepared.config
+    policy.resize()
     found = {None: plan_settings(c, policy.sigmas(c.num_steps, c.shift))}
     for prompt in prepared.prompts + prepared.eval_prompts:
         size = size_of(prompt)
         if size in found: continue
         try: policy.resize(size)
-        except ValueError as e: raise ValueError(f'{prompt.place}: {e}') from e
+        except ValueError as e:
+            policy.resize()
+            raise ValueError(f'{prompt.place}: {e}') from e
         found[size] = plan_settings(c, policy.sigmas(c.num_steps, c.shift))
     policy.resize()
     return found
@@ -204,6 +207,7 @@ class Trainer:
         plans = plans or self.plan(iteration)[0]
         ids = self.processes.share(plans)
         batch = self._prompts_of(iteration)
+        at_size_of(self, batch)
         prompts = [batch[i] for i in ids]
         own_plans = [plans[i] for i in ids]
         cond = self.policy.encode(prompts)
@@ -347,7 +351,8 @@ class Loop:
         "Run all iterations that are left, in a folder that is this run's alone."
         with self._alone():
             self._open()
-            interrupted = self._iterate(callback)
+            try: interrupted = self._iterate(callback)
+            finally: self.trainer.policy.resize()
             self._close()
         if interrupted and in_notebook(): raise KeyboardInterrupt(stopped_text(self.trainer))
 
