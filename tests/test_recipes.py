@@ -15,6 +15,7 @@ from egrpo.models.policy import load_policy
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import cost
 from egrpo.train.config import TrainConfig
+from egrpo.train.prepare import iteration_nfe, training_nfe
 from egrpo.train.recipes import describe_recipe, load_recipe, recipe_paths, to_yaml
 from egrpo.train.trainer import Trainer
 
@@ -64,7 +65,6 @@ def test_every_recipe_has_a_plan(name, here, capsys, monkeypatch):
     "Without its model; memory and time are told, activations aside, which test_cost counts."
     monkeypatch.setattr(cost, 'activation_bytes', lambda *args: (2**30, 2**28))
     words = ['plan', name, '--seconds-forward', '.1', '--seconds-backward', '.3']
-    with_torchao(words, load_recipe(name), monkeypatch, capsys)
     assert main(words) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert 'memory is not counted' not in said and 'one device holds' in said
@@ -98,6 +98,16 @@ def test_every_recipe_trains(name, here):
     assert settings['num_steps'] == FEW_STEPS[name] and policy.nfe_per_velocity == 1
     plan = trainer.plan(0)[0][0]
     assert torch.equal(plan.sigmas, policy.sigmas(FEW_STEPS[name])) and (plan.kernel, plan.noise_level) == ('cps', 1)
+
+
+@pytest.mark.parametrize('name', sorted(recipe_paths().keys() - {'miniature'}))
+def test_a_recipe_costs_what_it_says(name, configured):
+    "As `egrpo train` makes it of the recipe and what its method was published with."
+    text = Path(recipe_paths()[name]).read_text(encoding='utf-8')
+    each, millions = re.search(r'([\d,]+) network evaluations an iteration, ([\d.]+) million in all', text).groups()
+    config = configured(name)
+    assert iteration_nfe(config) == int(each.replace(',', ''))
+    assert f'{training_nfe(config) / 1e6:.2g}' == f'{float(millions):.2g}'
 
 
 def test_options_override_a_recipe(here, monkeypatch, configured):

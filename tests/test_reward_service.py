@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from egrpo.base.rows import Prompt
 from egrpo.rewards.published import ClipReward, RewardError, clean_prompt, fit_in, load_clip, load_tokenizer
+from egrpo.rewards.reward import get_reward
 from egrpo.rewards.server import RewardClient
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,7 @@ def breaks(images, prompts): raise KeyError('no such\\nword')
 def short(images, prompts): return [1.]
 def infinite(images, prompts): return [float('inf')] * len(images)
 number = 3
+def longest(images, prompts, rows): return [len(row['source']) for row in rows]
 '''
 SMALL = ''' # the package's own code on a small model: its weights and words are written, then it is served
 import json, sys
@@ -86,6 +89,15 @@ def test_a_function_of_another_environment_is_a_reward(tmp_path):
             assert refused.value.code == 400 and 'cannot be read' in json.load(refused.value)['error']
 
 
+def test_a_function_in_a_file_gets_rows(tmp_path):
+    (tmp_path/'own').mkdir()
+    (tmp_path/'own'/'mine.py').write_text(REWARDS)
+    prompts = [Prompt('a', dict(source='web')), Prompt('b', dict(source='book'))]
+    with served(sys.executable, [SERVICE, 'own/mine.py:longest', '--port', '0'], tmp_path) as url:
+        reward = get_reward(f'server({url})')
+        assert reward.total(torch.rand(2, 3, 8, 8), prompts).tolist() == [3, 4]
+
+
 @pytest.mark.parametrize('name, said', [('breaks', 'no such'), ('short', '1 numbers for 3 images'), ('infinite', 'not finite')])
 def test_a_reward_that_fails_stops_the_training(tmp_path, name, said):
     (tmp_path/'mine.py').write_text(REWARDS)
@@ -95,7 +107,7 @@ def test_a_reward_that_fails_stops_the_training(tmp_path, name, said):
 
 
 @pytest.mark.parametrize('words, said', [
-    ('hpsv4', 'must be hpsv2, hpsv3 or module:function, got hpsv4'), ('mine:nothing', "mine:nothing cannot be loaded"),
+    ('hpsv4', 'must be hpsv2, hpsv3, module:function or file.py:function, got hpsv4'), ('mine:nothing', "mine:nothing cannot be loaded"),
     ('nowhere:score', 'nowhere:score cannot be loaded'), ('hpsv2 --weights none.pt', '--weights none.pt is no file'),
     ('mine:brightness --weights none.pt', '--weights is for hpsv2 and hpsv3'), ('mine:number', 'number is a int, not a function'),
     (':f', ':f cannot be loaded'), ('mine:brightness --port 70000', '--port must be 0 to 65535')])

@@ -201,7 +201,7 @@ def run_text(
     method, base = chosen.get('method', TrainConfig.method), chosen.get('base')
     config = TrainConfig(**published(method, base) | chosen)
     config = replace(config, plan=fitting(method, config.plan))
-    check_config(config)
+    check_config(config, to_train=False)
     if args.processes < 1: raise ValueError(f"processes must be >= 1, got {args.processes}")
     share = args.processes if args.share else 1
     memory = memory_text(config, args.device_memory, share)

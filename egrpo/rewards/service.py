@@ -9,6 +9,7 @@ __all__ = []
 import argparse
 import base64
 import importlib
+import inspect
 import io
 import json
 import math
@@ -72,13 +73,14 @@ def hpsv3(
 PACKAGES = dict(hpsv2=hpsv2, hpsv3=hpsv3)
 
 def find_reward(
-    name, # hpsv2, hpsv3, or module:function
+    name, # hpsv2, hpsv3, module:function or file.py:function
     weights, # A file, for a package; None = the hub's
 ): # (images, prompts) -> scores
     "The reward of a name."
     if name in PACKAGES: return PACKAGES[name](weights)
-    module, _, function = name.partition(':')
-    sys.path.insert(0, os.getcwd())
+    place, _, function = name.rpartition(':')
+    folder, module = os.path.split(place.removesuffix('.py') if place.endswith('.py') else place)
+    sys.path.insert(0, os.path.abspath(folder))
     found = getattr(importlib.import_module(module), function)
     if callable(found): return found
     raise ValueError(f'{function} is a {type(found).__name__}, not a function')
@@ -108,16 +110,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         "Prompts and images in, scores out."
-        try: images, prompts = self.read()
+        try: asked = self.read()
         except Exception as e: # whatever a hostile picture raises
             self.answer(400, error=f'the request cannot be read: {one_line(e)}')
             return
-        try: scores = self.score(images, prompts)
+        try: scores = self.score(*asked)
         except Exception as e: self.answer(500, error=f'{self.server.reward_name} failed: {one_line(e)}') # a reward may raise anything
         else: self.answer(200, scores=scores)
 
     def read(self):
-        "Images and prompts of a request."
+        "Images, prompts and rows of a request."
         size = int(self.headers.get('Content-Length') or 0)
         if not 0 < size <= MOST_BYTES: raise ValueError(f'it has {size} bytes')
         asked = json.loads(self.rfile.read(size))
@@ -125,17 +127,19 @@ class Handler(BaseHTTPRequestHandler):
         if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts): raise ValueError('prompts is no list of texts')
         if not 0 < len(files) == len(prompts) <= MOST_IMAGES: raise ValueError(f'send 1 to {MOST_IMAGES} images, a prompt each')
         files = [io.BytesIO(base64.b64decode(file)) for file in files]
-        return [Image.open(file, formats=['PNG']).convert('RGB') for file in files], prompts
+        rows = asked.get('rows') or [dict(prompt=prompt) for prompt in prompts]
+        return [Image.open(file, formats=['PNG']).convert('RGB') for file in files], prompts, rows
 
-    def score(self, images, prompts):
+    def score(self, images, prompts, rows):
         "A finite number per image."
-        with self.server.turn: scores = [float(score) for score in self.server.reward(images, prompts)]
+        asked = (images, prompts, rows) if self.server.takes_rows else (images, prompts)
+        with self.server.turn: scores = [float(score) for score in self.server.reward(*asked)]
         if len(scores) != len(images): raise ValueError(f'it gave {len(scores)} numbers for {len(images)} images')
         if not all(map(math.isfinite, scores)): raise ValueError(f'it gave a number that is not finite: {scores}')
         return scores
 
 def make_service(
-    reward, # (images, prompts) -> scores
+    reward, # (images, prompts) -> scores, or (images, prompts, rows) -> scores
     name, # What it is called
     port, # 0 = any that is free
 ): # `serve_forever()` runs it
@@ -143,6 +147,7 @@ def make_service(
     server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
     server.daemon_threads = True
     server.reward, server.reward_name, server.turn = reward, name, threading.Lock()
+    server.takes_rows = len(inspect.signature(reward).parameters) > 2
     return server
 
 # %% ../../nbs/rewards/04_service.ipynb #7e5c000a
@@ -151,12 +156,12 @@ def main(
 ):
     "Load a reward, then serve it until Ctrl-C."
     parser = argparse.ArgumentParser(description='Serve a reward of this environment to trainings of egrpo on this machine.')
-    parser.add_argument('reward', help='hpsv2, hpsv3 (packages), or module:function, (PIL images, prompts) -> scores')
+    parser.add_argument('reward', help='hpsv2, hpsv3 (packages), module:function or file.py:function, (PIL images, prompts) -> scores')
     parser.add_argument('--port', type=int, default=8765, help='port (8765); 0 takes a free one')
     parser.add_argument('--weights', help="a file of the package's weights; without it they come from the hub")
     args = parser.parse_args(words)
     if args.reward not in PACKAGES and ':' not in args.reward:
-        parser.error(f'reward must be hpsv2, hpsv3 or module:function, got {args.reward}')
+        parser.error(f'reward must be hpsv2, hpsv3, module:function or file.py:function, got {args.reward}')
     if args.weights and args.reward not in PACKAGES: parser.error('--weights is for hpsv2 and hpsv3: a function reads its own file')
     if not 0 <= args.port < 65536: parser.error(f'--port must be 0 to 65535, got {args.port}')
     if args.weights and not os.path.isfile(args.weights): parser.error(f'--weights {args.weights} is no file')

@@ -312,6 +312,7 @@ def _check_optimizer(config):
 
 def check_config(
     config:TrainConfig, # The configuration
+    to_train:bool=True, # Will it be run here? A plan of it needs no torchao
 ):
     "Refuse kinds and numbers no run can have; what plans, policies and rewards need, they check themselves."
     from egrpo.models.base_policy import check_settings
@@ -328,7 +329,7 @@ def check_config(
     new_lora = c.lora_alpha, c.lora_targets
     check_settings(c.lora_rank, c.micro_batch, c.guidance, c.lora_from, c.text_encoders, c.embeddings, *new_lora)
     check_quantize(c.quantize, c.lora_rank, c.lora_from, c.gradient_checkpointing)
-    _check_installed('quantize', c.quantize)
+    if to_train: _check_installed('quantize', c.quantize)
     updates, prompts = c.updates_per_iteration, c.prompts_per_iteration
     if updates <= prompts: return
     limit = f"must not exceed prompts_per_iteration ({prompts})"

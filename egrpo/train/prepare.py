@@ -206,8 +206,11 @@ def _describe_iteration(
     sampling = P * rollout_nfe(plan)
     gradient = P * gradient_nfe(plan) * epochs
     steps = config.updates_per_iteration * epochs
+    before = P * reference_nfe(config, plan)
     sizes = f"{P} prompts, {images} images, {transitions} transitions"
-    text = f"{sizes}, {sampling:,} network evaluations + {gradient} with gradient, {steps} optimiser step(s)"
+    evaluations = f"{sampling:,} network evaluations + {gradient} with gradient"
+    if before: evaluations += f" + {before} of the model before training"
+    text = f"{sizes}, {evaluations}, {steps} optimiser step(s)"
     processes = int(os.environ.get('WORLD_SIZE', 1)) # as every launcher says it
     return f'{text} by {processes} processes together' if processes > 1 else text
 

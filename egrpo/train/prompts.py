@@ -60,6 +60,7 @@ def _rows(
 )->list: # (place, row) of each, by the names of its columns
     "A table's rows."
     rows = csv.DictReader(io.StringIO(text), delimiter=between, strict=True) # None holds further fields
+    if rows.fieldnames: rows.fieldnames = [name.strip() for name in rows.fieldnames]
     try:
         if 'prompt' in rows.fieldnames: return [(f'line {rows.line_num}', row) for row in rows]
     except csv.Error as e: raise ValueError(f'line {rows.reader.line_num}: {e}') from e
