@@ -16,7 +16,7 @@ from egrpo.core.sde import gaussian_kl, log_prob, ode_step, sde_step, step_std
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.forward import _bounds, stratified_levels
 from egrpo.methods.newer import _flash_weight, flash_grpo
-from egrpo.methods.registry import PUBLISHED, make_plan, make_plans
+from egrpo.methods.registry import METHODS, PUBLISHED, fitting, make_plan, make_plans
 from egrpo.models.policy import load_policy
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train.objective import rows_loss, stride_values
@@ -349,11 +349,12 @@ def test_newer_methods_train_on_the_miniature_at_the_predicted_cost(tmp_path, me
         assert math.isfinite(row['grad_norm']) and row['grad_norm'] > 0
     if trainer.config.sample_with == 'weights': assert all(row['ratio_error'] < 1e-6 for row in rows)
 
-@pytest.mark.parametrize('method', NEWER)
-def test_newer_methods_train_another_family(tmp_path, method):
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_trains_another_family(tmp_path, method):
     small_pipeline('sd3').save_pretrained(tmp_path/'model')
     config = run_config(method, tmp_path/'run', model=str(tmp_path/'model'), num_steps=4, resolution=32, guidance=1., lora_rank=2)
-    if method == 'flow_dppo': config.plan['window'] = 2 # of four steps
+    of_four = dict(window=2, active_steps=2, top=2, split_every=2) # steps
+    config.plan |= {k: v for k, v in fitting(method, of_four).items() if k not in config.plan}
     trainer = Trainer(config, reward=lambda images, prompts: images.mean((1, 2, 3)))
     rows = [trainer.step(i) for i in range(3)]
     assert all(math.isfinite(row['grad_norm']) for row in rows)

@@ -59,7 +59,7 @@ class PlanSettings:
                                    'the best and the worst (BranchGRPO)')
     pruned_steps:int|None = option(None, 'Depth pruning: late steps that are sampled, not trained (BranchGRPO)')
     draws:int|None = option(None, 'Noise levels at which every image is noised again and trained (AWM, DiffusionNFT, V-GRPO, DGPO)')
-    preference:float|None = option(None, 'β of the weight by what a group has still to learn, > 0 (DGPO)')
+    preference:float|None = option(None, 'How sharply a group weighs by what it has still to learn, > 0 (DGPO)')
     growth:float|None = option(None, 'Growth of the noise level down the tree, as a share of it (Dynamic-TreeRPO)')
     base:str|None = option(None, 'Method whose steps and samples are allotted by attention entropy (AEGPO)')
     allocation:str|None = option(None, 'Samples per prompt: median, proportional, inverted, random, uniform (AEGPO) '
