@@ -30,6 +30,7 @@ def short(images, prompts): return [1.]
 def infinite(images, prompts): return [float('inf')] * len(images)
 number = 3
 def longest(images, prompts, rows): return [len(row['source']) for row in rows]
+def scaled(images, prompts, factor=2.): return [factor] * len(images)
 '''
 SMALL = ''' # the package's own code on a small model: its weights and words are written, then it is served
 import json, sys
@@ -96,6 +97,8 @@ def test_a_function_in_a_file_gets_rows(tmp_path):
     with served(sys.executable, [SERVICE, 'own/mine.py:longest', '--port', '0'], tmp_path) as url:
         reward = get_reward(f'server({url})')
         assert reward.total(torch.rand(2, 3, 8, 8), prompts).tolist() == [3, 4]
+    with served(sys.executable, [SERVICE, 'own/mine.py:scaled', '--port', '0'], tmp_path) as url:
+        assert RewardClient(url, retries=0)(torch.rand(2, 3, 8, 8), prompts).tolist() == [2, 2] # a default is no place for rows
 
 
 @pytest.mark.parametrize('name, said', [('breaks', 'no such'), ('short', '1 numbers for 3 images'), ('infinite', 'not finite')])

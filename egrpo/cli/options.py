@@ -91,7 +91,12 @@ def read_word(
         fault = str(e).removeprefix(name).lstrip(' :')
         raise argparse.ArgumentTypeError(fault) from None
 
-def converter(kind:str, name:str='it'): return partial(read_word, kind=kind, name=name)
+def converter(
+    kind:str, # An annotation as in `Option`
+    name:str='it', # The option's name
+): # word -> value
+    "What argparse reads an option's words with."
+    return partial(read_word, kind=kind, name=name)
 
 def show_default(
     value, # A default

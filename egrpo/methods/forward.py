@@ -111,7 +111,8 @@ def dgpo(
     sigmas = flow_sigmas(num_steps, shift)
     first = min(num_steps, max(1, round(.6 * num_steps)) + 1) # levels of its first part
     draws = min(4, first) if draws is None else draws
-    if not 1 <= draws <= first: raise SettingError('draws', f"must be from 1 to {first}, as many as the first part has levels, got {draws}")
+    if not 1 <= draws <= first:
+        raise SettingError('draws', f"must be from 1 to {first}, as many noise levels as the first 60 % of the steps have, got {draws}")
     places = torch.randperm(first, generator=addressed_generator('levels', seed, iteration))[:draws]
     forward = Forward(tuple(sigmas[places].tolist()), preference=float(preference))
     return _forward_plan(sigmas, num_generations, stride, forward, 'dgpo')

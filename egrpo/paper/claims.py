@@ -159,7 +159,12 @@ NAMES = dict(egrpo='E-GRPO', g2rpo='G²RPO', mix_grpo='MixGRPO', dance_grpo='Dan
              dynamic_tree_rpo='Dynamic-TreeRPO', stepwise_flow_grpo='Stepwise-Flow-GRPO',
              turningpoint_grpo='TurningPoint-GRPO', v_grpo='V-GRPO', dgpo='DGPO')
 
-def method_name(setting:str): return NAMES.get(setting, setting)
+def method_name(
+    setting:str, # Of a table
+)->str: # A method by its name, another setting as it is
+    "Name of a setting, as the papers write it."
+    return NAMES.get(setting, setting)
+
 def _short(value:float, digits:int=3): return f'{value:.{digits}f}'.lstrip('0') # .391, 1.324
 
 def quoted(

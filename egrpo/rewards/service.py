@@ -89,13 +89,18 @@ def find_reward(
 MOST_IMAGES = 32 # of a request
 MOST_BYTES = 2**27
 
-def one_line(error): return ' '.join((str(error) or type(error).__name__).split())[:300]
+def one_line(
+    error, # An exception
+)->str: # At most 300 characters
+    "An error in a line."
+    return ' '.join((str(error) or type(error).__name__).split())[:300]
 
 class Handler(BaseHTTPRequestHandler):
     "Answers with scores; one request at a time is scored."
     timeout = 60 # seconds without a byte
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        "Say nothing: a training asks a hundred times a minute."
 
     def answer(self, status, **fields):
         "Send JSON."
@@ -106,7 +111,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def do_GET(self): self.answer(200, reward=self.server.reward_name)
+    def do_GET(self):
+        "Say what is served."
+        self.answer(200, reward=self.server.reward_name)
 
     def do_POST(self):
         "Prompts and images in, scores out."
@@ -130,13 +137,25 @@ class Handler(BaseHTTPRequestHandler):
         rows = asked.get('rows') or [dict(prompt=prompt) for prompt in prompts]
         return [Image.open(file, formats=['PNG']).convert('RGB') for file in files], prompts, rows
 
-    def score(self, images, prompts, rows):
+    def score(self,
+        images, # PIL images, RGB
+        prompts, # A text for each
+        rows, # A dict for each: its prompt, and what its file says of it
+    )->list:
         "A finite number per image."
         asked = (images, prompts, rows) if self.server.takes_rows else (images, prompts)
         with self.server.turn: scores = [float(score) for score in self.server.reward(*asked)]
         if len(scores) != len(images): raise ValueError(f'it gave {len(scores)} numbers for {len(images)} images')
         if not all(map(math.isfinite, scores)): raise ValueError(f'it gave a number that is not finite: {scores}')
         return scores
+
+def takes_rows(
+    reward, # (images, prompts) -> scores, or (images, prompts, rows) -> scores
+)->bool:
+    "Return whether a reward has a third parameter, and not for something else that has a default."
+    try: places = list(inspect.signature(reward).parameters.values())
+    except (TypeError, ValueError): return False # some of C have none
+    return len(places) > 2 and (places[2].default is inspect.Parameter.empty or places[2].name in ('rows', 'metadata'))
 
 def make_service(
     reward, # (images, prompts) -> scores, or (images, prompts, rows) -> scores
@@ -147,7 +166,7 @@ def make_service(
     server = ThreadingHTTPServer(('127.0.0.1', port), Handler)
     server.daemon_threads = True
     server.reward, server.reward_name, server.turn = reward, name, threading.Lock()
-    server.takes_rows = len(inspect.signature(reward).parameters) > 2
+    server.takes_rows = takes_rows(reward)
     return server
 
 # %% ../../nbs/rewards/04_service.ipynb #7e5c000a

@@ -192,6 +192,19 @@ def _empty_like(network, batch):
     def empty(*shape): return torch.zeros(batch, *shape, device=like.device, dtype=like.dtype)
     return empty
 
+def _joint_inputs(network, batch, image, text, axes):
+    "What the transformers of both generations of FLUX take; a place has so many axes."
+    c = network.config
+    empty = _empty_like(network, batch)
+    ids = torch.zeros(image + text, axes, device=network.device)
+    return dict(
+        hidden_states=empty(image, c.in_channels),
+        encoder_hidden_states=empty(text, c.joint_attention_dim),
+        timestep=empty() + .5,
+        txt_ids=ids[:text],
+        img_ids=ids[text:],
+        guidance=empty() + 3.5 if c.guidance_embeds else None)
+
 def flux_inputs(
     model, # A FluxTransformer2DModel
     batch:int, # Samples
@@ -199,31 +212,13 @@ def flux_inputs(
     text:int # Text tokens
 )->dict: # Arguments of its forward pass
     "Inputs of the right shapes for a FLUX transformer, on its device, in its dtype."
-    c = model.config
-    empty = _empty_like(model, batch)
-    ids = torch.zeros(image + text, 3, device=model.device)
-    return dict(
-        hidden_states=empty(image, c.in_channels),
-        encoder_hidden_states=empty(text, c.joint_attention_dim),
-        pooled_projections=empty(c.pooled_projection_dim),
-        timestep=empty() + .5,
-        txt_ids=ids[:text],
-        img_ids=ids[text:],
-        guidance=empty() + 3.5 if c.guidance_embeds else None)
+    pooled = _empty_like(model, batch)(model.config.pooled_projection_dim)
+    return _joint_inputs(model, batch, image, text, 3) | dict(pooled_projections=pooled)
 
 # %% ../../nbs/train/10_cost.ipynb #6bd88bbc
 def _flux2_inputs(network, batch, image, text):
     "Inputs of a FLUX.2 transformer, whose places have four axes."
-    c = network.config
-    empty = _empty_like(network, batch)
-    ids = torch.zeros(image + text, 4, device=network.device)
-    return dict(
-        hidden_states=empty(image, c.in_channels),
-        encoder_hidden_states=empty(text, c.joint_attention_dim),
-        timestep=empty() + .5,
-        txt_ids=ids[:text],
-        img_ids=ids[text:],
-        guidance=empty() + 3.5 if c.guidance_embeds else None)
+    return _joint_inputs(network, batch, image, text, 4)
 
 def _qwen_inputs(network, batch, shape, text):
     "Inputs of a Qwen-Image transformer for frames and sides in tokens."
