@@ -91,4 +91,5 @@ RECIPE = Argument('recipe', 'RECIPE', 'Name of a recipe (`egrpo recipes`), or a 
 
 RECIPES = {'': [Argument('name', 'RECIPE', 'A recipe to read; none lists them', '?')]}
 
-COMMANDS['recipes'] = Command(run_recipes, RECIPES, 'List the recipes, configurations to start from, or print one.', 'egrpo recipes miniature')
+COMMANDS['recipes'] = Command(run_recipes, RECIPES, 'List the recipes, configurations to start from, or print one.',
+                             'egrpo recipes miniature')

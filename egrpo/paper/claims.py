@@ -678,7 +678,7 @@ def _json_row(
     return found | dict(scale=row.scale or None, notebook=row.notebook)
 
 def claims_json()->str: # A list with an object per claim
-    "The claims as JSON; `numbers` are of what is claimed to be positive, against the rival that decides; of a ratio its logarithm, where that is true."
+    "The claims as JSON; `numbers`, some of them logarithms, are of what is claimed to be positive, against the rival that decides."
     rows = [_json_row(row) for row in claims_table().itertuples()]
     return json.dumps(rows, indent=1, ensure_ascii=False)
 
