@@ -176,6 +176,14 @@ def test_dry_run_writes_nothing(here, capsys):
     assert not list(here.iterdir())
 
 
+def test_a_dry_run_says_what_a_method_was_published_with(here, capsys):
+    assert main(shlex.split('train --dry-run --method flow_grpo --beta 0 --scale smoke')) == 0
+    assert 'published  advantage_std batch, clip_range 0.0001, beta 0 in place of 0.04\n' in capsys.readouterr().out
+    (here/'own.py').write_text('from egrpo.methods.baselines import dance_grpo\ndef mine(num_steps=4): return dance_grpo(num_steps)\n')
+    assert main(shlex.split('train --dry-run --method own.py:mine --scale smoke')) == 0
+    assert 'published' not in capsys.readouterr().out
+
+
 def test_resume_needs_only_the_folder(folder, monkeypatch):
     "What is not given is as it was, whatever the environment's scale; what is given stands. A folder that was moved is where it is."
     monkeypatch.setenv('EGRPO_SCALE', 'mini')

@@ -78,6 +78,17 @@ def test_every_recipe_says_what_it_is(name, path):
     assert load_recipe(name)['out'] == f'runs/{name}'
 
 
+def test_recipes_are_listed_in_a_line_each_and_printed_whole(capsys):
+    assert main(['recipes']) == 0
+    listed = capsys.readouterr().out.splitlines()[:len(recipe_paths())]
+    assert [line.split()[0] for line in listed] == list(recipe_paths()) and max(map(len, listed)) < 160
+    for name, path in recipe_paths().items():
+        assert main(['recipes', name]) == 0
+        assert capsys.readouterr().out == path.read_text(encoding='utf-8')
+    assert main(['recipes', 'nope']) == 2
+    assert 'recipe must be one of aegpo, ' in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name', recipe_paths())
 def test_every_recipe_trains(name, here):

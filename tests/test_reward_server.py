@@ -583,3 +583,13 @@ def test_the_served_reward_has_a_name():
     for said in (b'', b'[]', b'{"reward": 3}', b'[' * 50_000):
         def other(connection, said=said): connection.sendall(b'HTTP/1.0 200 OK\r\n\r\n' + said)
         with hostile(other) as url: assert RewardClient(url).served_reward() is None
+
+
+def test_a_dry_run_asks_servers_and_goes_on_without(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with running(make_server(brightness, port=0, name='brightness')) as url:
+        words = ['train', '--scale', 'smoke', '--dry-run', '--reward', f'preference + server({url})']
+        assert main(words) == 0
+        assert f'reward  server({url}) serves brightness\n' in capsys.readouterr().out
+    assert main(words) == 0
+    assert capsys.readouterr().out.endswith(f'server({url}) does not answer: start it before the run (egrpo serve)\n')

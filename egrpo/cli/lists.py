@@ -78,11 +78,18 @@ COMMANDS['rewards'] = Command(run_rewards, REWARDS, 'List the rewards, or load o
 def run_recipes(
     args, # Parsed arguments
 ):
-    "egrpo recipes: list them."
-    from egrpo.train.recipes import describe_recipe, recipe_paths
-    for name, path in recipe_paths().items(): say(fold(f'{name:<16}{describe_recipe(path)}'))
-    say(fold('\nuse one: egrpo train miniature --seed 1; write one: egrpo train miniature --print-config > mine.yaml'))
+    "egrpo recipes: list them, or print one."
+    from egrpo.train.recipes import describe_recipe, find_recipe, recipe_paths
+    if args.name: return say(find_recipe(args.name).read_text(encoding='utf-8').rstrip())
+    for name, path in recipe_paths().items():
+        first, *_ = describe_recipe(path).split('. ')
+        say(fold(f'{name:<16}{first}'))
+    say(fold('\nread one: egrpo recipes miniature; use one: egrpo train miniature --seed 1; '
+             'write one: egrpo train miniature --print-config > mine.yaml'))
 
 RECIPE = Argument('recipe', 'RECIPE', 'Name of a recipe (`egrpo recipes`), or a .yaml file; options override it', '?')
 
-COMMANDS['recipes'] = Command(run_recipes, {}, 'List the recipes: configurations to start from.', 'egrpo recipes')
+RECIPES = {'': [Argument('name', 'RECIPE', 'A recipe to read; none lists them', '?')]}
+
+COMMANDS['recipes'] = Command(run_recipes, RECIPES, 'List the recipes, configurations to start from, or print one.',
+                             'egrpo recipes miniature')

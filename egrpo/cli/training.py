@@ -19,7 +19,7 @@ from ..base.inputs import check_kind, quote, to_json
 from ..base.rows import size_of
 from .entry import COMMANDS, Command, explain
 from .lists import RECIPE
-from .options import Option, config_options, option_groups
+from .options import Option, config_options, option_groups, show_default
 from .planning import SCALE, schedule_text, starting_point
 from .sampling import SAMPLE_OPTIONS
 from .shared import check_device, check_file, fold, given, given_plan, say, try_reward
@@ -156,6 +156,31 @@ def prompts_text(
     if len(sizes) > 1: distinct += f', in {len(sizes)} sizes'
     return f"  prompts  {len(prompts)} to train on{distinct} · {len(held_out)} to evaluate on{overlap_text(held_out, prompts)}"
 
+def published_text(
+    config, # A `TrainConfig`
+)->str: # A line like those of `describe_run`; empty where the method is the user's own
+    "Line with what a method was published with, and what differs from it here."
+    from egrpo.methods.registry import published
+    parts = []
+    for name, value in published(config.method, config.plan.get('base')).items():
+        own = getattr(config, name)
+        part = f'{name} {show_default(own)}'
+        parts.append(part if own == value else f'{part} in place of {show_default(value)}')
+    return f"published  {', '.join(parts)}" if parts else ''
+
+def served_text(
+    prepared, # From `egrpo.train.prepare.prepare`
+)->str: # Lines like those of `describe_run`
+    "Line for each server among a run's rewards: what it serves."
+    lines = {}
+    for reward in (prepared.reward, prepared.eval_reward):
+        for server in reward.rewards.values():
+            if not hasattr(server, 'served_reward'): continue
+            name = server.served_reward()
+            says = f'serves {name}' if name else 'does not answer: start it before the run (egrpo serve)'
+            lines[f'   reward  {server} {says}'] = None
+    return '\n'.join(lines)
+
 def try_own_rewards(
     prepared, # From `egrpo.train.prepare.prepare`
 ):
@@ -185,10 +210,13 @@ def run_train(
     prepared = check_run(config)
     if args.dry_run: try_own_rewards(prepared)
     say(f'{describe_run(prepared)}\n{prompts_text(prepared)}')
+    if was := published_text(config): say(was)
     if schedule := schedule_text(config): say(f' schedule  {schedule}')
     begun = Run(config.out).config
     if config.resume and begun.exists(): say(f'  resumed  what is not given here is as in {begun}')
-    if args.dry_run: return 0
+    if args.dry_run:
+        if servers := served_text(prepared): say(servers)
+        return 0
     from egrpo.train.trainer import Trainer
     with run_folder(config.out, config.embeddings):
         trainer = ready(Trainer(prepared))

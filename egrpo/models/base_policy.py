@@ -131,9 +131,11 @@ class GuidedNetwork:
     def unguided(self):
         "Inside: classifier-free guidance is off, so that every velocity is one evaluation, a row for a row."
         guidance = self.guidance
-        if self.classifier_free: self.guidance = self.unguided_scale
+        self.guidance = self._guidance_off()
         try: yield self
         finally: self.guidance = guidance
+
+    def _guidance_off(self): return self.unguided_scale if self.classifier_free else self.guidance
 
     def together(self):
         "A context that all processes enter and leave together: the passes of a network that they share."

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..base.inputs import height_width
 from ..core.sigmas import flow_sigmas
 from .conditions import Embeddings
+from .pipeline import call_parameters
 from .schedule import _whole_levels
 
 # %% ../../nbs/models/11_entrance.ipynb #46cf773b
@@ -155,17 +156,17 @@ class RecordedEmbeddings(Embeddings):
 # %% ../../nbs/models/11_entrance.ipynb #06b2696f
 class _Left(Exception): "The pipeline's call may end here; the argument is what was wanted."
 
-def _leave(found=None, *args, **kwargs): raise _Left(found)
+def _leave(own, found=None, *args, **kwargs): raise _Left(found)
 def _first(answer): return answer[0] if isinstance(answer, tuple) else answer
 def _with_first(answer, first): return (first, *answer[1:]) if isinstance(answer, tuple) else first
 
-def _signed_as(
+def _replaced(
     own, # A method
-    other, # What is called in its place
+    hook, # What is called in its place, with it before the arguments
 ):
     "A function with the signature of another, at which pipelines look."
     @wraps(own)
-    def method(*args, **kwargs): return other(*args, **kwargs)
+    def method(*args, **kwargs): return hook(own, *args, **kwargs)
     return method
 
 def guidance_argument(
@@ -197,7 +198,7 @@ class Entrance:
     ):
         self.pipeline, self.device, self.asked = pipeline, device, asked
         self.body = inspect.unwrap(type(pipeline).__call__) # without torch.no_grad
-        self.takes = inspect.signature(self.body).parameters
+        self.takes = call_parameters(pipeline)
         self.layout, self.table = None, None
 
     @property
@@ -207,7 +208,7 @@ class Entrance:
 
     def call(self,
         prompts:list, # Prompts, a row each
-        hooks:dict, # Name of a method -> function that makes another of it
+        hooks:dict, # Name of a method -> what is called in its place, with it before the arguments
         guidance:float=1., # Scale of the pipeline's guidance
         **asked, # More arguments of the pipeline's call
     ): # What it returns, or what it was left with
@@ -220,7 +221,7 @@ class Entrance:
             for name, hook in hooks.items():
                 owner = self.pipeline if hasattr(self.pipeline, name) else self.scheduler
                 own = getattr(owner, name)
-                stack.enter_context(patch.object(owner, name, _signed_as(own, hook(own))))
+                stack.enter_context(patch.object(owner, name, _replaced(own, hook)))
             try: return self.body(self.pipeline, prompt=prompts, **asked)
             except _Left as left: return left.args[0]
 
@@ -230,27 +231,25 @@ class Entrance:
     ):
         "An `encode_prompt` that answers as was recorded."
         calls = iter([join_rows(answers, part) for answers, part in zip(zip(*rows), self.layout)])
-        return lambda own: lambda *args, **kwargs: next(calls)
+        return lambda own, *args, **kwargs: next(calls)
 
     def _started(self,
         latents:Tensor, # Latents, as the pipeline packs them
     ):
         "A `prepare_latents` that gives these latents."
-        return lambda own: lambda *args, **kwargs: _with_first(own(*args, **kwargs), latents)
+        return lambda own, *args, **kwargs: _with_first(own(*args, **kwargs), latents)
 
     def _levelled(self,
         sigmas:list, # Noise levels
     ):
         "A `set_timesteps` that leaves these levels alone to be visited."
-        def hook(own):
+        def set_timesteps(own, *args, **kwargs):
             "Set the schedule, then shorten it."
-            def set_timesteps(*args, **kwargs):
-                own(*args, **kwargs)
-                device = self.scheduler.timesteps.device
-                self.scheduler.timesteps = torch.tensor([self.time(s) for s in sigmas], device=device)
-                self.scheduler.sigmas = torch.tensor([*sigmas, 0.])
-            return set_timesteps
-        return hook
+            own(*args, **kwargs)
+            device = self.scheduler.timesteps.device
+            self.scheduler.timesteps = torch.tensor([self.time(s) for s in sigmas], device=device)
+            self.scheduler.sigmas = torch.tensor([*sigmas, 0.])
+        return set_timesteps
 
     # ---- what can be asked
     @torch.no_grad()
@@ -260,13 +259,11 @@ class Entrance:
     )->list: # The answer to each call of `encode_prompt`
         "Embed prompts by the pipeline's own way."
         answers = []
-        def record(own):
+        def encode_prompt(own, *args, **kwargs):
             "Note each answer."
-            def encode_prompt(*args, **kwargs):
-                answers.append(own(*args, **kwargs))
-                return answers[-1]
-            return encode_prompt
-        self.call(prompts, dict(encode_prompt=record, prepare_latents=lambda own: lambda *args, **kwargs: _leave()), guidance)
+            answers.append(own(*args, **kwargs))
+            return answers[-1]
+        self.call(prompts, dict(encode_prompt=encode_prompt, prepare_latents=_leave), guidance)
         return answers
 
     @torch.no_grad()
@@ -274,8 +271,8 @@ class Entrance:
         row:list, # Recorded answers
     )->tuple: # Shape of one image's latents
         "The shape of an image's latents."
-        leave = lambda own: lambda *args, **kwargs: _leave(_first(own(*args, **kwargs)))
-        latents = self.call([''], dict(encode_prompt=self._replayed([row]), prepare_latents=leave))
+        def prepare_latents(own, *args, **kwargs): raise _Left(_first(own(*args, **kwargs)))
+        latents = self.call([''], dict(encode_prompt=self._replayed([row]), prepare_latents=prepare_latents))
         return tuple(latents.shape[1:])
 
     @torch.no_grad()
@@ -284,13 +281,11 @@ class Entrance:
         row:list, # Recorded answers
     )->tuple: # Noise levels (T+1,), network times (T,)
         "The pipeline's own schedule."
-        def hook(own):
+        def set_timesteps(own, *args, **kwargs):
             "Leave with the schedule."
-            def set_timesteps(*args, **kwargs):
-                own(*args, **kwargs)
-                _leave((self.scheduler.sigmas.cpu().float(), self.scheduler.timesteps.cpu().float()))
-            return set_timesteps
-        hooks = dict(encode_prompt=self._replayed([row]), set_timesteps=hook)
+            own(*args, **kwargs)
+            raise _Left((self.scheduler.sigmas.cpu().float(), self.scheduler.timesteps.cpu().float()))
+        hooks = dict(encode_prompt=self._replayed([row]), set_timesteps=set_timesteps)
         return self.call([''], hooks, num_inference_steps=num_steps)
 
     def learn_time(self,
@@ -319,7 +314,7 @@ class Entrance:
     )->Tensor: # (B,…) velocity, noise minus data, guided
         "The velocity that the pipeline would give its scheduler."
         hooks = dict(encode_prompt=self._replayed(rows), prepare_latents=self._started(latents),
-                     set_timesteps=self._levelled([sigma]), step=lambda own: _leave)
+                     set_timesteps=self._levelled([sigma]), step=_leave)
         return self.call([''] * len(latents), hooks, guidance, num_inference_steps=4, output_type='latent')
 
     @torch.no_grad()

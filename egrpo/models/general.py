@@ -17,7 +17,7 @@ from ..base.inputs import height_width
 from .base_policy import Policy, check_side
 from .device import is_out_of_memory
 from .entrance import Entrance, RecordedConditions, RecordedEmbeddings, bare_sigmas, guidance_argument, row_kind, row_layout
-from .pipeline import networks_of, own_resolution
+from .pipeline import call_parameters, first_line, networks_of, own_resolution
 from .schedule import _whole_levels
 
 # %% ../../nbs/models/12_general.ipynb #b45f8b1d
@@ -30,7 +30,7 @@ def _obstacle(
     pipeline, # A pipeline of diffusers
 )->str|None: # Goes on after its name; None = there is none
     "Say why a pipeline cannot be entered."
-    takes = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    takes = call_parameters(pipeline)
     if any('audio' in name or 'vocoder' in name for name in pipeline.components): return 'makes sound together with pictures'
     for name in ('encode_prompt', 'prepare_latents'):
         if not hasattr(pipeline, name): return f'has no {name}'
@@ -61,7 +61,7 @@ def check_call(
 ):
     "Refuse arguments that its call does not take, or that other settings give."
     kind = type(pipeline).__name__
-    takes = inspect.signature(type(pipeline).__call__).parameters
+    takes = call_parameters(pipeline)
     own = OWN | {guidance_argument(takes): 'guidance'} # a pipeline's other scale is free
     for name in sorted(call):
         if name not in takes: raise ValueError(f"call: {name} is no argument of a {kind}'s call: leave it out")
@@ -118,7 +118,7 @@ class GeneralPolicy(Policy):
 
     def _asked(self, name):
         "An argument of the pipeline's call: as given, or by default; None where it takes none."
-        takes = inspect.signature(type(self.pipeline).__call__).parameters
+        takes = call_parameters(self.pipeline)
         own = takes[name].default if name in takes else None
         return self.call.get(name, own)
 
@@ -197,15 +197,11 @@ class GeneralPolicy(Policy):
         order = torch.tensor([i for own in groups.values() for i in own], device=latents.device)
         return torch.cat(parts)[order.argsort()]
 
-    @contextmanager
-    def unguided(self):
-        "Inside: guidance takes no second evaluation, so that every velocity is one evaluation, a row for a row."
-        guidance = self.guidance
-        off = next((g for g in (guidance, 1., 0.) if self._count(g) == 1), None)
-        if off is None: raise ValueError(f"the guidance of a {type(self.pipeline).__name__} cannot be switched off")
-        self.guidance = off
-        try: yield self
-        finally: self.guidance = guidance
+    def _guidance_off(self):
+        "A scale at which guidance takes no second evaluation; which one, a pipeline does not say."
+        for guidance in (self.guidance, 1., 0.):
+            if self._count(guidance) == 1: return guidance
+        raise ValueError(f"the guidance of a {type(self.pipeline).__name__} cannot be switched off")
 
     # ---- images
     @torch.no_grad()
@@ -223,11 +219,16 @@ def call_arguments(
     call:dict, # Further arguments
 )->dict: # Arguments of the pipeline's call
     "Say the size, which some pipelines would round to one that they know."
-    takes = inspect.signature(type(pipeline).__call__).parameters
+    takes = call_parameters(pipeline)
     height, width = height_width(resolution)
     plain = dict(height=height, width=width)
     exact = dict(use_resolution_binning=False, max_area=height * width)
     return plain | {name: value for name, value in exact.items() if name in takes} | call
+
+def _entrance(policy):
+    "The entrance to the pipeline's call at a policy's resolution."
+    arguments = call_arguments(policy.pipeline, policy.resolution, policy.call)
+    return Entrance(policy.pipeline, policy.device, arguments)
 
 class NotEntered(ValueError): "A pipeline that cannot be entered at a size."
 
@@ -241,15 +242,14 @@ def entering(
     except NotEntered: raise
     except Exception as e: # each pipeline has errors of its own
         if is_out_of_memory(e): raise
-        said = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise NotEntered(f"a {type(p.pipeline).__name__} cannot be entered at resolution {p.resolution} ({said})") from e
+        raise NotEntered(f"a {type(p.pipeline).__name__} cannot be entered at resolution {p.resolution} ({first_line(e)})") from e
 
 def explore_call(
     policy:GeneralPolicy, # A policy whose parts are in place; changed
 ):
     "Find the layout of embeddings, the shape of latents and the network's times."
     p = policy
-    entrance = Entrance(p.pipeline, p.device, call_arguments(p.pipeline, p.resolution, p.call))
+    entrance = _entrance(p)
     with p.prompts.on_device():
         one, two = (entrance.record([''] * n, p.recorded_guidance) for n in (1, 2))
     if not one: raise ValueError("its call does not embed prompts by encode_prompt")
@@ -265,7 +265,7 @@ def enter_at_size(
 )->tuple: # `Entrance`, shape of one image's latents
     "Enter the pipeline's call at a policy's resolution."
     p = policy
-    entrance = Entrance(p.pipeline, p.device, call_arguments(p.pipeline, p.resolution, p.call))
+    entrance = _entrance(p)
     entrance.layout = p._layout
     entrance.learn_time(p._empty.rows[0]) # some schedules go by the size
     return entrance, entrance.shape(p._empty.rows[0])

@@ -15,11 +15,19 @@ from .conditions import Conditions
 from .entrance import bare_sigmas
 
 # %% ../../nbs/models/12_newer_families.ipynb #1c019fe0
-class Flux2Policy(Policy):
-    "FLUX.2 dev and klein."
+class NewerPolicy(Policy):
+    "A token for 2×2 latents, prompts of 512 tokens, noise levels from the pipeline's own call."
     patch = 2
     text_length = 512
     _own_sigmas = staticmethod(bare_sigmas)
+
+    def _embed(self, prompt):
+        "Embed a prompt."
+        embeds, _ = self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.text_length)
+        return Conditions(embeds)
+
+class Flux2Policy(NewerPolicy):
+    "FLUX.2 dev and klein."
 
     @property
     def is_klein(self)->bool:
@@ -37,11 +45,6 @@ class Flux2Policy(Policy):
         channels = self.transformer.config.in_channels
         unit = self.patch * self.pipeline.vae_scale_factor
         return channels, *self._sides(unit)
-
-    def _embed(self, prompt):
-        "Embed a prompt."
-        embeds, _ = self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.text_length)
-        return Conditions(embeds)
 
     def _forward(self, latents, sigma, cond):
         "One forward pass."
@@ -67,25 +70,17 @@ class Flux2Policy(Policy):
         return vae.decode(apart.to(vae.dtype)).sample
 
 # %% ../../nbs/models/12_newer_families.ipynb #7d26a05b
-class QwenImagePolicy(Policy):
+class QwenImagePolicy(NewerPolicy):
     "Qwen-Image."
-    patch = 2
-    text_length = 512
     masked = True
     classifier_free = True
     negative = ' '
-    _own_sigmas = staticmethod(bare_sigmas)
 
     @property
     def latent_shape(self)->tuple: # (C,H,W)
         "Shape of one image's latents."
         channels = self.pipeline.vae.config.z_dim
         return channels, *self._sides(self.pipeline.vae_scale_factor)
-
-    def _embed(self, prompt):
-        "Embed a prompt."
-        embeds, _ = self.pipeline.encode_prompt(prompt, self.device, max_sequence_length=self.text_length)
-        return Conditions(embeds)
 
     def _pack(self, latents): return self.pipeline._pack_latents(latents, *latents.shape)
 
@@ -120,14 +115,11 @@ class QwenImagePolicy(Policy):
         return vae.decode(video).sample[:, :, 0]
 
 # %% ../../nbs/models/12_newer_families.ipynb #cb920112
-class ZImagePolicy(Policy):
+class ZImagePolicy(NewerPolicy):
     "Z-Image and Z-Image-Turbo."
-    patch = 2
-    text_length = 512
     masked = True
     classifier_free = True
     unguided_scale = 0.
-    _own_sigmas = staticmethod(bare_sigmas)
 
     def _embed(self, prompt):
         "Embed a prompt."

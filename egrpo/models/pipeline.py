@@ -330,12 +330,17 @@ def text_parts(
     parts = pipeline.components.items()
     return [name for name, part in parts if name.startswith(kind) and part is not None]
 
+def call_parameters(
+    pipeline, # A pipeline
+): # Name -> parameter
+    "The parameters of a pipeline's call."
+    return inspect.signature(type(pipeline).__call__).parameters
+
 def tokenizer_of(
     part, # A tokenizer, or a processor of text and images, which has one
 ):
     "The tokenizer of a pipeline's part."
     return getattr(part, 'tokenizer', part)
-
 
 # %% ../../nbs/models/02_pipeline.ipynb #4e9d71ca
 def place_vae(
@@ -375,7 +380,7 @@ def own_resolution(
     pipeline, # A pipeline
 )->int: # Pixels
     "The side of the images that a pipeline makes when it is not told."
-    default = inspect.signature(type(pipeline).__call__).parameters['height'].default
+    default = call_parameters(pipeline)['height'].default
     if isinstance(default, int): return default
     own = pipeline.vae.config.get('sample_size')
     return own or pipeline.default_sample_size * pipeline.vae_scale_factor

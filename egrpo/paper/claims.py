@@ -40,6 +40,7 @@ class Finding:
     seeds:int|None=None # Fewest seeds of a setting; None = no training runs
     seeds_needed:int|None=None # If open: seeds that would find the margin; None = more prompts are needed
     equal:'Finding|None'=None # The same at equal iterations
+    logarithm:bool=False # Is the interval that of the logarithm of a ratio?
 
     @property
     def verdict(self)->str:
@@ -378,7 +379,8 @@ def explores(
     "The CLIP score varies more after one kind of step than after another."
     pair = data['contrasts']['clip'][name]
     log_ratio = Estimate(**pair['log_ratio'])
-    return _by_intervals(f"{name}: {_ratio_text(pair['ratio'])}", {name: log_ratio})
+    found = _by_intervals(f"{name}: {_ratio_text(pair['ratio'])}", {name: log_ratio})
+    return replace(found, logarithm=True)
 
 def _below(level:float, interval:tuple)->tuple:
     "Distance of an interval below a level."
@@ -445,14 +447,15 @@ def pays(
     value:str, # variance or gain
 )->Finding: # On the lead of the peaks under each kernel
     "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which AEGPO builds on, and E-GRPO's."
-    leads, shown = {}, []
+    leads, shown, logarithm = {}, [], value == 'variance'
     for name in ('dance', 'flow'):
         statistics = data['kernels'][name]['statistics']
         leads[name] = Estimate(**statistics[value]['lead'])
         interval = leads[name].interval()
-        text = _ratio_text(np.exp(interval)) if value == 'variance' else '{:+.5f} [{:+.5f}, {:+.5f}]'.format(*interval)
+        text = _ratio_text(np.exp(interval)) if logarithm else '{:+.5f} [{:+.5f}, {:+.5f}]'.format(*interval)
         shown.append(f'{name}: {text}')
-    return _by_intervals(f"peaks against other steps, kernel {'; '.join(shown)}", leads)
+    found = _by_intervals(f"peaks against other steps, kernel {'; '.join(shown)}", leads)
+    return replace(found, logarithm=logarithm)
 
 def _speed_text(by:str, ratio:tuple)->str:
     cost = by.replace('nfe', 'network evaluations')
@@ -660,7 +663,7 @@ def _numbers(
 )->dict: # Plain numbers, None where there is none
     "A finding as JSON knows it."
     mean, low, high = found.interval or (None, None, None)
-    numbers = dict(mean=mean, low=low, high=high, p=found.p)
+    numbers = dict(mean=mean, low=low, high=high, p=found.p, logarithm=found.logarithm)
     return dict(verdict=found.word, numbers=numbers, rival=found.rival or None, margin=found.margin,
                 paper_effect_scaled=found.paper, seeds=found.seeds, seeds_needed=found.seeds_needed)
 
@@ -675,7 +678,7 @@ def _json_row(
     return found | dict(scale=row.scale or None, notebook=row.notebook)
 
 def claims_json()->str: # A list with an object per claim
-    "The claims as JSON; `numbers` are of what is claimed to be positive, against the rival that decides."
+    "The claims as JSON; `numbers`, some of them logarithms, are of what is claimed to be positive, against the rival that decides."
     rows = [_json_row(row) for row in claims_table().itertuples()]
     return json.dumps(rows, indent=1, ensure_ascii=False)
 

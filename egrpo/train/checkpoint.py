@@ -53,14 +53,12 @@ def load_optimizer_tensors(
 ):
     "Put an optimiser's state back."
     state = {name: {} for name in names}
-    for full, value in tensors.items():
-        name, key = full.rsplit('|', 1)
-        if name in state: state[name][key] = _as_it_was(value)
-    numbered = {i: state[name] for i, name in enumerate(names) if state[name]}
     groups = optimizer.state_dict()['param_groups']
     for full, value in tensors.items():
         name, key = full.rsplit('|', 1)
-        if not name: groups[0][key] = type(optimizer.defaults[key])(value.item())
+        if name in state: state[name][key] = _as_it_was(value)
+        elif not name: groups[0][key] = type(optimizer.defaults[key])(value.item())
+    numbered = {i: state[name] for i, name in enumerate(names) if state[name]}
     optimizer.load_state_dict(dict(state=numbered, param_groups=groups))
 
 # %% ../../nbs/train/04_checkpoint.ipynb #a74fdc81

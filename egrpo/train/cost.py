@@ -105,8 +105,6 @@ def _read_part(
 
 class NotCounted(ValueError): "A family of models whose memory and evaluations are not counted here."
 
-def _is_hub_id(model): return re.fullmatch(r'[\w.-]+/[\w.-]+', model) is not None
-
 def _newer_family(
     folder:Path, # A pipeline
     network:tuple, # Class name, configuration
@@ -132,7 +130,7 @@ def architecture(
         vae = _read_part(folder/'vae')
     except (OSError, ValueError) as e:
         known = ', '.join(['miniature', *ARCHITECTURES])
-        elsewhere = _is_hub_id(model) and not folder.is_dir() # a model of the hub, of whatever family
+        elsewhere = re.fullmatch(r'[\w.-]+/[\w.-]+', model) and not folder.is_dir() # a model of the hub, of whatever family
         kind = NotCounted if elsewhere else ValueError
         raise kind(f"model {model!r} is not known here: name one of {known}, or a folder with transformer and vae") from e
     kind, settings = network
@@ -216,10 +214,6 @@ def flux_inputs(
     return _joint_inputs(model, batch, image, text, 3) | dict(pooled_projections=pooled)
 
 # %% ../../nbs/train/10_cost.ipynb #6bd88bbc
-def _flux2_inputs(network, batch, image, text):
-    "Inputs of a FLUX.2 transformer, whose places have four axes."
-    return _joint_inputs(network, batch, image, text, 4)
-
 def _qwen_inputs(network, batch, shape, text):
     "Inputs of a Qwen-Image transformer for frames and sides in tokens."
     c = network.config
@@ -247,14 +241,14 @@ def network_inputs(
     C, H, W = latent
     kind, text = a.network[0], a.text_tokens
     if kind == _flux_class: return flux_inputs(network, batch, H * W // 4, text)
-    if kind == _flux2_class: return _flux2_inputs(network, batch, H * W, text)
+    if kind == _flux2_class: return _joint_inputs(network, batch, H * W, text, 4)
     if kind == _qwen_class: return _qwen_inputs(network, batch, (1, H // 2, W // 2), text)
     if kind == _z_class: return _z_inputs(network, batch, (C, 1, H, W), text)
     c = network.config
     empty = _empty_like(network, batch)
     return dict(
         hidden_states=empty(C, H, W),
-        encoder_hidden_states=empty(a.text_tokens, c.joint_attention_dim),
+        encoder_hidden_states=empty(text, c.joint_attention_dim),
         pooled_projections=empty(c.pooled_projection_dim),
         timestep=empty())
 

@@ -39,6 +39,15 @@ def at_each_size(
             yield size, own
     finally: policy.resize()
 
+def parts_by_size(
+    policy, # As for `at_each_size`
+    prompts:list, # P prompts
+    numbers, # (P,) a number of each, such as that in the noise address
+): # Yields the size, the places of its prompts, these prompts, their numbers
+    "Give the policy one size after the other, and pick what is of it."
+    for size, places in at_each_size(policy, map(size_of, prompts)):
+        yield size, places, [prompts[i] for i in places], [numbers[i] for i in places]
+
 # %% ../../nbs/train/06_evaluate.ipynb #65ade08a
 def sample_latents(
     policy, # As for `sample_images`, and so are the others
@@ -74,8 +83,7 @@ def sample_images(
     if not prompts: raise ValueError("prompts is empty: give at least one")
     if ids is None: ids = range(len(prompts))
     images, drawn = {}, []
-    for _, places in at_each_size(policy, map(size_of, prompts)):
-        own, numbers = [prompts[i] for i in places], [ids[i] for i in places]
+    for _, places, own, numbers in parts_by_size(policy, prompts, ids):
         latents = sample_latents(policy, own, num_steps, shift, seed, batch, numbers)
         drawn = policy.decode(latents.to(policy.device))
         images |= zip(places, drawn)
@@ -140,8 +148,7 @@ def evaluate(
     ids = kwargs.pop('ids', None)
     if ids is None: ids = range(len(prompts))
     tables = []
-    for _, places in at_each_size(policy, map(size_of, prompts)):
-        own, numbers = [prompts[i] for i in places], [ids[i] for i in places]
+    for _, places, own, numbers in parts_by_size(policy, prompts, ids):
         latents = sample_latents(policy, own, ids=numbers, **kwargs)
         scores = score_latents(policy, latents, own, rewards)
         tables.append(score_table(own, scores).set_axis(places))

@@ -58,7 +58,7 @@ def score_curves(
     "Means of the evaluations; low and high are the first mean and the interval of the gain, paired by prompt."
     iterations = sorted(evaluations.iteration.unique())
     step = -(-len(iterations) // MOST_POINTS)
-    shown = [i for i in iterations if i in (iterations[0], iterations[-1]) or iterations.index(i) % step == 0]
+    shown = sorted({*iterations[::step], iterations[-1]})
     means = evaluations.drop(columns='prompt').groupby('iteration').mean()
     curves = {name: [] for name in means}
     for i in shown:

@@ -41,6 +41,12 @@ def walk_alone(
 
 FIRST_ROW = torch.tensor([0]) # of a batch of one
 
+def _leave(policy, cond, parent, step, plan):
+    "Velocity where a step leaves from; where the step lies, as the rollout's functions take it."
+    start = torch.tensor([step.start])
+    end = torch.tensor([step.end])
+    return policy.velocity(parent, plan.sigmas[start], cond), (start, end, plan)
+
 def step_alone(
     policy, # A policy
     cond, # Conditions, one row
@@ -50,12 +56,10 @@ def step_alone(
     eps:Tensor, # (1,C,H,W) standard normal
 )->tuple: # (1,C,H,W) sample, (1,) its log-prob
     "One sample of a stochastic step."
-    start = torch.tensor([step.start])
-    end = torch.tensor([step.end])
-    velocity = policy.velocity(parent, plan.sigmas[start], cond)
-    mean, std = transition_mean(velocity, parent, start, end, plan)
+    velocity, place = _leave(policy, cond, parent, step, plan)
+    mean, std = transition_mean(velocity, parent, *place)
     child = sde_sample(mean, std, eps)
-    logp, *_ = transition_log_prob(velocity, parent, child, FIRST_ROW, start, end, plan)
+    logp, *_ = transition_log_prob(velocity, parent, child, FIRST_ROW, *place)
     return child, logp
 
 # %% ../../nbs/train/11_speed.ipynb #793da693
@@ -119,11 +123,8 @@ def _loss_alone(
     advantage:Tensor, # (1,)
 )->Tensor: # (1,)
     "Loss of one sample."
-    plan, parent = sample.plan, sample.parent
-    start = torch.tensor([sample.step.start])
-    end = torch.tensor([sample.step.end])
-    velocity = trainer.policy.velocity(parent, plan.sigmas[start], sample.cond)
-    logp, *_ = transition_log_prob(velocity, parent, sample.child, FIRST_ROW, start, end, plan)
+    velocity, place = _leave(trainer.policy, sample.cond, sample.parent, sample.step, sample.plan)
+    logp, *_ = transition_log_prob(velocity, sample.parent, sample.child, FIRST_ROW, *place)
     return policy_loss(logp, sample.log_prob, advantage, trainer.config.clip_range)
 
 # %% ../../nbs/train/11_speed.ipynb #491a0a4b

@@ -48,10 +48,12 @@ def time_in_turns(
     "Time contenders turn by turn."
     if rounds < 1: raise ValueError(f"rounds must be >= 1, got {rounds}: 5 give a median worth having")
     device = torch.device(device)
+    times = {name: [] for name in contenders}
     with one_thread():
         for run in contenders.values(): run()
-        turns = [{name: _seconds(run, device) for name, run in contenders.items()} for _ in range(rounds)]
-    return {name: [turn[name] for turn in turns] for name in contenders}
+        for _ in range(rounds):
+            for name, run in contenders.items(): times[name].append(_seconds(run, device))
+    return times
 
 # %% ../../nbs/train/01_timing.ipynb #ed1598ce
 class Laps:

@@ -31,7 +31,7 @@ from ..models.policy import load_policy
 from ..rewards.reward import RewardError
 from .checkpoint import read_log
 from .config import TrainConfig, evaluation_is_due
-from .evaluate import at_each_size, sample_latents, score_latents, score_table
+from .evaluate import parts_by_size, sample_latents, score_latents, score_table
 from .gains import FirstVisits, bar_text, evaluation_metrics
 from .kept import Kept, is_stale
 from .objective import Objective, Weights, loss_weights
@@ -73,6 +73,18 @@ def reward_metrics(
     metrics['reward_by_prompt'] = means.tolist()
     metrics['reward_std_by_prompt'] = variances.sqrt().tolist()
     return metrics
+
+def gather_rewards(
+    trainer, # A `Trainer`
+    out:Rollout, # The rollout of this process's share of an iteration
+    rewards:dict, # Name -> (L,) rewards of its images
+    ids:list, # Numbers of the share's prompts
+)->dict: # From `reward_metrics`
+    "Metrics of an iteration's rewards, of all processes."
+    leaves = slice(out.num_leaves) # behind them are probes
+    numbers = torch.tensor(ids)[out.leaf_prompt[leaves].cpu()]
+    (numbers, *scores), _ = trainer.processes.gather(numbers, *(o[leaves] for o in rewards.values()))
+    return reward_metrics(dict(zip(rewards, scores)), trainer.reward.weights, numbers)
 
 def phase_metrics(
     seconds:dict, # Phase -> seconds
@@ -268,15 +280,13 @@ class Trainer:
         self.samples.keep_group(prompts, out, rewards, self.reward.weights)
         sampled = self.policy.nfe
         advantages, equal_groups = self.advantages(out, rewards)
-        update = self.update(cond, out, advantages, self.processes.share(plans))
-        leaves = slice(out.num_leaves) # behind them are probes
-        numbers = torch.tensor(self.processes.share(plans))[out.leaf_prompt[leaves].cpu()]
-        (numbers, *scores), _ = self.processes.gather(numbers, *(o[leaves] for o in rewards.values()))
+        ids = self.processes.share(plans)
+        update = self.update(cond, out, advantages, ids)
+        reward = gather_rewards(self, out, rewards, ids)
         self.laps('update')
         nfe = dict(nfe_rollout=sampled - began, nfe_gradient=self.policy.nfe - sampled)
         nfe = {k: int(self.processes.total(n)) for k, n in nfe.items()}
         nfe['nfe_rollout'] += choice.get('nfe_probe', 0)
-        reward = reward_metrics(dict(zip(rewards, scores)), self.reward.weights, numbers)
         if self.planner: self.planner.track(self._prompts_of(iteration), reward['reward_std_by_prompt'])
         return dict(iteration=iteration, **reward, zero_variance_groups=equal_groups, **update, **nfe,
                     **phase_metrics(self.laps.seconds), **choice)
@@ -314,19 +324,15 @@ def evaluate_shares(
     t = trainer
     places = t.processes.own(range(len(t.eval_prompts)))
     prompts = [t.eval_prompts[i] for i in places]
-    def rounds():
-        "This process's places and prompts of each size."
-        for size, numbers in at_each_size(t.policy, map(size_of, prompts)):
-            yield size, [places[i] for i in numbers], [prompts[i] for i in numbers]
     latents = {}
     with t.weights.averaged(), t.policy.together():
-        for size, own, some in rounds():
+        for size, _, some, own in parts_by_size(t.policy, prompts, places):
             latents[size] = sample_latents(t.policy, some, t.config.num_steps, t.sizes[size]['shift'], ids=own)
             t.samples.keep(own, latents[size], size)
     def scored():
         "A table for each size."
         tables = []
-        for size, own, some in rounds():
+        for size, _, some, own in parts_by_size(t.policy, prompts, places):
             scores = score_latents(t.policy, latents[size], some, t.eval_reward)
             tables.append(score_table(some, scores).set_axis(own))
         return tables
@@ -574,10 +580,11 @@ def load_state(
 ):
     "Go on from the checkpoint in `config.out`; refuses one of another run."
     t, main = trainer, trainer.processes.is_main
-    if t.run.find_checkpoint() is None: check_lost(t)
-    if t.run.begun() and t.run.find_checkpoint() is None:
-        if main: t.run.begin_anew()
-        return t.run.trim(0, write=main)
+    if t.run.find_checkpoint() is None:
+        check_lost(t)
+        if t.run.metrics.exists():
+            if main: t.run.begin_anew()
+            return t.run.trim(0, write=main)
     tensors, info = t.run.load(t.identity, t.config.iterations)
     t.weights.load(tensors, t.run.checkpoint)
     t.iteration = info['iteration']
