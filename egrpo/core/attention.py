@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -94,17 +95,16 @@ def _chunked(q, k, scale):
     return torch.cat(parts, dim=2)
 
 # %% ../../nbs/core/04_attention.ipynb #207bb888
-def _fused(attend):
-    "A fused call as a path's `entropy`."
-    return lambda q, k, scale: _from_fused(attend, q, k, scale)
-
-def _cuda_path(name, *dtypes): return AttentionPath(name, 'cuda', dtypes, _fused(_cuda_attend(name)), _cuda_usable(name))
+def _cuda_path(name, *dtypes):
+    "The path of one of CUDA's kernels."
+    entropy = partial(_from_fused, _cuda_attend(name))
+    return AttentionPath(name, 'cuda', dtypes, entropy, _cuda_usable(name))
 
 def _always(q, k): return True
 
 HALF = (torch.float16, torch.bfloat16)
 ATTENTION_PATHS = dict(
-    cpu=AttentionPath('cpu', 'cpu', (), _fused(_cpu), _always),
+    cpu=AttentionPath('cpu', 'cpu', (), partial(_from_fused, _cpu), _always),
     flash=_cuda_path('flash', *HALF),
     cudnn=_cuda_path('cudnn', *HALF),
     efficient=_cuda_path('efficient', *HALF, torch.float32),

@@ -71,14 +71,17 @@ class Compared:
     sample:Tensor # (M,...) where the step went; of a forward draw noise − image
     sigma:Tensor # (M,) noise level that the step leaves from
 
+def _clipped(logratio, advantages, clip_range):
+    "The clipped surrogate of a logratio, and the logratio."
+    return policy_loss(logratio, torch.zeros_like(logratio), advantages, clip_range), logratio
+
 def clip_loss(
     step:Compared, # M transitions
     advantages:Tensor, # (M,) from `group_advantages`
     clip_range:float, # As for `policy_loss`
 )->tuple: # (M,) loss, (M,) logratio
     "The clipped surrogate."
-    logratio = step.log_prob - step.old_log_prob
-    return policy_loss(logratio, torch.zeros_like(logratio), advantages, clip_range), logratio
+    return _clipped(step.log_prob - step.old_log_prob, advantages, clip_range)
 
 def guard_loss(
     step:Compared, # M transitions
@@ -87,7 +90,7 @@ def guard_loss(
 )->tuple: # (M,) loss, (M,) regulated logratio
     "The clipped surrogate of GRPO-Guard's ratio (arXiv 2510.22319)."
     logratio = guard_logratio(step.log_prob, step.old_log_prob, step.mean, step.old_mean, step.std)
-    return policy_loss(logratio, torch.zeros_like(logratio), advantages, clip_range), logratio
+    return _clipped(logratio, advantages, clip_range)
 
 # %% ../../nbs/core/02_loss.ipynb #5a3c0004
 def dppo_loss(
@@ -122,8 +125,7 @@ def awm_loss(
     "Advantage weighted matching (arXiv 2509.25050), with the generalised Huber weighting of its configurations."
     new = _huber(squared_error(step.mean, step.sample), step.sigma)
     old = _huber(squared_error(step.old_mean, step.sample), step.sigma)
-    logratio = new - old
-    return policy_loss(logratio, torch.zeros_like(logratio), advantages / AWM_SCALE, clip_range), logratio
+    return _clipped(new - old, advantages / AWM_SCALE, clip_range)
 
 # %% ../../nbs/core/02_loss.ipynb #5a3c0008
 NFT_SCALE = 5. # advantages are clipped there and make grades; its code multiplies the loss by it, too
@@ -159,9 +161,8 @@ def vgrpo_loss(
     "V-GRPO (arXiv 2604.23380): the clipped surrogate on the error of the predicted image."
     new = -_image_error(step.mean, step.sample, step.sigma)
     old = -_image_error(step.old_mean, step.sample, step.sigma)
-    logratio = new - old
     soft = V_SCALE * (advantages / V_SCALE).tanh()
-    return policy_loss(logratio, torch.zeros_like(logratio), soft, clip_range), logratio
+    return _clipped(new - old, soft, clip_range)
 
 # %% ../../nbs/core/02_loss.ipynb #5a3c0013
 def dgpo_loss(

@@ -366,9 +366,8 @@ def _draw_step(ax, step, parents, children, color):
     style = dict(color=color, solid_capstyle='round')
     style['lw'] = 1.4 if step.weight else .6
     style['ls'] = '-' if step.keep == 1 else ':'
-    starts = [parents[i // step.children] for i in range(len(children))]
-    ends = [[step.start] * len(children), [step.end] * len(children)]
-    ax.plot(ends, [starts, children], **style)
+    starts = np.repeat(parents, step.children)
+    ax.plot([step.start, step.end], [starts, children], **style)
 
 def _draw_branch(ax, branch, plan, row, color):
     "Draw a branch as a tree of height 0.8 in its row; `color` maps a step's standard deviation to a colour."

@@ -316,10 +316,9 @@ def _check_plans(
     raise ValueError(f"plans of one rollout must have the same {names}: make several")
 
 # %% ../../nbs/core/09_rollout.ipynb #e794a4ea
-def _owners(sizes, device):
-    "(N,) the number of the piece that each row is of, where the pieces have these sizes."
-    pieces = torch.arange(len(sizes))
-    return pieces.repeat_interleave(torch.tensor(sizes)).to(device)
+def _each_row(values, sizes, device):
+    "(N,) a piece's value for each of its rows, where the pieces have these sizes."
+    return torch.tensor(values).repeat_interleave(torch.tensor(sizes)).to(device)
 
 def _velocities(
     policy, # A policy
@@ -329,9 +328,8 @@ def _velocities(
 )->tuple: # (N,C,H,W) velocities of each walker
     "One batch for all walkers, whatever their prompt and noise level."
     sizes = [len(w.latents) for w in walkers]
-    owner = _owners(sizes, policy.device)
-    k = torch.tensor([w.k for w in walkers], device=policy.device)[owner]
-    prompt = torch.tensor([w.prompt for w in walkers], device=policy.device)[owner]
+    k = _each_row([w.k for w in walkers], sizes, policy.device)
+    prompt = _each_row([w.prompt for w in walkers], sizes, policy.device)
     latents = torch.cat([w.latents for w in walkers])
     velocity = policy.velocity(latents, sigmas[k], cond[prompt])
     return velocity.split(sizes)
@@ -395,20 +393,18 @@ def _draw_forward(
         pieces += [(p, *row) for row in _forward_rows(plan, p, leaves, noise)]
     prompts, places, noised, differences = zip(*pieces)
     sizes = [len(latents) for latents in noised]
-    owner = _owners(sizes, policy.device)
-    prompt = torch.tensor(prompts, device=policy.device)[owner]
-    start = torch.tensor(places, device=policy.device)[owner]
+    prompt = _each_row(prompts, sizes, policy.device)
+    start = _each_row(places, sizes, policy.device)
     parents = torch.cat(noised)
     targets = torch.cat(differences)
     sigmas = plans[0].start_sigmas.to(policy.device)
     velocity = policy.velocity(parents, sigmas[start], cond[prompt])
     row = torch.arange(len(parents), device=policy.device)
     logp, mean, _ = transition_log_prob(velocity, parents, targets, row, start, start, plans[0])
-    level = torch.zeros_like(logp)
-    columns = [column.split(sizes) for column in (parents, mean, prompt, start, start, level)]
-    samples = zip(targets.split(sizes), logp.split(sizes))
-    for p, rows, (target, old) in zip(prompts, zip(*columns), samples):
-        place = torch.arange(len(target), device=policy.device)
+    for (p, k, latents, target), heading, old in zip(pieces, mean.split(sizes), logp.split(sizes)):
+        place = torch.arange(len(old), device=policy.device)
+        start = torch.full_like(place, k)
+        rows = latents, heading, torch.full_like(place, p), start, start, torch.zeros_like(old)
         trace.add(rows, (target, place, old), SDEStep(0), trace.first_leaf[p, 0], 1)
 
 # %% ../../nbs/core/09_rollout.ipynb #3fbbccff

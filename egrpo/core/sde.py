@@ -96,11 +96,10 @@ def _coefficients(
     sigma_next:Tensor, # where it ends, in [0, sigma)
     noise_level:float|Tensor, # a (flow) or eta (dance, cps), >= 0; a tensor is taken as it is
     kernel:str, # a key of `KERNELS`
-    sigma_max:Tensor|None # stands for sigma = 1 in the flow kernel's denominator, in [0, 1); None: sigma_next
+    sigma_max:Tensor # stands for sigma = 1 in the flow kernel's denominator, in [0, 1)
 )->tuple: # (pull, std), both the broadcast shape of sigma and sigma_next
     "Ask a kernel for its two numbers."
     if not isinstance(noise_level, Tensor): check_kernel(kernel, noise_level)
-    if sigma_max is None: sigma_max = sigma_next
     sigma, sigma_next = torch.broadcast_tensors(sigma, sigma_next)
     return KERNELS[kernel](sigma, sigma_next, noise_level, sigma_max)
 
@@ -133,7 +132,7 @@ def sde_step(
     velocity, latents = _widen(velocity, latents)
     sigma = _per_sample(sigma, latents)
     sigma_next = _per_sample(sigma_next, latents)
-    if sigma_max is not None: sigma_max = _per_sample(sigma_max, latents)
+    sigma_max = sigma_next if sigma_max is None else _per_sample(sigma_max, latents)
     if isinstance(noise_level, Tensor): noise_level = _per_sample(noise_level, latents)
     pull, std = _coefficients(sigma, sigma_next, noise_level, kernel, sigma_max)
     predicted_noise = latents + (1 - sigma) * velocity

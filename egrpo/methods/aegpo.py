@@ -49,18 +49,22 @@ def entropy_profiles(
     plan = Plan(policy.sigmas(num_steps, shift), (Branch(),))
     general = isinstance(policy, GeneralPolicy) # takes the rows of a batch in an order of its own
     batches = [[p] for p in prompts] if general else [prompts]
-    return torch.cat([_batch_profiles(policy, batch, plan) for batch in batches])
+    profiles = []
+    for batch in batches:
+        entropy = record_probe(policy, batch, plan).entropy(samples=len(batch)) # (T,B,P)
+        profiles.append(entropy.mean(1).T)
+    return torch.cat(profiles)
 
-def _batch_profiles(
+def record_probe(
     policy, # A policy
     prompts:list, # P prompts
     plan:Plan, # An ODE
-)->Tensor: # (P,T) nats
-    "Attention entropy of prompts that go through the network together."
+): # What `record_attention_entropy` gives
+    "Record the attention of prompts that go through the network together, unguided."
     recording = record_attention_entropy(policy.transformer, every=query_share(policy))
-    with policy.unguided(), recording as entropy:
+    with policy.unguided(), recording as recorded:
         rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)
-    return entropy.entropy(samples=len(prompts)).mean(1).T.contiguous()
+    return recorded
 
 # %% ../../nbs/methods/04_aegpo.ipynb #ade5ce64
 class ProfileCache:

@@ -42,6 +42,17 @@ def check_counts(
         raise SettingError(name, f"must be {allowed}, got {active_steps}: the last step is never stochastic")
     at_least('num_generations', num_generations, 2, 'a group of one has nothing to compare with')
 
+def first_half(
+    num_steps:int, # T, denoising steps
+    window:int, # Stochastic steps, to be in 1…T/2
+    num_generations:int, # G, samples per group, to be >= 2
+)->int: # T/2, rounded down
+    "Number of steps in the first half, in which a window must fit."
+    check_counts(num_steps, window, num_generations, name='window')
+    half = num_steps // 2
+    if window <= half: return half
+    raise SettingError('window', f"must fit the first half, {half} of {num_steps} steps, got {window}")
+
 # %% ../../nbs/methods/00_baselines.ipynb #e219fbf9
 def flow_grpo(
     num_steps:int=10, # T, denoising steps, >= 2
@@ -125,9 +136,7 @@ def flow_grpo_fast(
     iteration:int=0, # Addresses the window's place
 )->Plan: # The plan of one prompt
     "Flow-GRPO-Fast (code of arXiv 2505.05470): chains from as many noises, stochastic in a random window in the first half."
-    check_counts(num_steps, window, num_generations, name='window')
-    half = num_steps // 2
-    if window > half: raise SettingError('window', f"must fit the first half, {half} of {num_steps} steps, got {window}")
+    half = first_half(num_steps, window, num_generations)
     start = random_order(half - window + 1, seed, iteration)[0]
     branch = Branch(chain(range(start, start + window)), noises=num_generations)
     return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel, (stride,), solver)

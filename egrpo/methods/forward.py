@@ -41,6 +41,11 @@ def _bounds(first, last, draws):
         raise SettingError('draws', f"must be from 1 to {last - first}, as many as the schedule has levels there, got {draws}")
     return torch.linspace(first, last, draws + 1).long().tolist()
 
+def _draw_levels(sigmas, first, last, draws, usual, *address):
+    "A level from each stratum between two places; None draws = as many as usual, as far as there are levels."
+    if draws is None: draws = min(usual, last - first)
+    return stratified_levels(sigmas, _bounds(first, last, draws), *address)
+
 # %% ../../nbs/methods/02_forward.ipynb #e2f00009
 def awm(
     num_steps:int=14, # T, denoising steps, >= 3
@@ -55,8 +60,8 @@ def awm(
     at_least('num_steps', num_steps, 3, 'the first step is not drawn from')
     sigmas = flow_sigmas(num_steps, shift)
     last = max(2, int(num_steps * .9))
-    bounds = _bounds(1, last, min(6, last - 1) if draws is None else draws)
-    forward = Forward(stratified_levels(sigmas, bounds, seed, iteration), shared=False)
+    levels = _draw_levels(sigmas, 1, last, draws, 6, seed, iteration)
+    forward = Forward(levels, shared=False)
     return _forward_plan(sigmas, num_generations, stride, forward, 'awm')
 
 # %% ../../nbs/methods/02_forward.ipynb #e2f0000c
@@ -73,8 +78,8 @@ def nft(
     at_least('num_steps', num_steps, 2, 'the last noise level is not drawn')
     sigmas = flow_sigmas(num_steps, shift)
     last = num_steps - 1
-    bounds = _bounds(0, last, last if draws is None else draws)
-    forward = Forward(stratified_levels(sigmas, bounds, seed, iteration), shared=False)
+    levels = _draw_levels(sigmas, 0, last, draws, last, seed, iteration)
+    forward = Forward(levels, shared=False)
     return _forward_plan(sigmas, num_generations, stride, forward, 'nft')
 
 # %% ../../nbs/methods/02_forward.ipynb #e2f0000f
@@ -90,9 +95,8 @@ def v_grpo(
     "V-GRPO (arXiv 2604.23380): a surrogate on the error of the predicted image, its noise shared in the group."
     at_least('num_steps', num_steps, 2, 'the last noise level is 0')
     sigmas = flow_sigmas(num_steps, shift)
-    bounds = _bounds(0, num_steps, min(4, num_steps) if draws is None else draws)
-    forward = Forward(stratified_levels(sigmas, bounds, seed, iteration))
-    return _forward_plan(sigmas, num_generations, stride, forward, 'vgrpo')
+    levels = _draw_levels(sigmas, 0, num_steps, draws, 4, seed, iteration)
+    return _forward_plan(sigmas, num_generations, stride, Forward(levels), 'vgrpo')
 
 # %% ../../nbs/methods/02_forward.ipynb #e2f00012
 def dgpo(

@@ -13,7 +13,7 @@ from ..core.noise import random_order
 from ..core.plan import Branch, Plan, SDEStep
 from ..core.sde import step_std
 from ..core.sigmas import flow_sigmas
-from .baselines import chain, check_counts, prime_factors
+from .baselines import chain, check_counts, first_half, prime_factors
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00007
 def _flash_weight(sigmas, k, noise_level, kernel='flash'):
@@ -62,9 +62,7 @@ def flow_dppo(
     iteration:int=0, # Addresses the steps
 )->Plan: # The plan of one prompt
     "Flow-DPPO (arXiv 2606.11025): a few stochastic steps, trained until the policies diverge."
-    check_counts(num_steps, window, num_generations, name='window')
-    half = num_steps // 2
-    if window > half: raise SettingError('window', f"must fit the first half, {half} of {num_steps} steps, got {window}")
+    half = first_half(num_steps, window, num_generations)
     starts = sorted(random_order(half, seed, iteration)[:window])
     branch = Branch(chain(starts), noises=num_generations)
     sigmas = flow_sigmas(num_steps, shift)
@@ -85,7 +83,7 @@ def dynamic_tree_rpo(
 )->Plan: # The plan of one prompt
     "Dynamic-TreeRPO (arXiv 2509.23352): a binary tree in a sliding window, with more noise the deeper."
     at_least('num_generations', num_generations, 2, 'a tree of one leaf compares nothing')
-    if growth < 0: raise SettingError('growth', f"must be >= 0, got {growth}: 0 is the same noise at every depth")
+    at_least('growth', growth, 0, '0 is the same noise at every depth')
     splits = prime_factors(num_generations)
     depth = len(splits)
     check_counts(num_steps, depth, num_generations, name='num_generations')

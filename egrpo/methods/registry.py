@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 
 from ..base.functions import find_function
-from ..base.inputs import SettingError, check_kind
+from ..base.inputs import SettingError, at_least, check_kind, one_of
 from ..core.entropy import fixed_lengths, merge_lengths
 from ..core.plan import Branch, Plan, SDEStep, count_leaves, gradient_nfe, rollout_nfe
 from ..core.sde import step_std
@@ -105,8 +105,7 @@ def egrpo(
     steps = [SDEStep(k, length, num_generations) for k, length in lengths.items()]
     branches = tuple(Branch((step,)) for step in steps)
     plan = Plan(sigmas, branches, noise_level, kernel, (stride,), solver)
-    if step_weights not in STEP_WEIGHTS:
-        raise ValueError(f"step_weights must be one of {', '.join(STEP_WEIGHTS)}, got {step_weights!r}")
+    one_of('step_weights', step_weights, STEP_WEIGHTS)
     return STEP_WEIGHTS[step_weights](plan)
 
 # %% ../../nbs/methods/03_registry.ipynb #695f10be
@@ -161,7 +160,7 @@ def aegpo(
     **settings, # Of the base
 )->Plan: # The plan of one prompt
     "AEGPO (arXiv 2602.06825): of another method's stochastic steps a few are explored, the others follow the ODE."
-    if top < 1: raise ValueError(f"top must be >= 1, got {top}: the paper explores 4 steps")
+    at_least('top', top, 1, 'the paper explores 4 steps')
     if not isinstance(base, Plan) and 'prompt' in _parameters(base):
         raise ValueError(f"base {method_name(base)} draws the one step of a prompt itself: take one with steps to choose among")
     plan = base if isinstance(base, Plan) else make_plan(base, iteration, num_generations=num_generations, **settings)

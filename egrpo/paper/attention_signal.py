@@ -18,9 +18,8 @@ from ..base.bootstrap import bootstrap_interval
 from ..core.noise import addressed_noise
 from ..core.rollout import Rollout, prune, rollout
 from ..core.sde import ode_step
-from ..methods.aegpo import delta_entropy, entropy_peaks, query_share
+from ..methods.aegpo import delta_entropy, entropy_peaks, record_probe
 from ..methods.registry import make_plan
-from ..models.recorder import record_attention_entropy
 from .intervals import column_intervals, correlation_draws, draws_interval
 from .measurement import measurement_size, repeat_each, rounded, untrained
 from ..rewards.reward import get_reward
@@ -40,8 +39,7 @@ def block_profiles(
     "Attention entropy of every block along a prompt's ODE trajectory: T network evaluations per prompt."
     if not prompts: raise ValueError("prompts is empty: a probe needs at least one")
     plan = ode_plan(num_steps, policy.sigmas(num_steps, shift))
-    with policy.unguided(), record_attention_entropy(policy.transformer, every=query_share(policy)) as recorded:
-        rollout(policy, policy.encode(prompts), plan, 'probe', prompt_ids=prompts)
+    recorded = record_probe(policy, prompts, plan)
     entropy = recorded.entropy(samples=len(prompts)) # (T,B,P)
     return entropy.permute(2, 0, 1).contiguous(), recorded.blocks
 
