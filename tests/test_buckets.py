@@ -75,11 +75,13 @@ def test_a_run_of_three_sizes(file):
 
 
 def test_two_processes_are_one_run(file):
-    "Of two processes each has some prompts of an iteration's size, and of every size in an evaluation."
-    settings = dict(prompts=str(file), reward='verifier', iterations=3, eval_size=5, prompts_per_iteration=2)
-    one, two = (run_by(file.parent/f'{n}', n, **settings) for n in (1, 2))
-    assert apart(one.weights, two.weights) < LARGEST['weights']
-    assert [m['reward/verifier'] for m in two.metrics] == pytest.approx([m['reward/verifier'] for m in one.metrics], abs=1e-5)
+    "Of two processes each has some prompts of an iteration's size, and of every size in an evaluation; also where they share the network."
+    settings = dict(prompts=str(file), reward='verifier', iterations=3, eval_size=5, prompts_per_iteration=3)
+    one = run_by(file.parent/'one', 1, **settings)
+    for shared in (False, True):
+        two = run_by(file.parent/f'two{shared}', 2, shared, **settings)
+        assert apart(one.weights, two.weights) < LARGEST['weights']
+        assert [m['reward/verifier'] for m in two.metrics] == pytest.approx([m['reward/verifier'] for m in one.metrics], abs=1e-5)
 
 
 @pytest.mark.parametrize('by', [dict(), dict(base='flow_grpo', allocation='reward_std', explore='all')])

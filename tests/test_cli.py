@@ -195,6 +195,28 @@ def test_resume_needs_only_the_folder(folder, monkeypatch):
     assert dry(f'--resume --out {folder}/moved', monkeypatch).out == str(folder/'moved')
 
 
+def test_what_goes_on_otherwise_is_said_or_refused_before_a_model_is_loaded(folder, capsys):
+    words = f'train --resume --dry-run --out {folder}/lora'
+    assert main(shlex.split(f'{words} --iterations 9 --lr .5')) == 0
+    assert re.search(r'resumed  .*config.json; iterations was \d, is 9; lr was [\d.e-]+, is 0.5\n', capsys.readouterr().out)
+    assert main(shlex.split(f'{words} --tau 1.1')) == 2
+    out, err = capsys.readouterr()
+    assert not out and 'resume: the checkpoint is of another configuration (tau was' in err
+    (folder/'p.txt').write_text('a red circle\n')
+    assert main(shlex.split(f'{words} --prompts {folder}/p.txt')) == 2
+    assert 'prompts was' in capsys.readouterr().err
+
+
+def test_memory_says_what_may_still_help(capsys):
+    assert main(shlex.split('plan flux_lora_80gb --device-memory 24')) == 0
+    said = capsys.readouterr().out
+    assert 'try --quantize int8, --micro-batch 1, ' in said and '--gradient-checkpointing' not in said
+    assert main(shlex.split('plan flux_egrpo')) == 0
+    shared = re.search(r'each holds ([\d.]+): --processes 8 --share', capsys.readouterr().out)[1]
+    assert main(shlex.split('plan flux_egrpo --processes 8 --share')) == 0
+    assert re.search(rf'^all +{shared}$', capsys.readouterr().out, re.M)
+
+
 def test_resume_with_a_damaged_config(folder, capsys):
     shutil.copytree(folder/'lora', folder/'damaged')
     (folder/'damaged/config.json').write_text('{"tau"')

@@ -66,15 +66,3 @@ def test_a_prepared_run_costs_what_its_configuration_says(changes):
     config = TrainConfig(iterations=5, eval_size=2, **changes)
     assert describe_run(prepare(config)) == describe_run(config)
     assert training_nfe(prepare(config)) == training_nfe(config)
-
-
-def test_an_evaluation_has_the_truth_and_rewards_of_your_own(calls):
-    "In the miniature's world a reward of one's own is measured beside the verifier; what is named stands."
-    def measured(**settings):
-        settings = dict(reward='preference + .5*own.py:brightness') | settings
-        return prepare(TrainConfig(**settings)).eval_reward.names
-    truth = ['verifier', 'verifier_strict']
-    assert measured() == [*truth, 'own.py:brightness']
-    assert measured(reward='preference + clip') == truth
-    assert measured(eval_rewards='clip') == ['clip']
-    assert measured(prompts='prompts.txt') == ['preference', 'own.py:brightness']

@@ -50,6 +50,7 @@ def run_export(
     from egrpo.train.run import Run
     if args.dtype and not args.merge: raise ValueError("--dtype is that of merged weights: add --merge, or take it out")
     run, out = Run(args.run), check_new_folder(args.out)
+    if not run.folder.is_dir(): raise ValueError(f"run: {args.run!r} is not there: name the `out` of a run")
     if not run.model.is_dir(): raise ValueError(f"run: {args.run!r} holds no trained model: name the `out` of a run that has ended")
     is_pipeline = (run.model/'model_index.json').exists()
     if args.merge and not is_pipeline: write_merged(run.read_config()['model'], run.model, args.dtype, out)

@@ -141,6 +141,25 @@ def entered_seconds(
     if min(forward, backward, image or 0) < 0: raise ValueError("seconds must be >= 0: give what was measured")
     return Seconds(forward, backward, image or 0.)
 
+def smaller(
+    config, # A `TrainConfig`
+)->str: # Options, with commas between
+    "What a run may still do to take less memory."
+    c, has_lora = config, config.lora_rank or config.lora_from
+    left = {'--lora-rank 32': not has_lora, '--quantize int8': has_lora and not c.quantize,
+            '--gradient-checkpointing': not c.gradient_checkpointing, '--text-encoders offload': c.text_encoders in (None, 'keep'),
+            '--micro-batch 1': c.micro_batch != 1, 'a smaller --resolution': True, '--share with more --processes': True}
+    return ', '.join(option for option, is_left in left.items() if is_left)
+
+def shared_text(
+    config, # A `TrainConfig`
+)->str: # A line; empty where the whole is small, or only a LoRA is trained
+    "Memory where eight devices share the network."
+    from egrpo.train.cost import run_memory
+    alone, shared = (sum(run_memory(config, share).values()) / 2**30 for share in (1, 8))
+    if config.lora_rank or config.lora_from or alone < 24: return ''
+    return f'\nof 8 devices that share the network each holds {shared:.1f}: --processes 8 --share'
+
 def memory_text(
     config, # A `TrainConfig`
     device_memory:float|None=None, # GiB of a device
@@ -157,10 +176,10 @@ def memory_text(
     for name, size in [*parts.items(), ('all', total)]: rows.append([name, f'{size:.{digits}f}'])
     kind = f'micro-batch {default_micro_batch(config)}, {network_dtype(config)}'
     text = f'{table(rows)}\n{kind}; decoding, rewards and what the allocator wastes come on top'
+    if share == 1: text += shared_text(config)
     if device_memory is None: return text
     if total <= device_memory: return f'{text}\nfits in {device_memory:g} GiB'
-    remedy = 'try --lora-rank 32, --gradient-checkpointing, --text-encoders offload, --micro-batch 1, or --share with more --processes'
-    return f'{text}\ndoes not fit in {device_memory:g} GiB: {remedy}'
+    return f'{text}\ndoes not fit in {device_memory:g} GiB: try {smaller(config)}'
 
 def time_text(
     config, # A `TrainConfig`

@@ -94,6 +94,15 @@ def check_model(
     if model == 'miniature' or Path(model).exists() or re.fullmatch(r'[\w.-]+/[\w.-]+', model): return
     raise ValueError(f"model {model!r} is no folder here and no hub id (owner/name): name one of them, or 'miniature'")
 
+def check_resumed(
+    prepared, # From `egrpo.train.prepare.prepare`
+):
+    "Refuse to go on with a run of other settings, prompts or rewards, before its model is loaded."
+    from egrpo.train.run import Identity, Run, run_sources
+    config = prepared.config
+    identity = Identity(config.flat(), {}, run_sources(prepared), prepared.settings)
+    Run(config.out).check_same(identity)
+
 def check_run(
     config, # A `TrainConfig`
     again:bool=False, # May the folder hold a run that is to be replaced?
@@ -104,6 +113,7 @@ def check_run(
     check_model(config.model)
     check_device(config.device)
     check_out(config.out, config.resume or again)
+    if config.resume: check_resumed(prepared)
     return prepared
 
 def check_fields(
@@ -156,6 +166,18 @@ def prompts_text(
     if len(sizes) > 1: distinct += f', in {len(sizes)} sizes'
     return f"  prompts  {len(prompts)} to train on{distinct} · {len(held_out)} to evaluate on{overlap_text(held_out, prompts)}"
 
+def resumed_text(
+    config, # A `TrainConfig` that goes on with a run
+)->str: # A line; empty where the run's settings are not there
+    "Line with the settings of a run that are others from here on."
+    from egrpo.train.run import Run
+    path = Run(config.out).config
+    if not path.exists(): return ''
+    now = config.flat()
+    was = begun_settings(config.out)
+    changed = [f'{k} was {was[k]}, is {now[k]}' for k in was if k in now and was[k] != now[k] and k not in ('resume', 'resume_from')]
+    return '; '.join([f'  resumed  what is not given here is as in {path}', *changed])
+
 def published_text(
     config, # A `TrainConfig`
 )->str: # A line like those of `describe_run`; empty where the method is the user's own
@@ -198,7 +220,6 @@ def run_train(
 )->int: # Exit code: 130 where a signal ended the training before its time
     "egrpo train: train a model."
     from egrpo.train.prepare import describe_run
-    from egrpo.train.run import Run
     config = train_config(args)
     if args.print_config:
         from egrpo.train.config import check_config
@@ -212,8 +233,7 @@ def run_train(
     say(f'{describe_run(prepared)}\n{prompts_text(prepared)}')
     if was := published_text(config): say(was)
     if schedule := schedule_text(config): say(f' schedule  {schedule}')
-    begun = Run(config.out).config
-    if config.resume and begun.exists(): say(f'  resumed  what is not given here is as in {begun}')
+    if config.resume and (text := resumed_text(config)): say(text)
     if args.dry_run:
         if servers := served_text(prepared): say(servers)
         return 0

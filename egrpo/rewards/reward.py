@@ -128,8 +128,6 @@ def _check_readable(
     try: [parse_prompt(o) for o in prompts]
     except ValueError as e: raise ValueError(f"is the miniature's (`egrpo rewards` lists others): {e}") from e
 
-_verifier.check = _verifier_strict.check = _check_readable
-
 # %% ../../nbs/rewards/03_reward.ipynb #dd0d0fe6
 @cache
 def _load(
@@ -163,6 +161,7 @@ def _preference(images, prompts):
 
 # %% ../../nbs/rewards/03_reward.ipynb #1308a160
 BUILT_IN = dict(verifier=_verifier, verifier_strict=_verifier_strict, clip=_clip, preference=_preference)
+for reward in BUILT_IN.values(): reward.check = _check_readable
 
 # %% ../../nbs/rewards/03_reward.ipynb #9d092fd9
 def _check_callable(name, function):
@@ -325,7 +324,7 @@ def get_reward(
 # %% ../../nbs/rewards/03_reward.ipynb #487e75af
 def describe_rewards()->list: # A dict per reward: name, what it is, where its weights are
     "Every reward that has a name."
-    ours = [dict(reward=k, what=f.__doc__.rstrip('.'), weights='in egrpo') for k, f in BUILT_IN.items()]
+    ours = [dict(reward=k, what=f.__doc__.rstrip('.'), weights='in egrpo, for the miniature') for k, f in BUILT_IN.items()]
     published = [dict(reward=k, what=p.text, weights=f'{p.repo} {p.file}'.strip() if p.repo else f'pip install egrpo[{k}]')
                  for k, p in REWARD_MODELS.items()]
     return [*ours, *published, dict(reward='server(http://…)', what='what a server says (egrpo serve)', weights='its own'),

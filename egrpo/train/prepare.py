@@ -17,7 +17,7 @@ from ..core.sigmas import flow_sigmas
 from ..methods.aegpo import allocated_plans, signal_needed
 from ..methods.registry import check_plan, make_plan, method_name, method_settings
 from ..models.policy import model_sigmas
-from ..rewards.reward import BUILT_IN, RewardSet, get_reward
+from ..rewards.reward import RewardSet, get_reward
 from .config import EVAL_REWARDS, TrainConfig, check_config
 from .prompts import load_prompts, set_name
 
@@ -135,11 +135,9 @@ def run_rewards(
 )->tuple: # `RewardSet` to train on, `RewardSet` to evaluate by
     "Make the rewards of a run; those of an evaluation may be named, else they go by its prompts."
     trained = get_reward(reward or config.reward)
-    if config.eval_rewards: return trained, get_reward(config.eval_rewards)
     source = config.eval_prompts or config.prompts
-    if set_name(source) not in ('shapes', 'shapes_tuning'): return trained, trained
-    others = {k: f for k, f in trained.rewards.items() if k not in BUILT_IN}
-    return trained, RewardSet(get_reward(EVAL_REWARDS).rewards | others)
+    default = EVAL_REWARDS if set_name(source) in ('shapes', 'shapes_tuning') else trained
+    return trained, get_reward(config.eval_rewards or default)
 
 # %% ../../nbs/train/03_prepare.ipynb #d42c019a
 def _planned(run):

@@ -105,7 +105,7 @@ def cell_key(
 class Identity:
     "What a run that goes on must find as it was."
     config:dict # Field -> value; those that are free may change
-    model:dict # Properties of the model: weights, dtype, guidance, resolution, sigmas
+    model:dict # Properties of the model: weights, dtype, guidance, resolution, sigmas; empty before it is there, then not compared
     sources:dict # What the run is made of -> its name, or a hash of its content
     settings:dict # Of its plans, from `egrpo.train.prepare.plan_settings`
 
@@ -123,7 +123,7 @@ class Identity:
         defaults = {name: f.default for name, f in SETTINGS.items() if name in self.config} # a newer setting's
         check_same_run(defaults | info['config'], self.config, free)
         known = {name: value for name, value in self.model.items() if name in info['model']}
-        check_same_run(info['model'], known, free)
+        if self.model: check_same_run(info['model'], known, free)
         check_same_sources(info['sources'], self.sources, folder)
 
 def run_sources(
@@ -182,6 +182,13 @@ def check_space(
     raise ValueError(f"out: {name} {space}: free some space or name another folder")
 
 # %% ../../nbs/train/05_run.ipynb #3d114bf8
+def _whole_state(info, folder):
+    "A checkpoint's state, an older one's completed."
+    info = dict(nfe=0, model={}, sources={}, metrics=None) | info
+    for name, kind in STATE.items():
+        if not isinstance(info.get(name), kind): raise damaged(folder, f'state.json has no {name}')
+    return info
+
 class Run:
     "A run's folder: what lies in it, and what may be done with it."
     def __init__(self,
@@ -309,6 +316,13 @@ class Run:
             info = info | dict(metrics=log_digest(lines))
         save_checkpoint(self.checkpoint, tensors, info)
 
+    def check_same(self,
+        identity:Identity, # Of the run that goes on, perhaps without its model
+    ):
+        "Refuse a checkpoint of another run, its tensors unread; there may be none."
+        folder = self.find_checkpoint()
+        if folder: identity.check(_whole_state(read_state(folder), folder), folder)
+
     def load(self,
         identity:Identity, # Of the run that goes on
         iterations:int, # It asks for, in all
@@ -317,9 +331,7 @@ class Run:
         "Read a checkpoint; refuses one that is damaged, or of another run."
         folder = folder or self.checkpoint
         tensors, info = load_checkpoint(folder)
-        info = dict(nfe=0, model={}, sources={}, metrics=None) | info # an older checkpoint knows less
-        for name, kind in STATE.items():
-            if not isinstance(info.get(name), kind): raise damaged(folder, f'state.json has no {name}')
+        info = _whole_state(info, folder)
         identity.check(info, folder)
         done = info['iteration']
         if iterations < done:
