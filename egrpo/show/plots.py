@@ -90,8 +90,8 @@ def _draw_taus(
 ):
     "Dashed lines with labels at the right; tau = 0 has no place on a logarithmic scale."
     shown = [tau for tau in sorted(taus) if tau > 0 or scale == 'exp'] # the logarithm of 0 is no height
-    nats = [torch.tensor(float(tau), dtype=torch.float64).log() for tau in shown]
-    heights = [float(ENTROPY_SCALES[scale](h)) for h in nats]
+    nats = torch.tensor(shown, dtype=torch.float64).log()
+    heights = ENTROPY_SCALES[scale](nats).tolist()
     low, high = ax.get_ylim()
     size = STYLE['legend.fontsize']
     height = 72 * ax.bbox.height / ax.figure.dpi # of the axes, points

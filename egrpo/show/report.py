@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Template
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 import egrpo
@@ -192,14 +193,6 @@ def score_series(
         if points: found.append(Series(run.name, points, base=points[0][1], color=i))
     return found
 
-def _running_mean(values, window):
-    "Mean of the last `window` values at every place."
-    sums = np.cumsum([0, *values])
-    ends = np.arange(len(values)) + 1
-    begins = np.maximum(0, ends - window)
-    means = (sums[ends] - sums[begins]) / (ends - begins)
-    return means.tolist()
-
 def training_series(
     runs:list, # `RunData`
     metric:str, # Name of a metric
@@ -212,7 +205,7 @@ def training_series(
         dots = [(m['iteration'], m[metric]) for m in run.metrics if metric in m]
         if len(dots) < 5: continue
         places, values = zip(*dots)
-        means = _running_mean(values, window)
+        means = pd.Series(values).rolling(window, min_periods=1).mean()
         points = [(at, mean, None, None) for at, mean in zip(places, means)]
         step = max(1, len(dots) // 1000) # a line needs no more
         found.append(Series(run.name, points[::step], dots[::step], base, number))
@@ -305,8 +298,7 @@ def figure(
     "An image with its caption."
     shown = ' · '.join(f'{score:.2f}' for score in picture.scores.values())
     prompt = escape(picture.prompt)
-    rows = []
-    for name, score in picture.scores.items(): rows.append(f'<tr><th>{escape(name)}</th><td>{score:.4g}</td></tr>')
+    rows = [f'<tr><th>{escape(name)}</th><td>{score:.4g}</td></tr>' for name, score in picture.scores.items()]
     mark = MARK_SPANS.get(picture.mark, '')
     small = ' class="small"' if picture.image.height < HEIGHT else ''
     return (f'<figure tabindex="0"><img{small} src="{image_uri(picture.image)}" alt="{prompt}">'
@@ -366,7 +358,7 @@ def _table(rows):
     "Rows of HTML cells, the first one a header."
     head, *body = rows
     lines = [_row(f'<th>{cell}</th>' for cell in head)]
-    for row in body: lines.append(_row(map(_cell, row)))
+    lines += [_row(map(_cell, row)) for row in body]
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 def _tile(value, text): return f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>'

@@ -14,6 +14,7 @@ from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from PIL import Image
 from torch import Tensor
 
@@ -192,13 +193,11 @@ def _live_panel(
     at, reward = frame.iteration + 1, frame[f'reward/{name}']
     ax.plot(at, reward, '.', color=GREY, alpha=.5, label='samples')
     ax.plot(at, reward.rolling(9, center=True, min_periods=1).mean(), color=COLORS[0], label='their moving mean')
-    scores = {}
-    for row in history:
-        if name in row: scores.setdefault(row['iteration'], []).append(row[name])
-    means = {i: sum(own) / len(own) for i, own in scores.items()}
-    if means:
-        ax.plot([*means], [*means.values()], 'o-', color=COLORS[1], label='held-out prompts')
-        ax.axhline(means[min(means)], color=COLORS[1], ls=DASHED, lw=1)
+    scores = [row for row in history if name in row]
+    if scores:
+        means = pd.DataFrame(scores).groupby('iteration')[name].mean()
+        ax.plot(means, 'o-', color=COLORS[1], label='held-out prompts')
+        ax.axhline(means.iloc[0], color=COLORS[1], ls=DASHED, lw=1)
     ax.set(xlabel='iteration', title=name)
     ax.legend(loc='best', fontsize=8)
 

@@ -151,7 +151,7 @@ def _language_model(
     "A language model that encodes text."
     family = kind.removesuffix('ForCausalLM').removesuffix('Model')
     config = getattr(transformers, family + 'Config')(**NARROW, num_hidden_layers=layers)
-    return getattr(transformers, kind)(config).eval()
+    return getattr(transformers, kind)(config)
 
 SEES = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16, patch_size=14)
 
@@ -161,14 +161,14 @@ def _qwen25vl():
     text = NARROW | dict(num_hidden_layers=2, num_key_value_heads=2, rope_scaling=positions, rope_theta=1e6)
     vision = SEES | dict(window_size=8, fullatt_block_indexes=[0])
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
-    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 def _qwen3vl():
     "Qwen3-VL, as in Krea 2."
     positions = dict(mrope_section=[1, 1, 2], rope_type='default', mrope_interleaved=True)
     text = NARROW | dict(num_hidden_layers=3, rope_scaling=positions)
     vision = SEES | dict(deepstack_visual_indexes=[0], num_position_embeddings=4)
-    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=text, vision_config=vision))
 
 def _mistral3():
     "Mistral Small 3, as in FLUX.2-dev, which reads layers 10, 20 and 30."
@@ -176,15 +176,15 @@ def _mistral3():
     vision = dict(model_type='pixtral', hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
                   image_size=28, patch_size=14, head_dim=8)
     config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=4)
-    return transformers.Mistral3ForConditionalGeneration(config).eval()
+    return transformers.Mistral3ForConditionalGeneration(config)
 
 def _umt5():
     "UMT5, as in Wan."
     config = transformers.UMT5Config(vocab_size=98, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj='gated-gelu')
-    return transformers.UMT5EncoderModel(config).eval()
+    return transformers.UMT5EncoderModel(config)
 
 # %% ../../nbs/testing/00_pipelines.ipynb #c2ae8574
-def _euler(**config): return FlowMatchEulerDiscreteScheduler(**config)
+_euler = FlowMatchEulerDiscreteScheduler
 
 def _flux2_vae():
     "The autoencoder of FLUX.2, which normalises by the statistics of a batch norm."
@@ -194,13 +194,13 @@ def _flux2_vae():
         use_quant_conv=False, use_post_quant_conv=False)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(.5, 2)
-    return vae.eval()
+    return vae
 
 def _flux2_transformer(guidance):
     "A transformer of one double and one single block."
     return diffusers.Flux2Transformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=48, timestep_guidance_channels=64, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance).eval()
+        joint_attention_dim=48, timestep_guidance_channels=64, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance)
 
 def _flux2():
     "FLUX.2-dev: guidance is an input."
@@ -220,13 +220,13 @@ STATISTICS = dict(latents_mean=[.1, -.2, .3, 0.], latents_std=[1., 2., .5, 1.5])
 def _qwen_vae():
     "The autoencoder of Qwen-Image and Krea 2: one of videos."
     return diffusers.AutoencoderKLQwenImage(base_dim=8, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1,
-                                            temperal_downsample=[False, True], **STATISTICS).eval()
+                                            temperal_downsample=[False, True], **STATISTICS)
 
 def _qwen_image():
     "Qwen-Image: its schedule is stretched to end at a given level."
     transformer = diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
-        joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4)).eval()
+        joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4))
     scheduler = _euler(use_dynamic_shifting=True, base_shift=.5, max_shift=.9, max_image_seq_len=8192, shift_terminal=.02)
     return diffusers.QwenImagePipeline(scheduler=scheduler, vae=_qwen_vae(), text_encoder=_qwen25vl(),
                                        tokenizer=_chat_tokenizer(1200), transformer=transformer)
@@ -236,7 +236,7 @@ def _krea2():
     transformer = diffusers.Krea2Transformer2DModel(
         in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32,
         timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2,
-        text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(8, 4, 4)).eval()
+        text_intermediate_size=32, num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(8, 4, 4))
     return diffusers.Krea2Pipeline(scheduler=_euler(use_dynamic_shifting=True), vae=_qwen_vae(), text_encoder=_qwen3vl(),
                                    tokenizer=_chat_tokenizer(1200), transformer=transformer, text_encoder_select_layers=(1, 2))
 
@@ -245,28 +245,26 @@ def _z_image():
     "Z-Image: time runs from 0 to 1, texts are lists of unlike length."
     transformer = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
-        cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[600, 32, 32]).eval()
+        cap_feat_dim=16, axes_dims=[8, 4, 4], axes_lens=[600, 32, 32])
     for token in (transformer.x_pad_token, transformer.cap_pad_token): torch.nn.init.normal_(token, std=.02)
     return diffusers.ZImagePipeline(scheduler=_euler(shift=3.), vae=small_vae(4, 32, scaling_factor=.3611, shift_factor=.1159),
                                     text_encoder=_language_model('Qwen3Model'), tokenizer=_chat_tokenizer(), transformer=transformer)
-
-def _vae8():
-    "An autoencoder that halves three times, as the real ones; Lumina's pipeline counts on it."
-    return small_vae(4, 32, halvings=3, scaling_factor=.36, shift_factor=.11)
 
 def _lumina2():
     "Lumina 2: time runs from 0 to 1, guidance keeps the norm."
     transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=4, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_attention_heads=2, num_kv_heads=1,
-        multiple_of=16, cap_feat_dim=16, axes_dim_rope=[4, 2, 2], axes_lens=[600, 128, 128]).eval()
-    return diffusers.Lumina2Pipeline(transformer=transformer, scheduler=_euler(shift=6.), text_encoder=_language_model('Gemma2Model'),
-                                     vae=_vae8(), tokenizer=_chat_tokenizer())
+        multiple_of=16, cap_feat_dim=16, axes_dim_rope=[4, 2, 2], axes_lens=[600, 128, 128])
+    language = _language_model('Gemma2Model')
+    vae = small_vae(4, 32, halvings=3, scaling_factor=.36, shift_factor=.11) # as many as the real one, on which the pipeline counts
+    return diffusers.Lumina2Pipeline(transformer=transformer, scheduler=_euler(shift=6.), text_encoder=language, vae=vae,
+                                     tokenizer=_chat_tokenizer())
 
 def _cogview4():
     "CogView 4: its network's time is not the noise level."
     transformer = diffusers.CogView4Transformer2DModel(
         patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=4, out_channels=4,
-        text_embed_dim=16, time_embed_dim=8, condition_dim=4).eval()
+        text_embed_dim=16, time_embed_dim=8, condition_dim=4)
     scheduler = _euler(base_shift=.25, max_shift=.75, use_dynamic_shifting=True, time_shift_type='linear')
     return diffusers.CogView4Pipeline(tokenizer=_chat_tokenizer(begin=True), text_encoder=_language_model('GlmModel'),
                                       vae=small_vae(4, 32, scaling_factor=1.), transformer=transformer, scheduler=scheduler)
@@ -276,14 +274,14 @@ def _sana():
     "Sana: linear attention, a solver of second order."
     transformer = diffusers.SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
-        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=16, patch_size=1).eval()
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=16, patch_size=1)
     blocks = ('ResBlock', 'EfficientViTBlock')
     vae = diffusers.AutoencoderDC(
         latent_channels=4, attention_head_dim=2, encoder_block_types=blocks, decoder_block_types=blocks,
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1),
         decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
         downsample_block_type='conv', upsample_block_type='interpolate', decoder_norm_types='rms_norm', decoder_act_fns='silu',
-        scaling_factor=.41407).eval()
+        scaling_factor=.41407)
     scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.)
     return diffusers.SanaPipeline(tokenizer=_chat_tokenizer(), text_encoder=_language_model('Gemma2Model'), vae=vae,
                                   transformer=transformer, scheduler=scheduler)
@@ -293,7 +291,7 @@ def _chroma():
     transformer = diffusers.ChromaTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_hidden_dim=32, approximator_layers=1,
-        approximator_num_channels=16).eval()
+        approximator_num_channels=16)
     return diffusers.ChromaPipeline(scheduler=_euler(), vae=small_vae(4, 32, scaling_factor=.36, shift_factor=.11), text_encoder=small_t5(),
                                     tokenizer=small_t5_tokenizer(), transformer=transformer)
 
@@ -308,12 +306,12 @@ def _wan_transformer():
     "A transformer of two blocks."
     return diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
-        ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm='rms_norm_across_heads', rope_max_seq_len=32).eval()
+        ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm='rms_norm_across_heads', rope_max_seq_len=32)
 
 def _wan(**config):
     "Wan 2.1: a solver of second order."
     vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                                     temperal_downsample=[False, True, True], **STATISTICS).eval()
+                                     temperal_downsample=[False, True, True], **STATISTICS)
     scheduler = diffusers.UniPCMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.)
     return diffusers.WanPipeline(tokenizer=small_t5_tokenizer(64), text_encoder=_umt5(), vae=vae, scheduler=scheduler,
                                  transformer=_wan_transformer(), **config)
@@ -326,26 +324,26 @@ def _hunyuan_video():
     transformer = diffusers.HunyuanVideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
         num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=16,
-        rope_axes_dim=(2, 4, 4)).eval()
+        rope_axes_dim=(2, 4, 4))
     vae = diffusers.AutoencoderKLHunyuanVideo(
         latent_channels=4, down_block_types=('HunyuanVideoDownBlock3D',) * 4, up_block_types=('HunyuanVideoUpBlock3D',) * 4,
-        block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4).eval()
+        block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4)
     clip = transformers.CLIPTextConfig(vocab_size=514, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                                        projection_dim=16, bos_token_id=512, eos_token_id=513, pad_token_id=513)
     return diffusers.HunyuanVideoPipeline(text_encoder=_language_model('LlamaModel', 4), tokenizer=_chat_tokenizer(), vae=vae,
                                           transformer=transformer, scheduler=_euler(shift=7.), tokenizer_2=small_clip_tokenizer(77),
-                                          text_encoder_2=transformers.CLIPTextModel(clip).eval())
+                                          text_encoder_2=transformers.CLIPTextModel(clip))
 
 def _ltx():
     "LTX-Video: its latents are a list of tokens."
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=4, attention_head_dim=8, cross_attention_dim=32, num_layers=1,
-        caption_channels=32).eval()
+        caption_channels=32)
     flags, ones = (True, True, False, False), (1,) * 5
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=ones,
         decoder_layers_per_block=ones, spatio_temporal_scaling=flags, decoder_spatio_temporal_scaling=flags,
-        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, patch_size=1).eval()
+        decoder_inject_noise=(False,) * 5, upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, patch_size=1)
     return diffusers.LTXPipeline(scheduler=_euler(), vae=vae, text_encoder=small_t5(), tokenizer=small_t5_tokenizer(),
                                  transformer=transformer)
 
@@ -368,5 +366,7 @@ def small_pipeline(
         warnings.simplefilter('ignore', FutureWarning) # diffusers builds some of its parts in ways that it deprecates
         torch.default_generator.manual_seed(seed)
         pipeline = known[name]()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module): part.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -102,7 +102,7 @@ class Samples:
         "Draw an evaluation's pictures and write them."
         kept = gather_object([*self.latents.items()])
         if not (self.processes.is_main and kept): return None
-        try: return self._draw(policy, dict(sorted(kept, key=lambda pair: pair[0])), frame, iteration)
+        try: return self._draw(policy, dict(sorted(kept)), frame, iteration)
         except Exception as e:
             warnings.warn(f"samples: nothing was drawn after iteration {iteration} ({e}): training goes on", stacklevel=2)
 

@@ -356,9 +356,7 @@ def step_weights(
     gram:np.ndarray, # (n,K,n,K) of its sketches
 )->dict: # Name -> (K,) weights on top of the plan's
     "Weights of the steps that are known without a fit."
-    std = np.array([s.std for s in gradients.steps])
-    delta = np.array([s.delta for s in gradients.steps])
-    weight = np.array([s.weight for s in gradients.steps])
+    std, delta, weight = np.array([(s.std, s.delta, s.weight) for s in gradients.steps]).T
     energy = np.einsum('bkbk->k', gram)
     norm = np.sqrt(energy / gradients.trained.sum(0))
     weights = {'plain': np.ones(len(std))}
