@@ -207,8 +207,7 @@ def method_settings(
     parameters = _parameters(method)
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
     every = _passes_on(parameters)
-    given = {k: v for k, v in settings.items() if v is not None}
-    return defaults | {k: v for k, v in given.items() if every or k in parameters}
+    return defaults | {k: v for k, v in settings.items() if v is not None and (every or k in parameters)}
 
 # %% ../../nbs/methods/03_registry.ipynb #804497cd
 def make_plan(

@@ -10,6 +10,7 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -873,7 +874,7 @@ def measure(
     found = [retrieval(clip, *retrieval_set(64, seed + i)) for i in range(max(1, n // 64))]
     agreed, pairs = agreement(preference, judge_samples(pipe, max(2, n // 4), 'held_out', seed))
     scores = evaluate_pipeline(pipe, n, seed)
-    scores['codec_strict'] = float(np.mean([v.strict for v in verdicts]))
+    scores['codec_strict'] = _mean_scores(verdicts)['strict']
     scores['retrieval'] = float(np.mean(found))
     return scores | dict(agreement=agreed, pairs=pairs)
 
@@ -883,11 +884,8 @@ def thin(
 )->list: # (step, mean loss of the steps up to it)
     "A loss curve of at most n points"
     parts = np.array_split(np.asarray(losses), min(n, len(losses)))
-    curve, step = [], 0
-    for part in parts:
-        step += len(part)
-        curve.append([step, round(float(part.mean()), 5)])
-    return curve
+    steps = accumulate(map(len, parts))
+    return [[step, round(float(part.mean()), 5)] for step, part in zip(steps, parts)]
 
 # %% ../../nbs/miniature/01_build.ipynb #993e9663
 def build(

@@ -114,13 +114,10 @@ def _recorded(
     run:Callable, # () -> anything: a forward pass of `model`
     model, # The model
     every:int # One image query of so many
-)->Callable: # () -> what `run` gives
-    "A forward pass that is recorded."
+): # What `run` gives
+    "Call a forward pass with recording."
     from egrpo.models.recorder import record_attention_entropy
-    def recorded():
-        "Call `run` with recording."
-        with record_attention_entropy(model, every=every): return run()
-    return recorded
+    with record_attention_entropy(model, every=every): return run()
 
 def forward_contenders(
     model, # A FluxTransformer2DModel
@@ -132,7 +129,7 @@ def forward_contenders(
     "A forward pass, plain and recorded."
     inputs = flux_inputs(model, batch, image, text)
     def run(): return model(**inputs)
-    return dict(plain=run) | {f'every_{n}': _recorded(run, model, n) for n in every}
+    return dict(plain=run) | {f'every_{n}': partial(_recorded, run, model, n) for n in every}
 
 # %% ../../nbs/paper/10_attention_cost.ipynb #df1331c7
 SIZES = { # scale -> tokens, heads, rounds, tokens for memory, batch of the miniature

@@ -272,9 +272,7 @@ def _ceilings(
     half_a = _futures(seen | dict(score=seen['before']))
     half_b = _futures(seen)
     gains = 'gain to the next', 'gain to the last'
-    ceilings = {}
-    for name in gains: ceilings[name] = draws_interval(correlation_draws(half_a[name], half_b[name]))
-    return ceilings
+    return {name: draws_interval(correlation_draws(half_a[name], half_b[name])) for name in gains}
 
 def _predictions(
     seen:dict, # Signal -> (S,C,P)

@@ -139,9 +139,7 @@ def held_out_curve(
     texts = evaluation_texts(results)
     places, scores = evaluations(results, reward)
     start = scores[0]
-    curve = {}
-    for i, values in zip(places, scores): curve[round(i)] = difference(values - start, None, texts).interval()
-    return curve
+    return {round(i): difference(values - start, None, texts).interval() for i, values in zip(places, scores)}
 
 # %% ../../nbs/paper/16_comparisons.ipynb #b550bd8a
 def run_cost(
@@ -158,14 +156,6 @@ def _evaluated(result:dict)->set:
     "Iterations at which a result was evaluated."
     scores, *_ = result['scores'].values()
     return set(scores)
-
-def shared_iteration(
-    results:list, # Results of one setting
-    others:list, # Results of another
-)->int: # An iteration, 0 where only the start is shared
-    "The last iteration at which both were evaluated."
-    iterations = map(_evaluated, (*results, *others))
-    return max(set.intersection(*iterations))
 
 def _pooled(
     settings:list, # Results of every setting of a grid
@@ -187,7 +177,8 @@ class Comparison:
     @property
     def iteration(self)->int: # 0 where only the start is shared
         "The last iteration at which both were evaluated."
-        return shared_iteration(self.other, self.best)
+        iterations = map(_evaluated, (*self.best, *self.other))
+        return max(set.intersection(*iterations))
 
     def leads(self,
         iteration:int|None=None, # At which evaluation; None = the last of each
@@ -257,13 +248,11 @@ def grid_data(
     if best not in results:
         raise ValueError(f"no cell of the setting {best!r}, with which all are compared, is finished: run more cells")
     grid = list(results.values()) if pool else None
-    pairs = {}
-    for name, other in results.items():
-        if name != best: pairs[name] = Comparison(results[best], other, grid)
+    pairs = {name: Comparison(results[best], other, grid) for name, other in results.items() if name != best}
     own = swap_keys({name: _setting_data(runs) for name, runs in results.items()})
     end = swap_keys({name: _end_data(pair) for name, pair in pairs.items()})
     equal = swap_keys({name: _equal_data(pair) for name, pair in pairs.items() if pair.iteration})
-    every = [result for runs in results.values() for result in runs]
+    every = sum(results.values(), [])
     comparisons = dict(end=end['end'], equal=equal['equal'], gain=own['gain'], rise=end['rise'], rise_equal=equal['rise_equal'])
     on_policy = [result for result in every if result['config'].get('sample_with', 'weights') == 'weights']
     return dict(best=best,

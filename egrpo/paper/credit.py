@@ -15,7 +15,7 @@ from ..core.noise import addressed_noise
 from ..core.plan import Branch, Plan, SDEStep
 from ..core.sde import ode_step, sde_sample, sde_step
 from ..core.sigmas import flow_sigmas
-from .exploration import exploration_plan, explore, join_scores, spread
+from .exploration import exploration_plan, explore, join_scores, spread, view_scores
 from .intervals import column_intervals
 from .measurement import REWARDS, batches, repeat_each, rounded, untrained
 from ..rewards.reward import get_reward
@@ -136,7 +136,7 @@ def redraw_scores(
         _, walks, chains = shape
         images = policy.decode(latents.flatten(0, 2))
         scores = rewards(images, repeat_each(some, walks * chains))
-        parts.append({name: values.view(shape) for name, values in scores.items()})
+        parts.append(view_scores(scores, shape))
     return join_scores(parts)
 
 def redraw_advantages(

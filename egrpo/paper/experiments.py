@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+from ..base.inputs import one_of
 from ..core.entropy import merge_lengths, step_entropy
 from ..core.sigmas import flow_sigmas
 from .attention_cost import attention_benchmark
@@ -68,7 +69,7 @@ def find_experiment(
     name:str, # A name in `EXPERIMENTS`
 )->Experiment|Measurement: # It
     "The experiment or measurement of a name."
-    if name not in EXPERIMENTS: raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
+    one_of('experiment', name, EXPERIMENTS)
     return EXPERIMENTS[name]
 
 def _choose(
@@ -218,7 +219,7 @@ def reproduce(
         return _save_measurement(experiment, scale, path, command)
     cells = _add_finished({} if partial else chosen, planned, store)
     _check_replaced(path, scale)
-    results = run_cells([config for runs in cells.values() for config in runs], workers, store)
+    results = run_cells(sum(cells.values(), []), workers, store)
     began = time.perf_counter()
     data = experiment.data(_by_setting(results, cells)) | _progress(cells, planned)
     if not is_first_process(): return path

@@ -77,6 +77,13 @@ def moved(
     return squares.flatten(-3).mean(-1).sqrt()
 
 # %% ../../nbs/paper/04_exploration.ipynb #7effd9c0
+def view_scores(
+    scores:dict, # Name -> (N,) scores
+    shape:tuple, # Of as many
+)->dict: # Name -> scores of this shape
+    "Scores by prompt, step and sample."
+    return {name: values.view(shape) for name, values in scores.items()}
+
 def _score_steps(
     policy, # A policy
     prompts:list, # P prompts
@@ -90,8 +97,7 @@ def _score_steps(
     shape = samples.shape[:3]
     _, steps, generations = shape
     each = repeat_each(prompts, steps * generations)
-    found = rewards(samples.flatten(0, 2), each)
-    scores = {name: values.view(shape) for name, values in found.items()}
+    scores = view_scores(rewards(samples.flatten(0, 2), each), shape)
     scores['moved'] = moved(samples, ode[:, None])
     of_ode = rewards(ode, prompts)
     of_ode['moved'] = torch.zeros(len(prompts))

@@ -118,18 +118,26 @@ def learning_rate(
     raise ValueError(f"no lr is chosen for {method} at scale {scale.name}: run `egrpo reproduce lr --scale {scale.name}` first")
 
 # %% ../../nbs/paper/19_grids.ipynb #1eb33420
+def _published_cells(
+    methods:tuple, # Names in `METHODS`
+    base:dict, # Fields of `TrainConfig` that all share
+    scale, # A `Scale`
+    seeds:tuple, # A run each
+)->dict: # Method -> a run per seed
+    "Methods as published, each at its learning rate, with equal budgets."
+    budget = training_nfe(TrainConfig(**base))
+    cells = {}
+    for method in methods:
+        own = dict(PUBLISHED[method], method=method, lr=learning_rate(method, scale))
+        cells[method] = _with_seeds({**base, **own}, budget, seeds)
+    return cells
+
 def _method_cells(
     scale, # A `Scale`
     joint:bool=False, # Trained on the second reward, too?
 )->dict: # Method -> a run per seed
     "Every method at its learning rate, with equal budgets."
-    base = _base(scale, joint)
-    budget = training_nfe(TrainConfig(**base))
-    cells = {}
-    for method in TABLE_1:
-        own = dict(PUBLISHED[method], method=method, lr=learning_rate(method, scale))
-        cells[method] = _with_seeds({**base, **own}, budget, scale.seeds)
-    return cells
+    return _published_cells(TABLE_1, _base(scale, joint), scale, scale.seeds)
 
 # %% ../../nbs/paper/19_grids.ipynb #a7aa922e
 def _both_cells(
@@ -203,12 +211,8 @@ def race_cells(
 )->dict: # Method -> a run per seed
     "Methods of both halves of the field, with equal budgets, evaluated at equal times, too."
     base = _base(scale) | dict(eval_every=0)
-    budget = training_nfe(TrainConfig(**base))
     seeds = RACE_SEEDS if scale.registered else scale.seeds
-    cells = {}
-    for method in RACE:
-        own = dict(PUBLISHED[method], method=method, lr=learning_rate(method, scale))
-        cells[method] = _with_seeds({**base, **own}, budget, seeds)
+    cells = _published_cells(RACE, base, scale, seeds)
     times = {method: forward_passes(runs[0]) for method, runs in cells.items()}
     least = min(map(sum, times.values()))
     return {method: _timed(runs, times[method], least) for method, runs in cells.items()}

@@ -139,16 +139,16 @@ def difference(
     training:tuple|None=None, # (variance of a seed's mean, its degrees of freedom); None = of these runs
 )->Estimate: # Of `values` minus `others`
     "Difference of two settings; with one seed it holds for that seed, with one text for that text."
-    given = [values] if others is None else [values, others]
-    sides = [_by_text(scores, texts) for scores in given]
-    x, share = sides[0]
+    x, share = _by_text(values, texts)
+    sides = [x]
     effect = x.mean(0)
     if others is not None:
-        other, _ = sides[1]
+        other, _ = _by_text(others, texts)
         if other.shape[1] != x.shape[1]: raise ValueError("others must be scores of the same prompts as values")
+        sides.append(other)
         effect = effect - other.mean(0)
-    seeds = [len(side) for side, _ in sides]
-    own, residual = _seed_variance([side for side, _ in sides], share)
+    seeds = list(map(len, sides))
+    own, residual = _seed_variance(sides, share)
     if training:
         variance, df = training
         own = [(sum(variance / n for n in seeds), df)]

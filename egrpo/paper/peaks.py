@@ -165,26 +165,23 @@ def chosen_minus_rest(
     prompts, steps = values.shape
     if len(picked) != prompts or not some.all():
         raise ValueError(f"chosen must name some but not all of the {steps} steps, for each of {prompts} prompts")
-    leads = []
-    for own, mask in zip(values, picked):
-        rest = own[~mask].mean()
-        leads.append(own[mask].mean() - rest)
-    return np.array(leads)
+    return np.array([own[mask].mean() - own[~mask].mean() for own, mask in zip(values, picked)])
 
 # %% ../../nbs/paper/08_peaks.ipynb #e364d7b2
 STEP_KERNELS = {'flow': dict(kernel='flow', noise_level=.7), 'dance': dict(kernel='dance', noise_level=.3)}
 STEP_VALUES = ('variance', 'best', 'gain', 'repeat')
+
+def _peaks(profiles): return [entropy_peaks(profile, range(profiles.shape[1])) for profile in profiles]
 
 def _rules(
     profiles, # (P,B) attention entropies of the steps in question
     entropy, # (B,) their step entropy
 )->dict: # Rule -> P lists of steps
     "The four steps that each rule chooses, for every prompt."
-    prompts, steps = profiles.shape
+    prompts = len(profiles)
     order = np.argsort(-np.asarray(entropy), kind='stable')
     highest = sorted(order[:4].tolist())
-    peaks = [entropy_peaks(profile, list(range(steps))) for profile in profiles]
-    return {'attention peaks': peaks, 'step entropy': [highest] * prompts, 'first 4': [[0, 1, 2, 3]] * prompts}
+    return {'attention peaks': _peaks(profiles), 'step entropy': [highest] * prompts, 'first 4': [[0, 1, 2, 3]] * prompts}
 
 def _choices(
     values, # (P,B) a value of every step
@@ -260,8 +257,6 @@ def peaks_data(
     policy = load_policy()
     prompts = load_prompts('shapes', 'held_out', size['prompts'])
     profiles = entropy_profiles(policy, prompts)[:, :15]
-    kernels = {}
-    for name, settings in STEP_KERNELS.items(): kernels[name] = _kernel_steps(policy, prompts, profiles, size, settings)
-    steps = list(range(15))
-    peaks = [entropy_peaks(profile, steps) for profile in profiles]
+    kernels = {name: _kernel_steps(policy, prompts, profiles, size, settings) for name, settings in STEP_KERNELS.items()}
+    peaks = _peaks(profiles)
     return dict(size, seed=0, nfe=policy.nfe, length=LENGTH, profiles=rounded(profiles, 5), kernels=kernels, peaks=peaks)

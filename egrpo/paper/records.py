@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..base.files import write_text
+from ..models.device import best_device
 
 # %% ../../nbs/paper/00_records.ipynb #9ddb048b
 @dataclass(frozen=True)
@@ -170,9 +171,8 @@ def device_name(
     device=None, # torch device or its name, or words that this function gave; the best there is if not given
 )->str: # Kind of device, without the machine's name
     "Name of a run's device."
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if ' ' in str(device): return device
-    device = torch.device(device or best)
+    device = best_device(device)
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     word = 'thread' if threads == 1 else 'threads'

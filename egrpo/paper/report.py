@@ -273,18 +273,13 @@ def _own(
     name = method_name(setting)
     return Cell(f'▸ {name}', kind='own') if setting == data['best'] else _words(name)
 
-def _paper_cell(score, top):
-    "A score of the paper, bold where it is the highest."
-    kind = 'best' if score == top else ''
-    return Cell(f'{score:.3f}', kind=kind)
-
 def _paper_cells(
     scores:tuple, # The paper's of a setting; () where it has none
     highest:tuple, # Of each column
 )->list: # Of `Cell`
     "The paper's scores, the highest bold."
     if not scores: return [BLANK] * len(highest)
-    return list(map(_paper_cell, scores, highest))
+    return [Cell(f'{score:.3f}', kind='best' if score == top else '') for score, top in zip(scores, highest)]
 
 def score_rows(
     data:dict, # Data of a record of a grid

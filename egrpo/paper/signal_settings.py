@@ -18,6 +18,7 @@ from scipy.stats import bootstrap
 from tqdm.auto import tqdm
 
 from ..base.files import digest, read_object, write_text
+from ..base.inputs import one_of
 from ..methods.registry import PUBLISHED, fitting
 from .cells import CHECKPOINT_EVERY, one_thread_on_cpu, store_dir
 from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, RACE, TABLE_1, TAU, _base
@@ -131,7 +132,7 @@ def signal_of_setting(
     "Measure a setting's signal, or read what was measured; several processes may measure different settings."
     if isinstance(scale, str): scale = get_scale(scale)
     settings = signal_settings(scale)
-    if name not in settings: raise ValueError(f"name must be one of {', '.join(settings)}, got {name!r}")
+    one_of('name', name, settings)
     store = Path(store or store_dir())
     config = settings[name]
     after = name.startswith('after')

@@ -20,7 +20,7 @@ from ..core.plan import Plan, count_leaves, describe, rollout_nfe
 from ..core.rollout import rollout
 from ..core.sde import ode_step
 from ..methods.registry import make_plan
-from .exploration import join_scores
+from .exploration import join_scores, view_scores
 from .intervals import correlation
 from .measurement import REWARDS, untrained
 from ..rewards.reward import get_reward
@@ -74,7 +74,7 @@ def suffix_scores(
     for p, prompt in enumerate(prompts):
         out = rollout(policy, policy.encode([prompt]), plan, 'suffix', 0, prompt_ids=[p])
         scores = rewards(policy.decode(out.latents), [prompt] * len(out.latents))
-        per_prompt.append({name: values.view(shape) for name, values in scores.items()})
+        per_prompt.append(view_scores(scores, shape))
     per_stride = [{} for _ in strides]
     for name, values in join_scores(per_prompt).items():
         for scores, own in zip(per_stride, values.unbind(1)): scores[name] = own
@@ -200,8 +200,7 @@ def cache_scores(
         clean, took = _timed_suffixes(policy, cond, out, plan, threshold)
         seconds += took
         scores = rewards(policy.decode(clean), [prompt] * count_leaves(plan))
-        shape = 1, len(plan.branches), -1
-        per_prompt.append({name: values.view(shape) for name, values in scores.items()})
+        per_prompt.append(view_scores(scores, (1, len(plan.branches), -1)))
     return join_scores(per_prompt), seconds
 
 # %% ../../nbs/paper/09_suffix.ipynb #e2c5a038

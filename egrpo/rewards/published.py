@@ -222,16 +222,18 @@ def check_open_clip(
     remedy = "of one of transformers, give the folder"
     raise ValueError(f"{file.name!r} is no CLIP of open_clip with {towers}: it has no {lack[0]} ({remedy})")
 
-def _open_clip_settings(place):
-    "What stands in the open_clip_config.json of a folder; nothing if it has none."
-    file = place/'open_clip_config.json'
+def _folder_of(place): return place if place.is_dir() else place.parent
+
+def _settings_beside(place, name):
+    "What stands in a JSON file beside weights, or in their folder; nothing if it is not there."
+    file = _folder_of(place)/name
     return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
 
 def open_clip_model(
     file:Path, # Weights in open_clip's layout
 )->dict: # `model_cfg`: heads and activation, which no tensor tells
     "Read a model's configuration from beside its weights."
-    model = _open_clip_settings(file.parent).get('model_cfg', {})
+    model = _settings_beside(file, 'open_clip_config.json').get('model_cfg', {})
     if not set(CLIP_SETTINGS) <= set(model):
         remedy = "put the model's open_clip_config.json beside it"
         raise ValueError(f"heads and activation of {file.name!r} are not in its tensors: {remedy}")
@@ -307,11 +309,10 @@ def load_tokenizer(
 ): # A tokenizer
     "The tokenizer beside the weights, or the published one."
     from transformers import AutoTokenizer
-    here = place if place.is_dir() else place.parent
+    here = _folder_of(place)
     if not any((here/o).is_file() for o in ('tokenizer.json', 'vocab.json', 'vocab.txt')):
         here = download(repo, TOKENIZER_FILES, f"put its tokenizer.json into {str(here)!r}")
-    config = here/'tokenizer_config.json'
-    settings = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
+    settings = _settings_beside(here, 'tokenizer_config.json')
     return (AutoTokenizer if settings.get('tokenizer_class') else kind).from_pretrained(here)
 
 def clean_prompt(
@@ -381,11 +382,7 @@ def head_layers(
     names = [re.fullmatch(re.escape(before) + r'(\d+)\.weight', k) for k in weights]
     numbers = sorted({int(found[1]) for found in names if found})
     if not numbers: raise ValueError(f"not the weights of a head: they have no {before}0.weight")
-    layers = []
-    for i in numbers:
-        weight, bias = weights[f'{before}{i}.weight'], weights[f'{before}{i}.bias']
-        layers.append((weight.float(), bias.float()))
-    return layers
+    return [(weights[f'{before}{i}.weight'].float(), weights[f'{before}{i}.bias'].float()) for i in numbers]
 
 def apply_head(
     layers:list, # (weight, bias) of each layer
@@ -600,7 +597,7 @@ def preparation(
     place:Path, # File or folder of a CLIP's weights
 )->Callable: # (images, size) -> prepared
     "Image preparation of a CLIP: from open_clip's configuration beside it, else a centre crop."
-    wants = _open_clip_settings(place if place.is_dir() else place.parent).get('preprocess_cfg', {})
+    wants = _settings_beside(place, 'open_clip_config.json').get('preprocess_cfg', {})
     ways = dict(shortest=cut_out, squash=squash)
     way = wants.get('resize_mode', 'shortest')
     for name, usual in (('mean', CLIP_MEAN), ('std', CLIP_STD)):
@@ -680,9 +677,8 @@ def check_owner(
     if own & here: return
     for other, published in REWARD_MODELS.items():
         for file in sorted(published.names & here):
-            folder = place if place.is_dir() else place.parent
             wanted = known.file or ' and '.join(known.also)
-            raise ValueError(f"{file!r} in {str(folder)!r} is of {other}: put {wanted} there")
+            raise ValueError(f"{file!r} in {str(_folder_of(place))!r} is of {other}: put {wanted} there")
 
 def locate(
     name:str, # A reward
