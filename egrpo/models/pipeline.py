@@ -142,10 +142,9 @@ def _load_part(
     what:str, # Beginning of the error
 ): # The part
     "Load a part of a pipeline; its weights must be those that its configuration asks for."
-    own, variant = issubclass(kind, diffusers.ModelMixin), _variant(folder)
-    settings = dict(use_safetensors=True, output_loading_info=True)
+    own = issubclass(kind, diffusers.ModelMixin)
+    settings = dict(use_safetensors=True, output_loading_info=True, variant=_variant(folder))
     settings['torch_dtype' if own else 'dtype'] = dtype
-    if variant: settings['variant'] = variant
     with quietly(): part, info = kind.from_pretrained(str(folder), **settings)
     missing, unused = sorted(info['missing_keys']), sorted(info['unexpected_keys'])
     # text encoders are cut out of models with more parts: only layers that were left over tell of a mistake

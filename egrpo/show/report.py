@@ -409,11 +409,10 @@ def _charts(runs, rewards):
     "All curves."
     evaluated = ' or '.join(dict.fromkeys(run.evaluated for run in runs))
     charts = [line_chart(score_series(runs, reward), f'{reward}, {evaluated}') for reward in rewards]
-    names = ['reward_gain', *[f'reward/{name}' for run in runs for name in run.trained]]
     titles = dict(reward_gain="training reward minus the prompt's first visit")
-    for name in dict.fromkeys(names):
+    titles |= {f'reward/{name}': f'{name}, training samples' for run in runs for name in run.trained}
+    for name, title in titles.items():
         base = 0 if name == 'reward_gain' else None
-        title = titles.get(name) or f'{name.removeprefix("reward/")}, training samples'
         series = training_series(runs, name, base=base)
         if series: charts.append(line_chart(series, title))
     if not charts: return ''

@@ -25,7 +25,7 @@ from ..base.inputs import height_width
 from ..core.plan import count_leaves, gradient_nfe
 from ..methods.aegpo import signal_needed
 from ..models.base_policy import MICRO_BATCH_ELEMENTS
-from ..models.device import best_device, is_out_of_memory, synchronize
+from ..models.device import best_device, is_out_of_memory
 from ..models.lora import lora_layers
 from ..models.lora_files import lora_file
 from ..models.pipeline import assets_path, quietly
@@ -33,7 +33,7 @@ from ..models.policy import load_policy
 from ..models.precision import DTYPES, default_dtype
 from .config import TrainConfig
 from .prepare import chooses_steps, first_plan, iteration_nfe, looks_back, reference_nfe
-from .timing import highest_rise
+from .timing import highest_rise, least_seconds
 
 # %% ../../nbs/train/10_cost.ipynb #9817ccd3
 @dataclass(frozen=True)
@@ -534,21 +534,6 @@ def _batch(
     cond = policy.encode(['a red circle'] * n)
     return latents.to(policy.device), sigma.to(policy.device), cond
 
-def _timed(
-    run, # () -> anything
-    policy, # Says where it runs
-    clock, # () -> seconds
-    repeats:int, # Times it is run after one that does not count
-)->float: # Seconds, the least
-    "Time a call."
-    def once():
-        began = clock()
-        run()
-        synchronize(policy.device)
-        return clock() - began
-    once()
-    return min(once() for _ in range(repeats))
-
 def probe(
     policy, # A policy with parameters to train; its weights stay as they are
     n:int|None=None, # Latents in a micro-batch; None = the policy's
@@ -566,7 +551,7 @@ def probe(
         with torch.enable_grad(): policy.velocity(*batch).square().mean().backward()
     def decode(): policy.decode(batch[0])
     try:
-        seconds = [_timed(call, policy, clock, repeats) for call in (forward, backward, decode)]
+        seconds = [least_seconds(call, policy.device, clock, repeats) for call in (forward, backward, decode)]
         forward, backward, image = (s / n for s in seconds)
         twice = policy.nfe_per_velocity # evaluations of a velocity
         return Seconds(forward / twice, backward / twice, image)

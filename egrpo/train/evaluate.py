@@ -42,9 +42,10 @@ def at_each_size(
 def parts_by_size(
     policy, # As for `at_each_size`
     prompts:list, # P prompts
-    numbers, # (P,) a number of each, such as that in the noise address
+    numbers=None, # (P,) a number of each, such as that in the noise address; None = 0, 1, …
 ): # Yields the size, the places of its prompts, these prompts, their numbers
     "Give the policy one size after the other, and pick what is of it."
+    if numbers is None: numbers = range(len(prompts))
     for size, places in at_each_size(policy, map(size_of, prompts)):
         yield size, places, [prompts[i] for i in places], [numbers[i] for i in places]
 
@@ -81,7 +82,6 @@ def sample_images(
 )->Tensor|list: # (P,3,H,W) images in [0, 1], fp32, on the CPU; a list of them where prompts have several sizes
     "Sample one image per prompt by the ODE, on addressed noise."
     if not prompts: raise ValueError("prompts is empty: give at least one")
-    if ids is None: ids = range(len(prompts))
     images, drawn = {}, []
     for _, places, own, numbers in parts_by_size(policy, prompts, ids):
         latents = sample_latents(policy, own, num_steps, shift, seed, batch, numbers)
@@ -146,7 +146,6 @@ def evaluate(
         return pd.concat(rows, ignore_index=True)
     if images is not None: return score_table(prompts, rewards(images, prompts))
     ids = kwargs.pop('ids', None)
-    if ids is None: ids = range(len(prompts))
     tables = []
     for _, places, own, numbers in parts_by_size(policy, prompts, ids):
         latents = sample_latents(policy, own, ids=numbers, **kwargs)

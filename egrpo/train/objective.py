@@ -278,8 +278,9 @@ class Weights:
         like = {}
         for key, moment in moments.items():
             name, _ = key.rsplit('|', 1)
-            own = self.config.optimizer != 'adamw' and moment.shape != self.parameters.get(name, moment).shape
-            if moment.ndim and name in self.parameters and not own: like[key] = self.parameters[name]
+            p = self.parameters.get(name)
+            if p is None or not moment.ndim: continue
+            if self.config.optimizer == 'adamw' or moment.shape == p.shape: like[key] = p # others may keep other shapes
         check_tensors(moments, like, folder, 'optimizer')
         for section, own in dict(weights=self.parameters, ema=self.average).items():
             tensors = check_tensors(saved.get(section, {}), own, folder, section)

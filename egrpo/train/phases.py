@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..models.device import synchronize
 from .cost import iteration_seconds, probe, run_memory
-from .timing import Laps, _forget_most_held, _most_held
+from .timing import Laps, forget_held, least_seconds, most_held
 from .trainer import iteration_prompts
 
 # %% ../../nbs/train/13_phases.ipynb #f7799649
@@ -29,26 +29,10 @@ def matrix_peak(
 )->float: # Operations per second
     "Measure how fast two large matrices are multiplied."
     side = side or (8192 if device.type == 'cuda' else 1024)
-    a, times = torch.randn(side, side).to(device, dtype), []
-    for _ in range(rounds + 1):
-        synchronize(device)
-        began = time.perf_counter()
-        a @ a
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return 2 * side**3 / min(times[1:])
+    a = torch.randn(side, side).to(device, dtype)
+    return 2 * side**3 / least_seconds(lambda: a @ a, device, time.perf_counter, rounds)
 
 # %% ../../nbs/train/13_phases.ipynb #02f2b253
-def _held(device):
-    "Bytes that were held at most since `_forget`: by tensors on a GPU, by the process elsewhere."
-    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
-    return torch.mps.driver_allocated_memory() if device.type == 'mps' else _most_held()
-
-def _forget(device):
-    "Restart `_held` from what is held now."
-    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == 'cpu': _forget_most_held()
-
 class PhaseLaps(Laps):
     "Seconds, bytes and operations by phase."
     def __init__(self,
@@ -59,7 +43,7 @@ class PhaseLaps(Laps):
         self.device, self.counter = device, counter
         self.bytes, self.flops = {}, {}
         self.before = counter.get_total_flops() if counter else 0
-        _forget(device)
+        forget_held(device)
 
     def __call__(self,
         phase:str, # What has just been done
@@ -67,8 +51,8 @@ class PhaseLaps(Laps):
         "Count what was done since the last call for a phase."
         synchronize(self.device)
         super().__call__(phase)
-        self.bytes[phase] = max(self.bytes.get(phase, 0), _held(self.device))
-        _forget(self.device)
+        self.bytes[phase] = max(self.bytes.get(phase, 0), most_held(self.device))
+        forget_held(self.device)
         if not self.counter: return
         now = self.counter.get_total_flops()
         self.flops[phase] = self.flops.get(phase, 0) + now - self.before

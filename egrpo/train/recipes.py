@@ -13,7 +13,7 @@ import yaml
 
 import egrpo
 from ..base.inputs import check_kind, check_readable, quote
-from .config import FIELDS, PLAN_FIELDS, SETTINGS, TrainConfig, as_text, kind_of
+from .config import FIELDS, SETTINGS, TrainConfig, as_text, kind_of
 
 # %% ../../nbs/train/12_recipes.ipynb #ec1be007
 def recipe_paths()->dict: # Name -> file
@@ -84,15 +84,17 @@ class _Dumper(yaml.SafeDumper): pass
 
 _Dumper.add_implicit_resolver('tag:yaml.org,2002:float', _number, list('-+.0123456789')) # puts the text '1e-5' in quotes
 
-def _line(name, value): return yaml.dump({name: value}, Dumper=_Dumper, allow_unicode=True, width=1000).rstrip()
+def _line(name, value):
+    "A setting, with its help where it is one of egrpo's."
+    text = yaml.dump({name: value}, Dumper=_Dumper, allow_unicode=True, width=1000).rstrip()
+    return f"{text} # {SETTINGS[name].metadata['help']}" if name in SETTINGS else text
 
 def to_yaml(
     config:TrainConfig, # The configuration
 )->str: # Lines; `load_recipe` reads the same configuration back
     "Write a configuration as a recipe, each field with its help."
     shared = [name for name in FIELDS if getattr(config, name) is not None]
-    lines = [f"{_line(name, getattr(config, name))} # {FIELDS[name].metadata['help']}" for name in shared]
-    own = [f'  {_line(name, value)}{_help(name)}' for name, value in config.plan.items()]
-    return '\n'.join([*lines, *(['plan:', *own] if own else [])]) + '\n'
-
-def _help(name): return f" # {PLAN_FIELDS[name].metadata['help']}" if name in PLAN_FIELDS else ''
+    lines = [_line(name, getattr(config, name)) for name in shared]
+    if config.plan: lines.append('plan:')
+    lines += [f'  {_line(name, value)}' for name, value in config.plan.items()]
+    return '\n'.join(lines) + '\n'

@@ -41,7 +41,7 @@ def walk_alone(
 
 FIRST_ROW = torch.tensor([0]) # of a batch of one
 
-def _leave(policy, cond, parent, step, plan):
+def _velocity_alone(policy, cond, parent, step, plan):
     "Velocity where a step leaves from; where the step lies, as the rollout's functions take it."
     start = torch.tensor([step.start])
     end = torch.tensor([step.end])
@@ -56,7 +56,7 @@ def step_alone(
     eps:Tensor, # (1,C,H,W) standard normal
 )->tuple: # (1,C,H,W) sample, (1,) its log-prob
     "One sample of a stochastic step."
-    velocity, place = _leave(policy, cond, parent, step, plan)
+    velocity, place = _velocity_alone(policy, cond, parent, step, plan)
     mean, std = transition_mean(velocity, parent, *place)
     child = sde_sample(mean, std, eps)
     logp, *_ = transition_log_prob(velocity, parent, child, FIRST_ROW, *place)
@@ -123,7 +123,7 @@ def _loss_alone(
     advantage:Tensor, # (1,)
 )->Tensor: # (1,)
     "Loss of one sample."
-    velocity, place = _leave(trainer.policy, sample.cond, sample.parent, sample.step, sample.plan)
+    velocity, place = _velocity_alone(trainer.policy, sample.cond, sample.parent, sample.step, sample.plan)
     logp, *_ = transition_log_prob(velocity, sample.parent, sample.child, FIRST_ROW, *place)
     return policy_loss(logp, sample.log_prob, advantage, trainer.config.clip_range)
 

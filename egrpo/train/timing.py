@@ -29,15 +29,26 @@ def one_thread():
 
 def _seconds(
     run:Callable, # () -> anything
-    device:torch.device # Where it runs: on a GPU the clock on the wall counts, on a CPU that of the process
+    device:torch.device, # Where it runs
+    clock=None, # () -> seconds; None = those on the wall on a GPU, those of the process on a CPU
 )->float: # Seconds
     "Time one call."
-    clock = time.process_time if device.type == 'cpu' else time.perf_counter
+    if clock is None: clock = time.process_time if device.type == 'cpu' else time.perf_counter
     synchronize(device)
     began = clock()
     run()
     synchronize(device)
     return clock() - began
+
+def least_seconds(
+    run:Callable, # () -> anything
+    device:torch.device, # Where it runs
+    clock, # () -> seconds
+    repeats:int, # Times it is run after one that does not count, >= 1
+)->float: # Seconds, the least
+    "Time a call by the fastest of several."
+    _, *counted = [_seconds(run, device, clock) for _ in range(repeats + 1)]
+    return min(counted)
 
 @torch.no_grad()
 def time_in_turns(
@@ -83,27 +94,25 @@ def time_ratio(
     return {f.__name__: f(times[name]) / f(times[to]) for f in (min, statistics.median)}
 
 # %% ../../nbs/train/01_timing.ipynb #644e2a14
-def _most_held()->int: # Bytes
-    "The most memory this process has held since `_forget_most_held`."
+def most_held(
+    device:torch.device, # Where
+)->int: # Bytes: by tensors on a GPU, by the process elsewhere; by the driver of Apple's GPUs, which keeps what was freed
+    "The most memory that was held since `forget_held`."
+    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
+    if device.type == 'mps': return torch.mps.driver_allocated_memory()
     status = Path('/proc/self/status')
     if status.exists():
         found = re.search(r'VmHWM:\s*(\d+) kB', status.read_text(encoding='utf-8'))
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss # macOS, in bytes
 
-def _forget_most_held():
-    "Restart `_most_held` from what is held now, where the system can."
-    if Path('/proc/self/clear_refs').exists(): Path('/proc/self/clear_refs').write_text('5', encoding='utf-8')
-
-def _mps_rise(
-    run, # () -> anything
-)->tuple: # (what `run` gave, bytes)
-    "The same on Apple's GPUs, whose driver keeps what was freed: all it has then is the most that was held."
-    torch.mps.empty_cache()
-    before = torch.mps.driver_allocated_memory()
-    found = run()
-    torch.mps.synchronize()
-    return found, torch.mps.driver_allocated_memory() - before
+def forget_held(
+    device:torch.device, # Where
+):
+    "Restart `most_held` from what is held now, where the system can."
+    peak = Path('/proc/self/clear_refs')
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == 'cpu' and peak.exists(): peak.write_text('5', encoding='utf-8')
 
 def highest_rise(
     run, # () -> anything
@@ -111,11 +120,9 @@ def highest_rise(
 )->tuple: # (what `run` gave, bytes)
     "Run, and see how far the memory held rises at most."
     device = torch.device(device)
-    if device.type == 'mps': return _mps_rise(run)
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        return run(), torch.cuda.max_memory_allocated(device) - before
-    _forget_most_held()
-    before = _most_held()
-    return run(), _most_held() - before
+    if device.type == 'mps': torch.mps.empty_cache()
+    forget_held(device)
+    before = most_held(device)
+    found = run()
+    synchronize(device)
+    return found, most_held(device) - before

@@ -136,17 +136,15 @@ def size_settings(
 )->dict: # 'HEIGHTxWIDTH', or None for the run's resolution -> settings of the plans
     "Settings of a run's plans for each size of its prompts. Refuses a size that the model cannot have."
     c = prepared.config
-    policy.resize()
-    found = {None: plan_settings(c, policy.sigmas(c.num_steps, c.shift))}
-    for prompt in prepared.prompts + prepared.eval_prompts:
-        size = size_of(prompt)
-        if size in found: continue
-        try: policy.resize(size)
-        except ValueError as e:
-            policy.resize()
-            raise ValueError(f'{prompt.place}: {e}') from e
-        found[size] = plan_settings(c, policy.sigmas(c.num_steps, c.shift))
-    policy.resize()
+    found = {}
+    try:
+        for prompt in ('', *prepared.prompts, *prepared.eval_prompts): # the first asks for no size
+            size = size_of(prompt)
+            if size in found: continue
+            try: policy.resize(size)
+            except ValueError as e: raise ValueError(f'{prompt.place}: {e}') from e
+            found[size] = plan_settings(c, policy.sigmas(c.num_steps, c.shift))
+    finally: policy.resize()
     return found
 
 def at_size_of(
