@@ -240,6 +240,19 @@ def test_positions_that_a_model_lacks(tmp_path):
     with pytest.raises(ValueError, match='prompts: line 2 of .*: resolution must be at most'): Trainer(config, policy, reward=Seen())
 
 
+@pytest.mark.parametrize('name, size, says', [('sd3', '64,4096', 'resolution must be at most'), ('sana', '61,64', 'a multiple of')])
+def test_a_dry_run_refuses_sizes_that_its_model_cannot_draw(tmp_path, capsys, name, size, says):
+    "From the configuration files, with the line that asks for it."
+    small_pipeline(name).save_pretrained(tmp_path/name)
+    file = tmp_path/'sizes.csv'
+    file.write_text(f'prompt,height,width\na red circle,64,64\na red circle,{size}\n')
+    words = ['train', '--scale', 'smoke', '--dry-run', '--model', str(tmp_path/name), '--prompts', str(file)]
+    assert main(words) == 2
+    assert f'line 3 of {str(file)!r}: resolution' in (said := capsys.readouterr().err) and says in said
+    assert main([*words[:-2], '--resolution', '61']) == 2
+    assert 'error: resolution must be a multiple of' in capsys.readouterr().err
+
+
 def test_a_file_without_sizes_is_what_it_was(tmp_path):
     "Other columns give a run no new source."
     file = tmp_path/'tags.csv'

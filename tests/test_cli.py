@@ -23,7 +23,7 @@ from egrpo.cli.commands import COMMANDS, main
 from egrpo.core.entropy import merge_lengths
 from egrpo.core.sigmas import flow_sigmas
 from egrpo.methods.registry import METHODS, find_method, method_settings, published
-from egrpo.models.pipeline import load_pipeline
+from egrpo.models.pipeline import assets_path, load_pipeline
 from egrpo.models.policy import model_sigmas
 from egrpo.paper.claims import CLAIMS
 from egrpo.paper.experiments import EXPERIMENTS
@@ -205,6 +205,34 @@ def test_what_goes_on_otherwise_is_said_or_refused_before_a_model_is_loaded(fold
     (folder/'p.txt').write_text('a red circle\n')
     assert main(shlex.split(f'{words} --prompts {folder}/p.txt')) == 2
     assert 'prompts was' in capsys.readouterr().err
+
+
+def test_folders_that_are_taken_for_each_other(folder, capsys):
+    "A run's folder, its LoRA and a whole model, each where another is asked for."
+    lora, run = f'{folder}/lora/model', f'{folder}/lora'
+    whole = str(assets_path('miniature'))
+    for words, says in ((f'train --dry-run --model {lora}', f"model '{lora}' is a LoRA: name the model that it is for"),
+                        (f'sample --model {lora}', 'is a LoRA: name the model that it is for, and the LoRA by --lora'),
+                        (f'sample --model {run}', f"model '{run}' is a run's folder: name '{lora}'"),
+                        (f'sample --lora {run}', f"lora: '{run}' is a run's folder: name '{lora}'"),
+                        (f'sample --lora {whole}', f"lora: '{whole}' is a whole model: name it as model"),
+                        (f'train --dry-run --lora-from {whole}', 'is a whole model'),
+                        (f'export {folder}/none', "none' is not there")):
+        assert main(shlex.split(words)) == 2, words
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('words, meant', [
+    ('trian', 'train'), ('train flux_lora80gb', 'flux_lora_80gb'), ('plan --method mixgrpo', 'mix_grpo'), ('reproduce metods', 'methods'),
+    ('train --tua 3', '--tau'), ('train --dry-run --kernel flw', 'flow')])
+def test_what_was_meant(words, meant, capsys):
+    assert main(shlex.split(words)) == 2
+    assert f', did you mean {meant}?' in capsys.readouterr().err
+
+
+def test_a_notebook_s_name_leads_to_its_experiments(capsys):
+    assert main(['reproduce', 'table1']) == 2
+    assert "experiment 'table1' is the notebook's name: take lr or " in (said := capsys.readouterr().err) and 'methods_clip' in said
 
 
 def test_memory_says_what_may_still_help(capsys):

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from egrpo.core.advantage import gains, preference_weights, turning_gains
-from egrpo.core.loss import Compared, awm_loss, clip_loss, dgpo_loss, dppo_loss, nft_loss
+from egrpo.core.loss import FORWARD_LOSSES, Compared, awm_loss, clip_loss, dgpo_loss, dppo_loss, nft_loss
 from egrpo.core.plan import Branch, Forward, Plan, SDEStep, gradient_nfe, preference_nfe, rollout_nfe
 from egrpo.core.rollout import FORWARD_STD, rollout, transition_log_prob, transition_mean
 from egrpo.core.sde import gaussian_kl, log_prob, ode_step, sde_step, step_std
@@ -397,3 +397,17 @@ def test_a_run_with_forward_draws_resumes_to_the_bit(tmp_path):
     parts = weights(tmp_path/'parts', resume=True)
     for a, b in zip(whole, parts):
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize('method, settings, says', [
+    ('flash_grpo', dict(noise_level=0), 'noise_level must be > 0 for stochastic steps'),
+    ('tempflow_grpo', dict(noise_level=0), 'noise_level must be > 0 for stochastic steps'),
+    ('tempflow_grpo', dict(noises=0), 'noises must be >= 1')])
+def test_settings_by_which_weights_cannot_be_computed(method, settings, says):
+    with pytest.raises(ValueError, match=says): make_plan(method, **settings)
+
+
+def test_a_loss_of_another_signature_is_refused_by_its_plan(monkeypatch):
+    monkeypatch.setitem(FORWARD_LOSSES, 'mine', lambda step, advantages: advantages)
+    plan = make_plan('nft')
+    with pytest.raises(ValueError, match="loss 'mine' must take .step, advantages, clip_range.: too many"): replace(plan, loss='mine')

@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import sys
+from difflib import get_close_matches
 from numbers import Integral, Real
 
 # %% ../../nbs/base/00_inputs.ipynb #a08f1c07
@@ -126,6 +127,15 @@ class SettingError(ValueError):
     def __str__(self): return ' '.join(self.args)
 
 # %% ../../nbs/base/00_inputs.ipynb #a08f1c31
+def near(
+    value, # What was given
+    choices, # What it may be
+    least:float=.6, # Likeness to ask from, 0…1
+)->str: # Words to end an error with; none where no choice is like it
+    "Ask whether another choice was meant."
+    found = get_close_matches(str(value), list(map(str, choices)), 1, least)
+    return f', did you mean {found[0]}?' if found else ''
+
 def one_of(
     name:str, # The argument
     value, # What was given for it
@@ -133,7 +143,7 @@ def one_of(
 ):
     "Refuse a value that is none of the choices."
     if value in choices: return
-    raise SettingError(name, f"must be one of {', '.join(map(str, choices))}, got {value!r}")
+    raise SettingError(name, f"must be one of {', '.join(map(str, choices))}, got {value!r}{near(value, choices)}")
 
 def at_least(
     name:str, # The argument

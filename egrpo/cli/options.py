@@ -10,10 +10,9 @@ import argparse
 import re
 import shutil
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 
-from ..base.inputs import check_kind, from_json, height_width, quote
+from ..base.inputs import check_kind, from_json, height_width, near, quote
 from ..train.config import SETTINGS, kind_of
 
 # %% ../../nbs/cli/00_options.ipynb #775dc02d
@@ -174,7 +173,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{'formatter_class': formatter, 'allow_abbrev': False, **kwargs})
     def error(self, message):
         "Raise in one line, instead of exiting after the usage."
-        raise ValueError(f'{message} (see {self.prog} --help)')
+        given = re.search(r"invalid choice: '(.+?)' \(choose from (.+)\)", message)
+        hint = near(given[1], re.findall(r'\w+', given[2])) if given else ''
+        raise ValueError(f'{message}{hint} (see {self.prog} --help)')
     def parse_known_args(
         self,
         args=None, # Words of the command line; None takes those of the process
@@ -186,6 +187,5 @@ class Parser(argparse.ArgumentParser):
         found, left = super().parse_known_args(args, namespace)
         if not left: return found, left
         option, *_ = left[0].partition('=')
-        near = get_close_matches(option, self._option_string_actions, 1, .75)
-        hint = ''.join(f', did you mean {other}?' for other in near)
+        hint = near(option, self._option_string_actions, .75)
         self.error(f"unrecognized arguments: {' '.join(left)}{hint}")

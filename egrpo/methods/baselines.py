@@ -8,7 +8,7 @@ __all__ = ['flow_grpo', 'grpo_guard', 'dance_grpo', 'mix_grpo', 'flow_grpo_fast'
 # %% ../../nbs/methods/00_baselines.ipynb #ff0edb26
 from ..base.inputs import SettingError, at_least
 from ..core.noise import random_order
-from ..core.plan import Branch, Plan, SDEStep
+from ..core.plan import Branch, Plan, SDEStep, check_noise
 from ..core.sde import step_std
 from ..core.sigmas import flow_sigmas
 
@@ -154,7 +154,9 @@ def tempflow_grpo(
 )->Plan: # The plan of one prompt
     "TempFlow-GRPO (arXiv 2508.04324): one stochastic step at a time from ODE anchors, weighted by its noise."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    if not noises:
+    check_noise(noise_level, kernel)
+    if noises is not None: at_least('noises', noises, 1, 'noise i is the same in every branch')
+    else:
         most = max(1, num_generations // 6)
         noises = max(n for n in range(1, most + 1) if num_generations % n == 0)
     if num_generations % noises:

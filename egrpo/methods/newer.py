@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..base.inputs import SettingError, at_least
 from ..core.noise import random_order
-from ..core.plan import Branch, Plan, SDEStep
+from ..core.plan import Branch, Plan, SDEStep, check_noise
 from ..core.sde import step_std
 from ..core.sigmas import flow_sigmas
 from .baselines import chain, check_counts, first_half, prime_factors
@@ -41,6 +41,7 @@ def flash_grpo(
     "Flash-GRPO (arXiv 2605.15980): one stochastic step per prompt, drawn from the first half."
     pool = max(1, num_steps // 2)
     check_counts(num_steps, pool, num_generations, name='num_steps')
+    check_noise(noise_level, kernel)
     sigmas = flow_sigmas(num_steps, shift)
     weights = [_flash_weight(sigmas, k, noise_level, kernel) for k in range(pool)]
     k = random_order(pool, seed, iteration, prompt)[0]

@@ -9,11 +9,10 @@ __all__ = ['METHODS', 'PUBLISHED', 'velocity_weights', 'egrpo', 'explored', 'aeg
 import inspect
 import math
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import lru_cache
 
 from ..base.functions import find_function
-from ..base.inputs import SettingError, at_least, check_kind, one_of
+from ..base.inputs import SettingError, at_least, check_kind, near, one_of
 from ..core.entropy import fixed_lengths, merge_lengths
 from ..core.plan import Branch, Plan, SDEStep, count_leaves, gradient_nfe, rollout_nfe
 from ..core.sde import step_std
@@ -180,7 +179,7 @@ def find_method(
     "The function of a method."
     if not isinstance(method, str): return method
     if method in METHODS: return METHODS[method]
-    if ':' not in method: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if ':' not in method: raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}{near(method, METHODS)}")
     function = find_function(method, 'method')
     if callable(function): return function
     raise ValueError(f"method {method!r} is a {type(function).__name__}: name a function that returns a Plan")
@@ -287,9 +286,8 @@ def check_plan(
 def _remedy(method, setting):
     "Say which methods take a setting, or which setting was meant."
     takers = [name for name in METHODS if takes(name, setting)]
-    near = get_close_matches(setting, _parameters(method), 1)
     if takers: return f"leave it out, or take {', '.join(takers)}"
-    return f"did you mean {near[0]}?" if near else "leave it out (`egrpo methods` has them all)"
+    return near(setting, _parameters(method)).lstrip(', ') or "leave it out (`egrpo methods` has them all)"
 
 # %% ../../nbs/methods/03_registry.ipynb #6e123224
 PAPERS = dict(flow_grpo='2505.05470', dance_grpo='2505.07818', mix_grpo='2507.21802', tempflow_grpo='2508.04324', branch_grpo='2509.06040',

@@ -189,7 +189,7 @@ class Policy(GuidedNetwork):
         self.dtype = torch_dtype(dtype, self.device)
         choose_kernels(self.dtype, self.device)
         self.made_for = resolution or own_resolution(pipeline)
-        self.resolution = self._check_resolution(self.made_for)
+        self.resolution = self.check_resolution(pipeline, self.made_for)
         self.trained = choose_trained(pipeline, lora_rank, lora_from, seed, lora_alpha, lora_targets)
         self.lora_rank = self.trained.rank
         self.fingerprint = self.trained.fingerprint + (quantize or '')
@@ -213,13 +213,19 @@ class Policy(GuidedNetwork):
         "Tokens of a prompt, where the pipeline is told; None = the tokenizer's own."
         return None
 
-    def _check_resolution(self, resolution): return check_side(resolution, self.patch * self.pipeline.vae_scale_factor)
+    @classmethod
+    def check_resolution(cls,
+        pipeline, # A pipeline of the family, perhaps without weights
+        resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
+    )->int|str: # The same
+        "Refuse sides that do not divide into the pipeline's latents and tokens."
+        return check_side(resolution, cls.patch * pipeline.vae_scale_factor)
 
     def resize(self,
         resolution:int|str|None=None, # As for `Policy`; None = the one that it was made with
     ):
         "Change the size of the images, until prompts of another size are sampled or trained."
-        self.resolution = self._check_resolution(resolution or self.made_for)
+        self.resolution = self.check_resolution(self.pipeline, resolution or self.made_for)
 
     @property
     def latent_shape(self)->tuple: # (C,H,W)

@@ -48,12 +48,13 @@ class SD3Policy(Policy):
     "Stable Diffusion 3 and 3.5."
     patch, classifier_free = 2, True
 
-    def _check_resolution(self, resolution):
+    @classmethod
+    def check_resolution(cls, pipeline, resolution):
         "Refuse a side that the network has no positions for, too."
-        most = self.transformer.config.pos_embed_max_size * self.patch * self.pipeline.vae_scale_factor
+        most = pipeline.transformer.config.pos_embed_max_size * cls.patch * pipeline.vae_scale_factor
         if max(height_width(resolution)) > most:
             raise ValueError(f"resolution must be at most {most}, got {resolution}: this model has no more positions")
-        return super()._check_resolution(resolution)
+        return super().check_resolution(pipeline, resolution)
 
     @property
     def text_length(self)->int: # Tokens

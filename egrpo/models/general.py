@@ -131,11 +131,13 @@ class GeneralPolicy(Policy):
         return _whole_levels(self.entrance.schedule(num_steps, self._empty.rows[0])[0], num_steps)
 
     # ---- set up
-    def _check_resolution(self,
+    @classmethod
+    def check_resolution(cls,
+        pipeline, # A pipeline, perhaps without weights
         resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
     )->int|str: # The same
         "Refuse sides that the pipeline would change."
-        processor = getattr(self.pipeline, 'image_processor', None) or getattr(self.pipeline, 'video_processor', None)
+        processor = getattr(pipeline, 'image_processor', None) or getattr(pipeline, 'video_processor', None)
         unit = processor.config.vae_scale_factor if processor else 1
         return check_side(resolution, unit)
 

@@ -17,10 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from ..base.files import DIGEST, tensors_digest
-from .pipeline import Refused, first_line, limit_hub_waiting
+from .pipeline import LORA_FILES, Refused, first_line, is_run_folder, limit_hub_waiting
 
 # %% ../../nbs/models/05_lora_files.ipynb #a477a361
-LORA_FILES = 'pytorch_lora_weights.safetensors', 'adapter_model.safetensors' # diffusers' and peft's names
 HUB_LORA = re.compile(r'([\w-][\w.-]*/[\w-][\w.-]*)(?:/(.+\.safetensors))?') # owner/name, or a file in it
 
 def _pick_lora(
@@ -71,6 +70,8 @@ def lora_file(
 )->Path: # The file
     "Find a LoRA's file; one on the hub is fetched."
     path, what = Path(source), f"{name}: {str(source)!r}"
+    if is_run_folder(path): raise Refused(f"{what} is a run's folder: name {str(path/'model')!r}")
+    if (path/'model_index.json').exists(): raise Refused(f"{what} is a whole model: name it as model")
     if path.is_dir(): return path/_pick_lora(os.listdir(path), what)
     if not path.exists() and HUB_LORA.fullmatch(str(source)): return _fetch_lora(str(source), what)
     if path.suffix == '.safetensors' and path.exists(): return path

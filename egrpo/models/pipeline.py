@@ -102,11 +102,23 @@ def _pickled_weights(
     parts = [p for p in sorted(folder.iterdir()) if p.is_dir() and not [*p.glob('*.safetensors')]]
     return [f'{p.name}/{f.name}' for p in parts for f in sorted(p.iterdir()) if f.suffix in PICKLES]
 
-def _check_form(
+LORA_FILES = 'pytorch_lora_weights.safetensors', 'adapter_model.safetensors' # diffusers' and peft's names
+
+def is_run_folder(
+    path:Path, # A folder
+)->bool:
+    "Return whether a folder is that of a run that has ended."
+    return (path/'config.json').is_file() and (path/'model').is_dir()
+
+def check_form(
     model:str, # A folder, a file or a hub id
 ):
     "Refuse a model in a form that is not read, with what to do."
     path, what = Path(model), f"model {str(model)!r}"
+    if is_run_folder(path): raise Refused(f"{what} is a run's folder: name {str(path/'model')!r}")
+    if any((path/name).is_file() for name in LORA_FILES) and not (path/'model_index.json').exists():
+        remedy = "name the model that it is for, and the LoRA by --lora (sample, evaluate) or --lora-from (train)"
+        raise Refused(f"{what} is a LoRA: {remedy}")
     if (path/'modular_model_index.json').exists() and not (path/'model_index.json').exists():
         remedy = "name one in diffusers' usual layout"
         raise Refused(f"{what} is a modular pipeline, which has no call of its own to enter: {remedy}")
@@ -230,7 +242,7 @@ def load_pipeline(
     small = model == 'miniature'
     if small: model = assets_path('miniature')
     else: limit_hub_waiting()
-    _check_form(model)
+    check_form(model)
     load = _load_single if Path(model).is_file() else _load_folder
     dtypes = dict.fromkeys(('transformer', 'transformer_2', 'unet'), network or dtype)
     dtypes['default'] = dtype

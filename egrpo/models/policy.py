@@ -90,3 +90,15 @@ def model_sigmas(
     policy = POLICIES.get(type(pipeline), GeneralPolicy)
     if policy is GeneralPolicy: check_enterable(pipeline)
     return policy._own_sigmas(pipeline, num_steps, resolution or own_resolution(pipeline))
+
+def check_sizes(
+    model:str, # 'miniature', a folder, or a hub id
+    places:dict, # Side of images in pixels, or 'HEIGHTxWIDTH' -> where it is asked for; '' = by `resolution`
+):
+    "Refuse sizes that a model cannot draw, if its configuration files can be read here."
+    try: pipeline = bare_pipeline(model)
+    except ValueError: return
+    kind = POLICIES.get(type(pipeline), GeneralPolicy)
+    for size, place in places.items():
+        try: kind.check_resolution(pipeline, size)
+        except ValueError as e: raise ValueError(f'{place}: {e}' if place else str(e)) from e

@@ -69,6 +69,8 @@ def find_experiment(
     name:str, # A name in `EXPERIMENTS`
 )->Experiment|Measurement: # It
     "The experiment or measurement of a name."
+    drawn = [known for known, o in EXPERIMENTS.items() if Path(o.notebook).stem.startswith(f'{name}_')]
+    if drawn: raise ValueError(f"experiment {name!r} is the notebook's name: take {' or '.join(drawn)}")
     one_of('experiment', name, EXPERIMENTS)
     return EXPERIMENTS[name]
 

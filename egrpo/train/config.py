@@ -78,7 +78,7 @@ EVAL_REWARDS = 'verifier + verifier_strict' # in the miniature's world
 class TrainConfig:
     "Everything a run depends on."
     model:str = option('miniature', "'miniature', a folder, a .safetensors file, or a hub id (owner/name)")
-    method:str = option('egrpo', 'Method, one of those that `egrpo methods` lists')
+    method:str = option('egrpo', 'Method that `egrpo methods` lists, or your own, module:function or file.py:function')
     num_steps:int = option(16, 'Denoising steps T')
     shift:float|None = option(None, "Shift of the noise schedule, > 0 (the papers' 3); None = the model's own")
     plan:dict = field(default_factory=dict) # Settings of the method, such as tau
@@ -92,7 +92,7 @@ class TrainConfig:
     iterations:int = option(300, 'Training iterations', free=True, least=1)
     budget:int|None = option(None, 'Network evaluations after which the run ends, if it has not ended before',
                              free=True, least=1)
-    reward:str = option('verifier', "Reward, or a weighted sum such as 'preference + 0.5*clip'")
+    reward:str = option('verifier', "Reward, or a weighted sum such as 'hpsv2.1 + 0.5*clip_score' (`egrpo rewards`)")
     combine:str = option('after', "Several rewards are summed 'after' or 'before' each is normalised; "
                                   "'batch': after, and normalised once more over the batch (GDPO)",
                          choices=('after', 'before', 'batch'))
@@ -165,7 +165,7 @@ class TrainConfig:
                                free=True, least=1)
     tracker:str|None = option(None, "Trackers of accelerate besides metrics.jsonl, such as 'tensorboard' or 'wandb,trackio'", where=True)
     out:str = option('runs/egrpo', 'Folder of metrics, checkpoints and the trained model', where=True)
-    resume:bool = option(False, 'Go on from the last checkpoint in `out`', where=True)
+    resume:bool = option(False, 'Go on from the last checkpoint in `out`; iterations, lr and evaluations may change', where=True)
     resume_from:int|None = option(None, 'With resume: go on from the kept checkpoint of this iteration, once; later metrics are dropped',
                                   where=True, least=0)
 

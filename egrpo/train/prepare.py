@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base.rows import size_of
 from ..core.plan import Plan, count_leaves, count_transitions, describe, gradient_nfe, preference_nfe, rollout_nfe
 from ..core.sigmas import flow_sigmas
 from ..methods.aegpo import allocated_plans, signal_needed
 from ..methods.registry import check_plan, make_plan, method_name, method_settings
-from ..models.policy import model_sigmas
+from ..models.policy import check_sizes, model_sigmas
 from ..rewards.reward import RewardSet, get_reward
 from .config import EVAL_REWARDS, TrainConfig, check_config
 from .prompts import load_prompts, set_name
@@ -110,6 +111,7 @@ def prepare(
     method = method or config.method
     settings = check_method(method, config, sigmas)
     prompts, eval_prompts = run_prompts(config)
+    if not policy: check_run_sizes(config, prompts + eval_prompts)
     trained, measured = run_rewards(config, reward)
     trained.check(prompts)
     measured.check(eval_prompts)
@@ -128,6 +130,15 @@ def run_prompts(
         argument = 'eval_prompts' if config.eval_prompts else 'prompts'
         held_out = load_prompts(source, 'held_out', config.eval_size, argument)
     return prompts, held_out[:config.eval_size]
+
+def check_run_sizes(
+    config:TrainConfig, # Gives model and resolution
+    prompts:list, # Of training and evaluation
+):
+    "Refuse sizes that the model cannot draw, and name the row that asks for one."
+    places = {size_of(prompt): prompt.place for prompt in prompts if size_of(prompt)}
+    if config.resolution: places[config.resolution] = ''
+    if places: check_sizes(config.model, places)
 
 def run_rewards(
     config:TrainConfig, # Gives reward, eval_rewards, prompts and eval_prompts

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 import egrpo
-from ..base.inputs import check_kind, check_readable, quote
+from ..base.inputs import check_kind, check_readable, near, quote
 from .config import FIELDS, SETTINGS, TrainConfig, as_text, kind_of
 
 # %% ../../nbs/train/12_recipes.ipynb #ec1be007
@@ -36,7 +36,7 @@ def find_recipe(
     known = recipe_paths()
     if name in known: return known[name]
     if not name.endswith(('.yaml', '.yml')):
-        raise ValueError(f"recipe must be one of {', '.join(known)}, or a .yaml file, got {quote(name)}")
+        raise ValueError(f"recipe must be one of {', '.join(known)}, or a .yaml file, got {quote(name)}{near(name, known)}")
     check_readable(name, f"recipe {quote(name)}", "name a .yaml file, or a recipe that `egrpo recipes` lists")
     return Path(name)
 
