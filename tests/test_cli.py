@@ -256,8 +256,10 @@ def test_resume_with_a_damaged_config(folder, capsys):
 
 def test_evaluation_on_training_prompts_says_so(here, capsys):
     (here/'p.txt').write_text('a red circle\na red circle\na blue circle\n')
-    assert main(shlex.split('train --dry-run --prompts p.txt')) == 0
+    assert main(shlex.split('train --dry-run --prompts p.txt --prompts-per-iteration 3')) == 0
     assert '3 to train on, 2 distinct · 3 to evaluate on (training prompts)\n' in capsys.readouterr().out
+    assert main(shlex.split('train --dry-run --prompts p.txt')) == 0
+    assert '3 to train on, 2 distinct, fewer than the 4 of an iteration: some count twice · 3' in capsys.readouterr().out
     assert main(shlex.split('train --dry-run')) == 0
     assert 'training prompts' not in capsys.readouterr().out
     history = pd.DataFrame([dict(iteration=i, prompt=p, score=0.) for i in (0, 1) for p in ('a red circle', 'a cat')])

@@ -167,6 +167,8 @@ def prompts_text(
     sizes = {size_of(prompt) for prompt in prompts}
     distinct = f', {len(set(prompts))} distinct' if len(set(prompts)) < len(prompts) else ''
     if len(sizes) > 1: distinct += f', in {len(sizes)} sizes'
+    each = prepared.config.prompts_per_iteration
+    if len(prompts) < each: distinct += f', fewer than the {each} of an iteration: some count twice'
     return f"  prompts  {len(prompts)} to train on{distinct} · {len(held_out)} to evaluate on{overlap_text(held_out, prompts)}"
 
 def resumed_text(
