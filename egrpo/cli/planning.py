@@ -260,6 +260,7 @@ def _entered_plan(args)->dict:
         if name in PLAN_OPTIONS: settings[name] = value
     return settings | given(args, PLAN_OPTIONS)
 
+PROBED = 'the first steps stand for those that attention entropy will choose; its probes come on top, and count in an iteration'
 MERGING = {'tau', 'kernel', 'noise_level', 'merge_length', 'first_step', 'active_steps'} # settings of E-GRPO
 
 def run_plan(
@@ -285,7 +286,7 @@ def run_plan(
     if not merges: say(draws_table(plan) if plan.forward else with_legend(steps_table(plan)))
     say(fold(f'\n{describe(plan)}\n{plan_cost(plan)}'))
     if schedule: say(fold(f'schedule: {schedule}'))
-    if 'steps' in own: say(fold('the first steps stand for those that attention entropy will choose; its probes come on top, and count in an iteration'))
+    if 'steps' in own: say(fold(PROBED))
     if cost: say(fold(cost))
     if args.picture: say('picture:', save_picture(plot_plan(plan).figure, args.picture))
 
