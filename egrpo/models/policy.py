@@ -91,6 +91,7 @@ def model_sigmas(
     if policy is GeneralPolicy: check_enterable(pipeline)
     return policy._own_sigmas(pipeline, num_steps, resolution or own_resolution(pipeline))
 
+# %% ../../nbs/models/13_policy.ipynb #5c1ed0a2
 def check_sizes(
     model:str, # 'miniature', a folder, or a hub id
     places:dict, # Side of images in pixels, or 'HEIGHTxWIDTH' -> where it is asked for; '' = by `resolution`
