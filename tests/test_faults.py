@@ -195,7 +195,7 @@ def test_bad_setting(words, says, here, capsys):
     ('reproduce fig99', 'experiment must be one of'),
     ('reproduce tau --workers -1', 'workers must be >= 0'),
     ('reproduce tau --scale giant', "unknown scale 'giant'"),
-    ('demo --scale flux', "scale 'flux' is not for the miniature"),
+    ('demo --scale flux', "scale 'flux' has no demonstration: it runs at smoke, mini or gpu"),
     ('demo --minutes 0', 'minutes must be > 0'),
     ('demo --out folder/../file', 'is a file'),
 ])

@@ -5,12 +5,14 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from parity import brightness
 
 from egrpo.cli.commands import main
+from egrpo.cli.demo import demo_config
 from egrpo.models.policy import load_policy
 from egrpo.testing.pipelines import small_pipeline
 from egrpo.train import cost
@@ -119,6 +121,13 @@ def test_a_recipe_costs_what_it_says(name, configured):
     config = configured(name)
     assert iteration_nfe(config) == int(each.replace(',', ''))
     assert f'{training_nfe(config) / 1e6:.2g}' == f'{float(millions):.2g}'
+
+
+def test_the_demonstration_is_its_recipe():
+    asked = SimpleNamespace(scale='mini', minutes=8., out='runs/demo')
+    assert demo_config(asked) == TrainConfig(**load_recipe('demo'))
+    asked.scale, asked.seed = 'gpu', 3
+    assert demo_config(asked) == TrainConfig(**load_recipe('demo') | dict(num_generations=16, eval_size=2048, seed=3))
 
 
 def test_options_override_a_recipe(here, monkeypatch, configured):

@@ -157,14 +157,13 @@ def draw_demo(
 def demo_config(
     args, # Parsed arguments
 ):
-    "The demonstration's configuration: E-GRPO at tau 2.2 on the miniature, in the sizes of a scale."
+    "The demonstration's configuration: its recipe, in the sizes of a scale."
     from egrpo.paper.records import get_scale
+    from egrpo.train.recipes import load_recipe
     scale = get_scale(args.scale or os.environ.get('EGRPO_SCALE') or 'mini')
-    if scale.settings.get('model', 'miniature') != 'miniature':
-        raise ValueError(f"scale {scale.name!r} is not for the miniature: the demo runs at smoke, mini or gpu")
-    base = {**scale.settings, 'method': 'egrpo', 'tau': 2.2, 'eval_every': 0} # before and after: the time is for training
+    if scale.demo is None: raise ValueError(f"scale {scale.name!r} has no demonstration: it runs at smoke, mini or gpu")
     if not 0 < args.minutes < float('inf'): raise ValueError(f"minutes must be > 0, got {args.minutes}")
-    settings = {**base, **scale.demo, **given(args, ['seed', 'device']), 'out': args.out}
+    settings = {**load_recipe('demo'), **scale.demo, **given(args, ['seed', 'device']), 'out': args.out}
     return TrainConfig(**settings)
 
 def run_demo(

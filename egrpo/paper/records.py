@@ -28,7 +28,7 @@ class Scale:
     name:str # As in EGRPO_SCALE
     seeds:tuple # One training run each
     settings:dict # Fields of `TrainConfig` that differ from their defaults
-    demo:dict # Further ones for `egrpo demo`
+    demo:dict|None=None # Those by which `egrpo demo` differs from its recipe; None = it has none
     registered:bool=False # Are its grids those of `egrpo.paper.registered`, and its records in a folder of their own?
 
 # %% ../../nbs/paper/00_records.ipynb #ef2b4369
@@ -36,18 +36,18 @@ MINI = dict(shift=3., iterations=100, num_generations=8, stride=2, eval_every=25
 REGISTERED_SEEDS = tuple(range(100, 112)) # none below 100 is used for anything that confirms
 
 # %% ../../nbs/paper/00_records.ipynb #2e5c5d1e
-_DEMO = dict(prompts='shapes:two_objects,counting', eval_prompts='shapes', stride=4, solver='ab2', lr=2e-4, ema_decay=.97)
+_SMOKE = dict(shift=3., iterations=2, prompts_per_iteration=1, num_generations=2)
 
 SCALES = {o.name: o for o in (
-    Scale('smoke', (0,), dict(shift=3., iterations=2, prompts_per_iteration=1, num_generations=2, eval_size=8), _DEMO | dict(eval_size=12)),
-    Scale('mini', (0, 1, 2, 3, 4), MINI, _DEMO | dict(iterations=340, eval_size=1536)),
-    Scale('confirm', REGISTERED_SEEDS, MINI | dict(eval_every=0, eval_size=1024), dict(), registered=True),
-    Scale('gpu', REGISTERED_SEEDS, MINI | dict(num_generations=16, eval_every=0, eval_size=2048), _DEMO | dict(iterations=340),
-          registered=True),
+    Scale('smoke', (0,), _SMOKE | dict(eval_size=8), _SMOKE | dict(eval_size=12)),
+    Scale('mini', (0, 1, 2, 3, 4), MINI, dict()),
+    Scale('confirm', REGISTERED_SEEDS, MINI | dict(eval_every=0, eval_size=1024), registered=True),
+    Scale('gpu', REGISTERED_SEEDS, MINI | dict(num_generations=16, eval_every=0, eval_size=2048),
+          dict(num_generations=16, eval_size=2048), registered=True),
     Scale('flux', (0,), dict(model='black-forest-labs/FLUX.1-dev', prompts='hpd', reward='hpsv2.1',
                              eval_rewards='hpsv2.1 + clip_score + pickscore + imagereward', eval_size=400, resolution=720, guidance=3.5,
                              shift=3., iterations=300, checkpoint_every=10, prompts_per_iteration=8, lr=2e-6, ema_decay=0., micro_batch=4,
-                             gradient_checkpointing=True, text_encoders='offload'), dict()),
+                             gradient_checkpointing=True, text_encoders='offload')),
 )}
 
 # %% ../../nbs/paper/00_records.ipynb #abb055c4
