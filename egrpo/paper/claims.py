@@ -712,7 +712,7 @@ def claims_markdown()->str: # A table in Markdown, with links as they work from 
 
 # What stands on the front page: (figure or table, start of the claim)
 HEADLINES = (
-    ('Fig. 1a', 'one early stochastic step'),
+    ('Table 4', 'merging helps'),
     ('Table 1', 'E-GRPO has the best HPS, trained on HPS and CLIP'),
     ('Fig. 8', 'training on HPS alone is hacked'),
     ('AEGPO 6', 'it reaches that score in a fifth of the iterations'),
