@@ -166,7 +166,7 @@ def test_json_has_every_claim(capsys, table):
         assert o['verdict'] == row.word and o['survives_holm'] == row.survives and o['exploratory'] == row.exploratory
         assert (o['equal_iterations'] is None) == (row.verdict_iterations == '')
         assert o['numbers']['logarithm'] == ('geometric mean' in o['ours'])
-        if o['margin'] is not None: assert o['numbers']['low'] <= o['numbers']['mean'] <= o['numbers']['high'] and o['seeds'] == 5
+        if o['margin'] is not None: assert o['numbers']['low'] <= o['numbers']['mean'] <= o['numbers']['high'] and o['seeds'] >= 5
 
 
 def test_counts_of_the_page_and_of_its_table(table):
