@@ -26,7 +26,7 @@ from egrpo.methods.registry import METHODS, find_method, method_settings, publis
 from egrpo.models.pipeline import assets_path, load_pipeline
 from egrpo.models.policy import model_sigmas
 from egrpo.paper.claims import CLAIMS
-from egrpo.paper.experiments import EXPERIMENTS
+from egrpo.paper.experiments import EXPERIMENTS, find_experiment
 from egrpo.paper.records import SCALES, load_record
 from egrpo.show import plots
 from egrpo.show.samples import to_image
@@ -233,6 +233,7 @@ def test_what_was_meant(words, meant, capsys):
 def test_a_notebook_s_name_leads_to_its_experiments(capsys):
     assert main(['reproduce', 'table1']) == 2
     assert "experiment 'table1' is the notebook's name: take lr or " in (said := capsys.readouterr().err) and 'methods_clip' in said
+    assert find_experiment('aegpo') is EXPERIMENTS['aegpo'] # also the beginning of a notebook's name
 
 
 def test_memory_says_what_may_still_help(capsys):

@@ -90,7 +90,7 @@ def test_images_that_are_not_finite_are_not_the_rewards_doing(name, value):
     ('verifier', 'a red circle', 'a cat', "^reward 'verifier' is the miniature's .*'a cat'"),
     ('preference + verifier_strict', 'a red circle', 'a cat', "^reward 'preference' is the miniature's"),
     ('ocr', 'a sign “GO”', 'a plain sign', "^reward 'ocr' looks for text in double quotes, and prompt 'a plain sign' has none"),
-    ('clip + 2*ocr', 'a sign "GO"', 'an empty sign " "', "^reward 'ocr' looks for text"),
+    ('clip_score + 2*ocr', 'a sign "GO"', 'an empty sign " "', "^reward 'ocr' looks for text"),
 ])
 def test_prompts_are_checked_before_images_are_made(spec, good, bad, message):
     rewards = get_reward(spec)

@@ -69,10 +69,10 @@ def find_experiment(
     name:str, # A name in `EXPERIMENTS`
 )->Experiment|Measurement: # It
     "The experiment or measurement of a name."
+    if name in EXPERIMENTS: return EXPERIMENTS[name]
     drawn = [known for known, o in EXPERIMENTS.items() if Path(o.notebook).stem.startswith(f'{name}_')]
     if drawn: raise ValueError(f"experiment {name!r} is the notebook's name: take {' or '.join(drawn)}")
     one_of('experiment', name, EXPERIMENTS)
-    return EXPERIMENTS[name]
 
 def _choose(
     cells:dict, # setting -> list of TrainConfigs

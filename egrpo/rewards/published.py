@@ -774,6 +774,7 @@ def hpd_prompts(
             prompts += [' '.join(prompt.split()) for prompt in json.loads(text)]
     except Exception as e:
         first = (str(e).strip().splitlines() or [''])[0]
-        remedy = f"set HPS_ROOT to a folder with datasets/benchmark/{styles[0]}.json, or give prompts of your own"
+        remedy = f"give the folder of {styles[0]}.json"
+        if not folder: remedy = f"set HPS_ROOT to a folder with datasets/benchmark/{styles[0]}.json, or name a file of prompts"
         raise ValueError(f"HPD prompts of style {style!r} could not be read ({first[:120]}): {remedy}") from e
     return prompts
