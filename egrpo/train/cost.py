@@ -271,14 +271,14 @@ class _Kept:
         self.parameters = {_address(p) for p in network.parameters()}
         self.block = None # that runs now
         self.saved = {} # address -> block, bytes
-        self.inputs = {} # address -> bytes
+        self.inputs = {} # address -> storage, held so that no other gets its address
 
     def enter(self, block, args, kwargs):
         "A hook before a block: note its inputs."
         self.block = block
         for given in (*args, *kwargs.values()):
             several = given if isinstance(given, (list, tuple)) else [given]
-            for tensor in filter(torch.is_tensor, several): self.inputs[_address(tensor)] = _bytes(tensor)
+            for tensor in filter(torch.is_tensor, several): self.inputs[_address(tensor)] = tensor.untyped_storage()
 
     def leave(self, block, args, out):
         "A hook after a block."
@@ -298,7 +298,7 @@ class _Kept:
         for block, n in self.saved.values(): by_block[block] = by_block.get(block, 0) + n
         outside = by_block.pop(None, 0)
         largest = max(by_block.values(), default=0)
-        checkpointed = outside + sum(self.inputs.values()) + largest
+        checkpointed = outside + sum(o.nbytes() for o in self.inputs.values()) + largest
         return outside + sum(by_block.values()), checkpointed
 
 def kept_bytes(
