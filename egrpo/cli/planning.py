@@ -153,11 +153,12 @@ def smaller(
 
 def shared_text(
     config, # A `TrainConfig`
+    alone:float, # GiB that one device would hold
 )->str: # A line; empty where the whole is small, or only a LoRA is trained
     "Memory where eight devices share the network."
     from egrpo.train.cost import run_memory
-    alone, shared = (sum(run_memory(config, share).values()) / 2**30 for share in (1, 8))
     if config.lora_rank or config.lora_from or alone < 24: return ''
+    shared = sum(run_memory(config, 8).values()) / 2**30
     return f'\nof 8 devices that share the network each holds {shared:.1f}: --processes 8 --share'
 
 def memory_text(
@@ -176,7 +177,7 @@ def memory_text(
     for name, size in [*parts.items(), ('all', total)]: rows.append([name, f'{size:.{digits}f}'])
     kind = f'micro-batch {default_micro_batch(config)}, {network_dtype(config)}'
     text = f'{table(rows)}\n{kind}; decoding, rewards and what the allocator wastes come on top'
-    if share == 1: text += shared_text(config)
+    if share == 1: text += shared_text(config, total)
     if device_memory is None: return text
     if total <= device_memory: return f'{text}\nfits in {device_memory:g} GiB'
     return f'{text}\ndoes not fit in {device_memory:g} GiB: try {smaller(config)}'

@@ -91,10 +91,11 @@ def check_model(
     model:str, # 'miniature', a folder, or a hub id
 ):
     "Refuse a name that can be none of these; whether a hub has the model shows when it is loaded."
+    if model == 'miniature': return
     if Path(model).exists():
         from egrpo.models.pipeline import check_form
         return check_form(model)
-    if model == 'miniature' or re.fullmatch(r'[\w.-]+/[\w.-]+', model): return
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', model): return
     raise ValueError(f"model {model!r} is no folder here and no hub id (owner/name): name one of them, or 'miniature'")
 
 def check_resumed(

@@ -49,7 +49,10 @@ class SD3Policy(Policy):
     patch, classifier_free = 2, True
 
     @classmethod
-    def check_resolution(cls, pipeline, resolution):
+    def check_resolution(cls,
+        pipeline, # Stable Diffusion 3, perhaps without weights
+        resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
+    )->int|str: # The same
         "Refuse a side that the network has no positions for, too."
         most = pipeline.transformer.config.pos_embed_max_size * cls.patch * pipeline.vae_scale_factor
         if max(height_width(resolution)) > most:
