@@ -154,6 +154,13 @@ def at_least(
     "Refuse a number that is too small."
     if not value >= least: raise SettingError(name, f"must be >= {least}, got {value}: {remedy}")
 
+def check_integral(
+    name:str, # The argument
+    value, # What was given for it
+):
+    "Refuse what cannot count."
+    if not isinstance(value, Integral): raise SettingError(name, f"must be a whole number, got {value!r}: take int(…) of it")
+
 def check_whole(
     name:str, # The argument
     value, # What was given for it

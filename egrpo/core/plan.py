@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.inputs import one_of
+from ..base.inputs import check_integral, one_of
 from .advantage import CREDITS
 from .entropy import check_schedule
 from .loss import FORWARD_LOSSES, STEP_LOSSES
@@ -46,10 +46,7 @@ def check_loss(
 # %% ../../nbs/core/03_plan.ipynb #7d0bc597
 def _check_counts(owner, *names):
     "Refuse fields of a step or a branch by which nothing can be counted."
-    for name in names:
-        value = getattr(owner, name)
-        if not isinstance(value, Integral):
-            raise ValueError(f"{name} must be a whole number, got {value!r}: take int(…) of it")
+    for name in names: check_integral(name, getattr(owner, name))
 
 def _check_tuple(things, name, kind, example):
     "Refuse what is no tuple of things of one kind."

@@ -6,7 +6,7 @@
 __all__ = ['flow_grpo', 'grpo_guard', 'dance_grpo', 'mix_grpo', 'flow_grpo_fast', 'tempflow_grpo', 'branch_grpo', 'g2rpo']
 
 # %% ../../nbs/methods/00_baselines.ipynb #ff0edb26
-from ..base.inputs import SettingError, at_least
+from ..base.inputs import SettingError, at_least, check_integral
 from ..core.noise import random_order
 from ..core.plan import Branch, Plan, SDEStep, check_noise
 from ..core.sde import step_std
@@ -34,6 +34,8 @@ def check_counts(
     name:str='active_steps', # What to call `active_steps` in the message
 ):
     "Refuse counts that no plan can have."
+    counts = {name: active_steps, 'num_steps': num_steps, 'num_generations': num_generations, 'first_step': first_step}
+    for setting, count in counts.items(): check_integral(setting, count)
     at_least('num_steps', num_steps, 2, 'the last step is never stochastic')
     at_least('first_step', first_step, 0, '0 is where the noise is')
     if not 1 <= active_steps <= num_steps - 1 - first_step:

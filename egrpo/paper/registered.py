@@ -41,7 +41,9 @@ DESIGN = (
 LEARNING_RATES = defaultdict(lambda: 1e-4, dance_grpo=5e-5, flash_grpo=1e-4 / 3)
 
 # %% ../../nbs/paper/12_registered.ipynb #4e910011
-def _without_seed(run)->str: return repr(replace(run, seed=0))
+def _of_any_seed(run)->str:
+    "What makes a run, its seed aside, and its number of iterations, which for a method that draws its steps goes by the seed."
+    return repr(replace(run, seed=0, iterations=1))
 
 def shared_iterations(
     chosen:dict, # Experiment -> setting -> a run per seed, for every grid of `DESIGN`
@@ -62,12 +64,12 @@ def shared_iterations(
             for setting in (g.best, rival):
                 run = chosen[g.experiment][setting][0]
                 goes_on = ends[g.experiment, setting] > shared or run.budget
-                if goes_on: places[_without_seed(run)].add(shared)
+                if goes_on: places[_of_any_seed(run)].add(shared)
     return places
 
 def _evaluated(run, places):
     "Name the iterations in a run."
-    at = places.get(_without_seed(run))
+    at = places.get(_of_any_seed(run))
     return replace(run, eval_at=' '.join(map(str, sorted(at)))) if at else run
 
 def register(

@@ -8,6 +8,7 @@ __all__ = ['prepare', 'iteration_nfe', 'training_nfe']
 # %% ../../nbs/train/03_prepare.ipynb #4af0d11e
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -226,9 +227,11 @@ def _describe_iteration(
     return f'{text} by {processes} processes together' if processes > 1 else text
 
 def _trained_weights(config):
-    "Words for the weights that are trained."
-    if config.lora_from: return f"LoRA from {config.lora_from}"
-    return f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
+    "Words for the weights that are trained, and where their model comes from."
+    if config.lora_from: weights = f"LoRA from {config.lora_from}"
+    else: weights = f"LoRA of rank {config.lora_rank}" if config.lora_rank else "all weights"
+    here = config.model == 'miniature' or Path(config.model).exists()
+    return f"{weights} of {config.model}{'' if here else ', from the hub'}"
 
 def describe_run(
     run, # A `TrainConfig` or a `Prepared`
@@ -240,7 +243,6 @@ def describe_run(
     rows = dict(plan=describe(plan))
     rows['iteration'] = _describe_iteration(c, plan)
     rows['run'] = f"{c.iterations} iterations, {images:,} images, {training_nfe(run):,} network evaluations"
-    weights = f"{_trained_weights(c)} of {c.model}"
-    rows['training'] = f"{c.reward} on {c.prompts} prompts · {weights} · lr {c.lr:g} · seed {c.seed}"
+    rows['training'] = f"{c.reward} on {c.prompts} prompts · {_trained_weights(c)} · lr {c.lr:g} · seed {c.seed}"
     lines = [f'{name:>9}  {text}' for name, text in rows.items()]
     return '\n'.join(lines)
