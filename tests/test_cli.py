@@ -184,6 +184,46 @@ def test_a_dry_run_says_what_a_method_was_published_with(here, capsys):
     assert 'published' not in capsys.readouterr().out
 
 
+def test_a_dry_run_says_what_an_evaluation_measures(here, capsys):
+    "And warns where that is the trained reward alone, as on prompts of one's own."
+    (here/'own.txt').write_text('a red circle\n')
+    trained = ', which is trained on: name another reward in --eval-rewards, too'
+    for words, says in (('', 'verifier + verifier_strict'), ('--reward preference', 'verifier + verifier_strict'),
+                        ('--prompts own.txt --reward preference', f'preference{trained}'),
+                        ('--prompts own.txt --reward preference --eval-rewards preference+clip', 'preference + clip')):
+        assert main(shlex.split(f'train --dry-run --scale smoke {words}')) == 0
+        assert f'evaluated  by {says}\n' in capsys.readouterr().out
+
+
+def test_evaluations_that_guidance_doubles_are_said_to_be(here, capsys):
+    "Before a model is loaded, in a dry run and in a plan, which count network evaluations by one word."
+    own = '--prompts p.txt --reward hpsv2.1'
+    (here/'p.txt').write_text('a fox\n')
+    twice, perhaps = 'twice the evaluations above', 'times two where guidance takes two evaluations'
+    for model, guidance, says in (('stabilityai/stable-diffusion-3.5-medium', '4.5', f'4.5: {twice}'), ('Tongyi-MAI/Z-Image-Turbo', '0', ''),
+                                  ('stabilityai/stable-diffusion-3.5-medium', '1', ''), ('black-forest-labs/FLUX.1-dev', '3.5', ''),
+                                  ('someone/unknown', '4', f'4: {perhaps}'), ('miniature', '3.5', '')):
+        for command in (f'train --dry-run {own}', 'plan --processes 2 --shift 3'):
+            assert main(shlex.split(f'{command} --scale smoke --model {model} --guidance {guidance}')) == 0
+            out = capsys.readouterr().out
+            assert says in out and ('guidance' in out) == bool(says) and 'network evaluations' in out and 'velocities' not in out, out
+            assert ('--budget' in out) == bool(says)
+
+
+def test_commands_that_take_a_recipe(here, monkeypatch, capsys):
+    "tune and signal as train, plan and speed; options override it."
+    (here/'mine.yaml').write_text('lora_rank: 3\nresolution: 32\nnum_steps: 5\nplan: {active_steps: 2}\n')
+    seen = []
+    def stop(config):
+        seen.append(config)
+        raise ValueError('enough')
+    monkeypatch.setattr(training, 'check_run', stop)
+    monkeypatch.setattr('egrpo.train.cost.policy_of', stop)
+    for words in ('signal', 'tune', 'speed', 'train'): assert main([words, 'mine.yaml', '--resolution', '48']) == 2
+    assert 'enough' in capsys.readouterr().err
+    assert {(c.lora_rank, c.resolution, c.num_steps, c.plan['active_steps']) for c in seen} == {(3, 48, 5, 2)} and len(seen) == 4
+
+
 def test_resume_needs_only_the_folder(folder, monkeypatch):
     "What is not given is as it was, whatever the environment's scale; what is given stands. A folder that was moved is where it is."
     monkeypatch.setenv('EGRPO_SCALE', 'mini')
@@ -513,6 +553,9 @@ def test_plan_counts_memory_for_a_device(capsys):
     for words in ('--device-memory 24', '--processes 2', '--seconds-forward 1 --seconds-backward 2'):
         assert main(shlex.split(f'plan {words}')) == 0
         assert 'one device holds, GiB' in capsys.readouterr().out
+    lora = assets_path().parent/'none'
+    assert main(['plan', 'flux_lora_80gb', '--lora-from', str(lora)]) == 2
+    assert f"lora_from: '{lora}' does not exist" in capsys.readouterr().err
     assert main(shlex.split('plan --seconds-backward 2')) == 2
     assert 'seconds-forward and seconds-backward go together' in capsys.readouterr().err
 

@@ -152,7 +152,8 @@ def test_a_printed_configuration_reads_back(here, capsys, configured):
 @pytest.mark.parametrize('text, says', [
     ('lr: fast', 'lr must be a number'), ('taw: 1', "recipe 'mine.yaml': config has no field taw: did you mean tau?"),
     ('- 1', 'holds no settings'), ('a: [', 'is not YAML'), ('', 'is empty'), ('window: 3', 'no setting of egrpo'),
-    ('plan: {seed: 1, tau: 2}\nseed: 2', "sets 'seed' twice")])
+    ('plan: {seed: 1, tau: 2}\nseed: 2', "sets 'seed' twice"), ('lr: 1e-5\nseed: 1\nlr: 1e-4', "'lr' is there twice"),
+    ('plan: {tau: 1, tau: 2}', "'tau' is there twice")])
 def test_refusals_are_one_line(text, says, here, capsys):
     (here/'mine.yaml').write_text(text)
     assert main(['train', 'mine.yaml', '--dry-run']) == 2

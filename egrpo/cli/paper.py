@@ -109,9 +109,10 @@ def run_notebooks(
 
     from egrpo.paper.records import shipped
     folder = Path(args.folder)
+    if folder.exists() and not folder.is_dir(): raise ValueError(f"folder: {quote(str(folder))} is a file: name a folder")
     for name in ('nbs', 'figures'):
         place = folder/name
-        if place.exists(): raise ValueError(f"folder: {quote(place)} is there already: name another folder")
+        if place.exists(): raise ValueError(f"folder: {quote(str(place))} is there already: name another folder")
     came = shipped()
     skipped = shutil.ignore_patterns(*SKIPPED)
     for name in ('nbs', 'figures'): shutil.copytree(came/name, folder/name, ignore=skipped)

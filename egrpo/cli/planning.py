@@ -128,7 +128,7 @@ def plan_cost(
     if before := preference_nfe(plan): update += f' and {before} of the policy before training'
     return f'{images} images of a prompt take {nfe:,} network evaluations ({part}), {update}'
 
-COST_OPTIONS = '''model lora_rank lora_targets resolution guidance device dtype micro_batch gradient_checkpointing quantize
+COST_OPTIONS = '''model lora_rank lora_targets lora_from resolution guidance device dtype micro_batch gradient_checkpointing quantize
 text_encoders embeddings prompts_per_iteration iterations inner_epochs beta ema_decay'''.split()
 SECONDS = dict(forward='Seconds of an evaluation of one latent, as measured on the device',
                backward='Seconds of an evaluation with gradient and its backward pass', image='Seconds of decoding and scoring an image')
@@ -215,6 +215,23 @@ def schedule_text(
     shift = plan_settings(config)['shift']
     return "the model's own" + (f', which is shift {shift:g}' if isinstance(shift, float) else '')
 
+def known_evaluations(
+    config, # A `TrainConfig`
+)->int|None: # 1 or 2; None where the model's family is not known before it is loaded
+    "Network evaluations that guidance makes of one."
+    from egrpo.train.cost import evaluations_per_velocity
+    try: return evaluations_per_velocity(config)
+    except ValueError: return None
+
+def guidance_text(
+    config, # A `TrainConfig`
+)->str: # A line; empty where guidance takes one evaluation
+    "Say that guidance doubles the evaluations that were printed."
+    guidance, known = f'{config.guidance:g}', known_evaluations(config)
+    if known == 2: return f'{guidance}: twice the evaluations above, with and without prompt, and --budget counts both'
+    if known == 1 or config.guidance <= 1: return ''
+    return f'{guidance}: times two where guidance takes two evaluations, and --budget counts both'
+
 def run_text(
     args, # Parsed arguments
 )->str: # Lines
@@ -233,7 +250,8 @@ def run_text(
     seconds = entered_seconds(args, config)
     prompts = config.prompts_per_iteration
     devices = f'{args.processes} device' + 's' * (args.processes > 1)
-    nfe = f'an iteration of {prompts} prompts on {devices} takes {iteration_nfe(config):,} velocities, those with gradient included'
+    nfe = f'an iteration of {prompts} prompts on {devices} takes {iteration_nfe(config):,} network evaluations, those with gradient included'
+    if guided := guidance_text(config): nfe += f'\nguidance {guided}'
     time = 'for seconds add --seconds-forward and --seconds-backward as measured on the device, or --probe on it'
     if seconds: time = time_text(config, seconds, args.processes)
     return f'\n{memory}\n\n{nfe}\n{time}'
@@ -323,8 +341,7 @@ def run_tune(
     from egrpo.train.config import check_config
     from egrpo.train.cost import best_micro_batch, free_bytes, policy_of, tune
     from egrpo.train.prepare import prepare
-    scale = preset(args.scale) if args.scale else {}
-    config = TrainConfig(**scale | given(args, TUNE_OPTIONS + SUFFIX_OPTIONS))
+    config = TrainConfig(**plan_start(args) | given(args, TUNE_OPTIONS + SUFFIX_OPTIONS))
     check_config(config)
     half = dict(active_steps=config.num_steps // 2)
     prepared = prepare(replace(config, plan=half)) if args.suffix else None
@@ -367,6 +384,7 @@ TUNE_OPTIONS = '''model lora_rank lora_targets lora_from resolution guidance cal
 vae_tiling text_encoders embeddings'''.split()
 
 TUNE = {
+    '': [RECIPE],
     'what is tried': [
         ONE_SCALE, *TUNE_OPTIONS,
         Option('limit', 'float|None', None, 'GiB a micro-batch may take; none = what is free, half of it on a CPU'),

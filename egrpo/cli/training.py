@@ -20,7 +20,7 @@ from ..base.rows import size_of
 from .entry import COMMANDS, Command, explain
 from .lists import RECIPE
 from .options import Option, config_options, option_groups, show_default
-from .planning import SCALE, schedule_text, starting_point
+from .planning import SCALE, guidance_text, known_evaluations, schedule_text, starting_point
 from .sampling import SAMPLE_OPTIONS
 from .shared import check_device, check_file, fold, given, given_plan, say, try_reward
 from .tables import change_tables, overlap_text, table
@@ -194,6 +194,15 @@ def prompts_text(
     if len(prompts) < each: distinct += f', fewer than the {each} of an iteration: some count twice'
     return f"  prompts  {len(prompts)} to train on{distinct} · {len(held_out)} to evaluate on{overlap_text(held_out, prompts)}"
 
+def evaluated_text(
+    prepared, # From `egrpo.train.prepare.prepare`
+)->str: # A line like those of `describe_run`
+    "Line with what an evaluation measures, and a warning where that is nothing but what is trained on."
+    measured = prepared.eval_reward
+    others = measured.rewards.keys() - prepared.reward.rewards.keys()
+    warning = '' if others else ', which is trained on: name another reward in --eval-rewards, too'
+    return f'evaluated  by {measured!r}{warning}'
+
 def resumed_text(
     config, # A `TrainConfig` that goes on with a run
 )->str: # A line; empty where the run's settings are not there
@@ -260,7 +269,8 @@ def run_train(
         check_method(config.method, config)
         return say(to_yaml(config).rstrip())
     prepared = check_run(config)
-    say(f'{describe_run(prepared)}\n{prompts_text(prepared)}')
+    say(f'{describe_run(prepared)}\n{prompts_text(prepared)}\n{evaluated_text(prepared)}')
+    if guided := guidance_text(config): say(f' guidance  {guided}')
     if was := published_text(config): say(was)
     if schedule := schedule_text(config): say(f' schedule  {schedule}')
     if config.resume and (text := resumed_text(config)): say(text)
@@ -294,7 +304,7 @@ def ready(
 ):
     "The same trainer, its rewards tried."
     side, twice = trainer.policy.resolution, trainer.policy.nfe_per_velocity == 2
-    if twice: say(f' guidance  {trainer.config.guidance:g}: twice the evaluations above, with and without prompt; 1 halves them')
+    if twice and known_evaluations(trainer.config) is None: say(' guidance  takes two evaluations: times two, and 1 halves them')
     trainer.policy.check_length(trainer.prompts + trainer.eval_prompts)
     try_rewards(trainer, side, early=False)
     return trainer
@@ -399,6 +409,7 @@ def run_signal(
 
 PRESET = Option('scale', 'str', None, f'{SCALE} (default: EGRPO_SCALE, else none)', 'NAME')
 SIGNAL = {
+    '': [RECIPE],
     'measurement': [Option('batches', 'int', 128, 'Batches to draw, each an iteration of a training, >= 3'),
                     Option('out', 'str', None, 'JSON file for all numbers', 'FILE'), PRESET],
     **{title: option_groups()[title] for title in SIGNAL_GROUPS},

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # %% ../../nbs/rewards/00_published.ipynb #d863fd29
@@ -712,6 +714,19 @@ def load_reward(
     except (ValueError, OSError) as e: raise RewardError(f"reward {name!r}: {' '.join(str(e).split())}") from e
 
 # %% ../../nbs/rewards/00_published.ipynb #5f30d7dc
+def _check_weights(name, place):
+    "Refuse a place that holds no weights, before they are loaded; one on the hub is not looked into."
+    if not place.exists(): return
+    try: file = find_weights(place, REWARD_MODELS[name].file)
+    except ValueError as e: raise RewardError(f"reward {name!r}: {e}") from e
+    if file.suffix == '.safetensors':
+        try: whole = bool(list(safe_open(file, 'pt').keys()))
+        except (OSError, SafetensorError): whole = False
+    else:
+        with file.open('rb') as f: whole = is_zipfile(f) or f.seek(0) == 0 and f.read(1) == b'\x80' # torch's two formats
+    fault = f"weights: {file.name!r} could not be read as plain tensors"
+    if not whole: raise RewardError(f"reward {name!r}: {fault}: is it complete, and the published file?")
+
 class RewardModel:
     "A published reward by name; it is loaded at its first call."
     def __init__(self,
@@ -725,6 +740,7 @@ class RewardModel:
         if source and not hub_id and not Path(source).expanduser().exists():
             remedy = "give a file, a folder, or a hub id (owner/name)"
             raise ValueError(f"reward {name!r}: {source!r} does not exist: {remedy}")
+        if source: _check_weights(name, Path(source).expanduser())
         self.name = name
         self.__name__ = name
         self.source = source

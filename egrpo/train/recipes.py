@@ -7,6 +7,7 @@ __all__ = ['load_recipe']
 
 # %% ../../nbs/train/12_recipes.ipynb #ec1be004
 import re
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -41,7 +42,12 @@ def find_recipe(
     return Path(name)
 
 # %% ../../nbs/train/12_recipes.ipynb #ec1be00a
-class _Loader(yaml.SafeLoader): pass
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = [name for name, count in names.items() if count > 1]
+        if twice: raise yaml.YAMLError(f'{quote(twice[0])} is there twice')
+        return super().construct_mapping(node, deep)
 
 _number = re.compile(r'[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$')
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', _number, list('-+.0123456789'))
