@@ -62,6 +62,9 @@ def here(tmp_path, monkeypatch):
     (tmp_path/'blank.txt').write_text('a red circle\n \na blue square\n')
     (tmp_path/'latin.txt').write_bytes('café'.encode('latin-1'))
     (tmp_path/'file').write_text('')
+    (tmp_path/'file.safetensors').write_text('plain text')
+    (tmp_path/'none.json').write_text('[]')
+    (tmp_path/'none.csv').write_text('prompt,style\n')
     (tmp_path/'folder').mkdir()
     (tmp_path/'loop').symlink_to('loop')
     (tmp_path/'deep.json').write_text('[' * 100_000)
@@ -129,10 +132,16 @@ def one_thread():
     ('--noise-level -1', 'noise_level must be a finite number >= 0'),
     ('--prompts nothing.txt', "prompts: 'nothing.txt' could not be read"),
     ('--prompts empty.txt', "prompts: 'empty.txt' is empty"),
+    ('--prompts none.json', "prompts: 'none.json' is empty: write one prompt a line"),
+    ('--prompts none.csv', "prompts: 'none.csv' is empty"),
     ('--prompts blank.txt', "prompts: line 2 of 'blank.txt' is blank"),
     ('--prompts latin.txt', "prompts: 'latin.txt' could not be read"),
     ('--prompts folder', "prompts: 'folder' could not be read"),
     ('--eval-prompts nothing.txt', "eval_prompts: 'nothing.txt' could not be read"),
+    ('--model folder', "model 'folder' is a folder without a model_index.json"),
+    ('--model ./flux', "model './flux' is no folder here and no hub id (owner/name)"),
+    ('--model flux.1-dev', 'no hub id (owner/name), a size that `egrpo plan` counts'),
+    ('--lora-from file.safetensors', "lora_from: 'file.safetensors' cannot be read"),
     ('--reward beauty', "unknown reward 'beauty'"),
     ('--reward verifier+', "is not a weighted sum of names"),
     ('--reward nowhere:f', "reward 'nowhere:f' cannot be imported"),
@@ -185,7 +194,7 @@ def test_bad_setting(words, says, here, capsys):
     ('evaluate --size 0', 'size must be >= 1'),
     ('evaluate --rewards beauty', "unknown reward 'beauty'"),
     ('evaluate --prompts blank.txt', 'line 2'),
-    ('evaluate --model folder', "model 'folder' could not be loaded as a folder"),
+    ('evaluate --model folder', "model 'folder' is a folder without a model_index.json"),
     ('evaluate --out file/scores.csv', 'cannot be written'),
     ('plan --tau -1', 'tau must be'),
     ('plan --method dppo', 'method must be one of'),
@@ -406,8 +415,9 @@ def test_hub_that_never_answers(here, capsys, monkeypatch):
     ('return undefined', "reward 'mine:score' raised NameError"),
     ('raise OSError("weights.pt is not here: download it")', 'weights.pt is not here: download it'),
 ])
-def test_bad_reward(code, says, here, capsys):
-    "Known before the first image is made."
+def test_bad_reward(code, says, here, capsys, monkeypatch):
+    "Known before the model is loaded."
+    monkeypatch.setattr('egrpo.models.policy.load_pipeline', lambda *args: pytest.fail('the model was loaded'))
     reward(code)
     before = tree(here)
     assert len(fails(f'train {small} --out new --reward mine:score', says, capsys)) == 1

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_policy import theirs
 from torch.testing import assert_close
 
+from egrpo.cli.commands import main
 from egrpo.models.lora import load_lora
 from egrpo.models.lora_files import lora_file
 from egrpo.models.pipeline import load_pipeline
@@ -338,8 +340,8 @@ REFUSED = { # model, tensors, what is said
     # black-forest-labs/FLUX.1-Depth-dev-lora
     'more inputs': ('flux-dev', more_inputs, NO_FIT),
     'half a layer': ('sd3', half_a_layer, NO_FIT),
-    'norms alone': ('sd3', lambda: {NORM: torch.ones(16)}, NO_FIT),
-    'not a LoRA': ('flux-dev', lambda: {'x': torch.ones(2)}, NO_FIT),
+    'norms alone': ('sd3', lambda: {NORM: torch.ones(16)}, 'holds no LoRA, but tensors such as'),
+    'not a LoRA': ('flux-dev', lambda: {'x': torch.ones(2)}, 'holds no LoRA, but tensors such as x'),
     'another model': ('sd1.5', lambda: own('sd3'), NO_FIT),
 }
 
@@ -368,6 +370,30 @@ def test_adapter_of_peft_that_is_refused(tmp_path, says, changes):
     elif changes: settings.write_text(json.dumps(json.loads(settings.read_text()) | changes))
     else: settings.unlink()
     with pytest.raises(ValueError, match=says): policy_of('sd3', lora_from=tmp_path)
+
+
+def test_lora_that_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    "By its names and shapes, in a dry run as in a run: another network's, another rank. A recipe's rank gives way to that of the LoRA."
+    monkeypatch.chdir(tmp_path)
+    save_file(own('sd3'), 'sd3.safetensors')
+    save_file(own('sd1.5'), 'unet.safetensors')
+    save_file({'x': torch.ones(1)}, 'none.safetensors')
+    model_folder('sd1.5', lambda folder: None, tmp_path/'sd1.5')
+    rank = policy_of('sd3', lora_from='sd3.safetensors').lora_rank
+    Path('mine.yaml').write_text(f'lora_rank: {rank + 5}\nlora_alpha: 3.0\neval_size: 2\n')
+    monkeypatch.setattr('egrpo.models.policy.load_pipeline', lambda *args: pytest.fail('the model was loaded'))
+    for command in ('train', 'train --dry-run', 'train mine.yaml --dry-run'):
+        for words, says in (('unet.safetensors', 'is the LoRA of a UNet, and the model has a transformer'),
+                            ('unet.safetensors --model black-forest-labs/FLUX.1-dev', 'is the LoRA of a UNet'),
+                            ('sd3.safetensors --model sd1.5', 'is the LoRA of a transformer, and the model has a UNet'),
+                            ('none.safetensors', 'holds no LoRA, but tensors such as x'),
+                            (f'sd3.safetensors --lora-rank {rank + 2}', f'lora_rank is {rank + 2}, lora_from has rank {rank}')):
+            assert main(f'{command} --lora-from {words}'.split()) == 2
+            assert says in capsys.readouterr().err, words
+    for words in (f'--lora-rank {rank}', '--model someone/unknown --reward hpsv2.1 --prompts hpd.txt'):
+        Path('hpd.txt').write_text('a fox\n')
+        assert main(f'train mine.yaml --dry-run --lora-from sd3.safetensors {words}'.split()) == 0
+        assert 'LoRA from sd3.safetensors' in capsys.readouterr().out
 
 
 def test_one_lora_of_a_folder(tmp_path):

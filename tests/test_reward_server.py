@@ -585,11 +585,36 @@ def test_the_served_reward_has_a_name():
         with hostile(other) as url: assert RewardClient(url).served_reward() is None
 
 
-def test_a_dry_run_asks_servers_and_goes_on_without(monkeypatch, tmp_path, capsys):
+def train_words(reward, more='--dry-run'): return ['train', '--scale', 'smoke', *more.split(), '--reward', reward]
+
+
+@pytest.mark.parametrize('more', ['--dry-run', '--out run'])
+def test_servers_are_asked_before_a_model_is_loaded(monkeypatch, tmp_path, capsys, no_waiting, more):
+    "In a run as in a dry run: what is served, or the client's own error."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('egrpo.models.policy.load_pipeline', lambda *args: pytest.fail('the model was loaded'))
+    for (status, body), says in {(404, b'?'): 'HTTP 404', (401, b'{"error": "who?"}'): 'refused: who?', (500, b''): 'HTTP 500',
+                                 (200, b'<html>'): 'did not answer in JSON', (200, b'{"scores": [0.5]}'): 'with 2 finite numbers',
+                                 (200, b'{"scores": [NaN, 1]}'): 'with 2 finite numbers'}.items():
+        with answering((status, body)) as url: assert main(train_words(f'preference + server({url})', more)) == 2
+        out, err = capsys.readouterr()
+        assert not out and err.count('\n') == 1 and says in err, err
+    for words in ([f'server({url})'], [f'judge({url}/v1, some-model)'], ['preference', '--eval-rewards', f'server({url})']):
+        assert main(train_words(words[0], more) + words[1:]) == 2
+        assert 'is not there' in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_dry_run_says_what_servers_serve(monkeypatch, tmp_path, capsys):
+    "One that answers no GET, which the protocol leaves to it, is as good."
     monkeypatch.chdir(tmp_path)
     with running(make_server(brightness, port=0, name='brightness')) as url:
-        words = ['train', '--scale', 'smoke', '--dry-run', '--reward', f'preference + server({url})']
-        assert main(words) == 0
+        assert main(train_words(f'preference + server({url})')) == 0
         assert f'reward  server({url}) serves brightness\n' in capsys.readouterr().out
-    assert main(words) == 0
-    assert capsys.readouterr().out.endswith(f'server({url}) does not answer: start it before the run (egrpo serve)\n')
+    with answering((200, b'{"scores": [1, 2]}')) as url:
+        assert main(train_words(f'server({url})')) == 0
+        assert f'reward  server({url}) answers\n' in capsys.readouterr().out
+    answer = dict(choices=[dict(logprobs=dict(content=[dict(top_logprobs=[dict(token='Yes', logprob=-.1)])]))])
+    with answering((200, json.dumps(answer).encode())) as url:
+        assert main(train_words(f'judge({url}/v1, some-model)')) == 0
+        assert f'reward  judge({url}/v1, some-model) answers\n' in capsys.readouterr().out

@@ -102,13 +102,18 @@ def starting_point(
 )->dict: # Fields of `TrainConfig`
     "Settings of the scale and the recipe that were named; EGRPO_SCALE counts where neither was."
     recipe = getattr(args, 'recipe', None)
-    if recipe is None: return preset(args.scale)
+    if recipe is None: return _without_new_lora(args, preset(args.scale))
     from egrpo.methods.registry import check_plan
     from egrpo.train.recipes import load_recipe
     settings = load_recipe(recipe)
     config = TrainConfig(**settings)
     check_plan(config.method, config.plan) # an option may still name another method, without these
-    return (preset(args.scale) if args.scale else {}) | settings
+    return _without_new_lora(args, (preset(args.scale) if args.scale else {}) | settings)
+
+def _without_new_lora(args, settings):
+    "Leave out what a recipe says of a new LoRA where one is given, which keeps its own."
+    if not (getattr(args, 'lora_from', None) or settings.get('lora_from')): return settings
+    return {name: value for name, value in settings.items() if name not in ('lora_rank', 'lora_alpha', 'lora_targets')}
 
 # %% ../../nbs/cli/05_planning.ipynb #6c05335e
 def plan_cost(

@@ -26,11 +26,11 @@ def load_sampler(
 ):
     "A policy to sample from."
     from egrpo.core.noise import check_seed
-    from egrpo.models.lora_files import lora_file
+    from egrpo.models.lora_files import check_lora
     from egrpo.models.policy import load_policy
     check_seed(config.seed)
     check_device(config.device)
-    if lora: lora_file(lora, 'lora') # before a model is loaded
+    if lora: check_lora(lora, name='lora') # before a model is loaded
     return load_policy(config.model, config.device, config.dtype, None, **config.policy_settings() | dict(lora_from=lora))
 
 # %% ../../nbs/cli/06_sampling.ipynb #0a145322

@@ -95,8 +95,27 @@ def check_model(
     if Path(model).exists():
         from egrpo.models.pipeline import check_form
         return check_form(model)
-    if re.fullmatch(r'[\w.-]+/[\w.-]+', model): return
-    raise ValueError(f"model {model!r} is no folder here and no hub id (owner/name): name one of them, or 'miniature'")
+    if re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', model): return
+    from egrpo.train.cost import ARCHITECTURES
+    known = ', a size that `egrpo plan` counts' if model.lower() in ARCHITECTURES else ''
+    raise ValueError(f"model {model!r} is no folder here and no hub id (owner/name){known}: name one of them, or 'miniature'")
+
+def has_unet(
+    model:str, # 'miniature', a folder, or a hub id
+)->bool|None: # None = that is not known before it is loaded
+    "Return whether a model's network is a UNet."
+    from egrpo.train.cost import ARCHITECTURES
+    folder = Path(model)
+    if model != 'miniature' and folder.is_dir(): return (folder/'unet').is_dir()
+    known = model == 'miniature' or model.lower().rpartition('/')[2] in ARCHITECTURES
+    return False if known else None
+
+def check_start(
+    config, # A `TrainConfig`
+):
+    "Refuse a LoRA to start from that is none, or that of another kind of network."
+    from egrpo.models.lora_files import check_lora
+    if config.lora_from: check_lora(config.lora_from, config.lora_rank, has_unet(config.model))
 
 def check_resumed(
     prepared, # From `egrpo.train.prepare.prepare`
@@ -115,9 +134,12 @@ def check_run(
     from egrpo.train.prepare import prepare
     prepared = prepare(config)
     check_model(config.model)
+    check_start(config)
     check_device(config.device)
     check_out(config.out, config.resume or again)
     if config.resume: check_resumed(prepared)
+    side = config.resolution or (64 if config.model == 'miniature' else 512)
+    try_rewards(prepared, side, early=True)
     return prepared
 
 def check_fields(
@@ -201,27 +223,30 @@ def published_text(
 def served_text(
     prepared, # From `egrpo.train.prepare.prepare`
 )->str: # Lines like those of `describe_run`
-    "Line for each server among a run's rewards: what it serves."
+    "Line for each server among a run's rewards, which has scored noise: what it serves, where it says so."
     lines = {}
     for reward in (prepared.reward, prepared.eval_reward):
         for server in reward.rewards.values():
-            if not hasattr(server, 'served_reward'): continue
-            name = server.served_reward()
-            says = f'serves {name}' if name else 'does not answer: start it before the run (egrpo serve)'
+            if not hasattr(server, 'url'): continue
+            name = server.served_reward() if hasattr(server, 'served_reward') else None
+            says = f'serves {name}' if name else 'answers'
             lines[f'   reward  {server} {says}'] = None
     return '\n'.join(lines)
 
-def try_own_rewards(
-    prepared, # From `egrpo.train.prepare.prepare`
+def _is_early(name, reward):
+    "Return whether a reward is the user's own or a server's: it needs nothing of the device that is not there yet."
+    return ':' in name.partition('(')[0] or hasattr(reward, 'url')
+
+def try_rewards(
+    run, # From `egrpo.train.prepare.prepare`, or a `Trainer`
+    side:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
+    early:bool, # Those of the user's own and of servers, before a model is loaded? Else the others
 ):
-    "Score noise by those of a run's rewards that are functions of the user's own."
+    "Score noise by some of a run's rewards."
     from egrpo.rewards.reward import RewardSet
-    config = prepared.config
-    side = config.resolution or (64 if config.model == 'miniature' else 512)
-    scored = (prepared.reward, prepared.prompts), (prepared.eval_reward, prepared.eval_prompts)
-    for reward, some in scored:
-        own = {k: f for k, f in reward.rewards.items() if ':' in k.partition('(')[0]}
-        if own: try_reward(RewardSet(own), some, side)
+    for rewards, prompts in ((run.reward, run.prompts), (run.eval_reward, run.eval_prompts)):
+        some = {k: f for k, f in rewards.rewards.items() if _is_early(k, f) == early}
+        if some: try_reward(RewardSet(some), prompts, side)
 
 def run_train(
     args, # Parsed arguments
@@ -237,7 +262,6 @@ def run_train(
         check_method(config.method, config)
         return say(to_yaml(config).rstrip())
     prepared = check_run(config)
-    if args.dry_run: try_own_rewards(prepared)
     say(f'{describe_run(prepared)}\n{prompts_text(prepared)}')
     if was := published_text(config): say(was)
     if schedule := schedule_text(config): say(f' schedule  {schedule}')
@@ -274,8 +298,7 @@ def ready(
     side, twice = trainer.policy.resolution, trainer.policy.nfe_per_velocity == 2
     if twice: say(f' guidance  {trainer.config.guidance:g}: twice the evaluations above, with and without prompt; 1 halves them')
     trainer.policy.check_length(trainer.prompts + trainer.eval_prompts)
-    try_reward(trainer.reward, trainer.prompts, side)
-    try_reward(trainer.eval_reward, trainer.eval_prompts, side)
+    try_rewards(trainer, side, early=False)
     return trainer
 
 def is_own_schedule(

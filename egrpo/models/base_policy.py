@@ -21,7 +21,7 @@ from .backend import use_backend
 from .conditions import Conditions, PromptEncoder
 from .device import check_torch, use_device
 from .lora import choose_trained, save_lora
-from .lora_files import lora_file
+from .lora_files import check_lora
 from egrpo.models.pipeline import (
     decode_in_slices,
     decode_scaled,
@@ -47,7 +47,7 @@ def check_settings(
     lora_rank:int|None=0, # As in `Policy`, and so are the others
     micro_batch:int|None=None, # >= 1
     guidance:float=3.5, # >= 0
-    lora_from=None, # Must be there
+    lora_from=None, # Must be there, and of `lora_rank` where that is not 0
     text_encoders:str|None=None, # keep, offload or drop
     embeddings=None, # A folder
     lora_alpha:float|None=None, # > 0, of a new LoRA
@@ -60,7 +60,7 @@ def check_settings(
         raise ValueError(f"micro_batch must be >= 1, got {micro_batch}: None suits the model")
     if not 0 <= guidance < math.inf:
         raise ValueError(f"guidance must be >= 0, got {guidance}: 1 is unguided, 3.5 the default")
-    if lora_from: lora_file(lora_from)
+    if lora_from: check_lora(lora_from, lora_rank)
     _check_new_lora(lora_rank, lora_from, lora_alpha, lora_targets)
     if text_encoders not in TEXT_ENCODERS:
         raise ValueError(f"text_encoders must be keep, offload or drop, got {text_encoders!r}")

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..base.inputs import LONGEST_QUOTE, one_line
 from .device import seeded
 from egrpo.models.lora_files import (
+    LORA_DOWN,
     LORA_FILES,
     check_adapter,
     given_config,
@@ -158,8 +159,6 @@ def _load_converted(
     return sum(not n.endswith('alpha') for n in state)
 
 # %% ../../nbs/models/06_lora.ipynb #b8136f51
-LORA_DOWN = re.compile(r'\b(lora_down|lora_A|down)(\.default)?\.weight$')
-
 def _check_places(
     pipeline, # A pipeline with a LoRA
     tensors:dict, # What the LoRA's file holds: name -> tensor

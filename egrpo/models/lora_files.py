@@ -229,3 +229,41 @@ def _network_config(
 )->dict: # Those of the network
     "The settings of the network's LoRA."
     return {k.partition('.')[2]: v for k, v in said.items() if k.startswith(('transformer.', 'unet.'))}
+
+# %% ../../nbs/models/05_lora_files.ipynb #3d5b81c1
+LORA_DOWN = re.compile(r'\b(lora_down|lora_A|down)(\.default)?\.weight$')
+UNET_BLOCK = re.compile(r'(^|[._])(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)[._]')
+
+def _is_adapter(name): return any(re.search(mark, name) for mark in (LORA_DOWN, *OTHER_KINDS))
+
+def _lora_shapes(
+    path:Path, # A LoRA's file
+    what:str, # Beginning of the error
+)->dict: # Name -> shape
+    "Read the names and shapes of a LoRA's file."
+    try:
+        with safe_open(path, 'pt') as f: shapes = {n: f.get_slice(n).get_shape() for n in f.keys()}
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f"{what} cannot be read ({first_line(e)}): is the file whole?") from e
+    if any(map(_is_adapter, shapes)): return shapes
+    example = f", but tensors such as {min(shapes)}" if shapes else ''
+    raise ValueError(f"{what} holds no LoRA{example}: name a LoRA's folder or its .safetensors file")
+
+def check_lora(
+    source, # A LoRA's folder, its .safetensors file, or a hub id
+    rank:int|None=0, # The rank that was asked for; 0 or None = any
+    unet:bool|None=None, # Is the model's network a UNet? None = that is not known
+    name:str='lora_from', # What the user calls it, for errors
+):
+    "Refuse a LoRA by its file's names and shapes, before a model is loaded."
+    what = f"{name}: {str(source)!r}"
+    shapes = _lora_shapes(lora_file(source, name), what)
+    ranks = sorted({shape[0] for n, shape in shapes.items() if LORA_DOWN.search(n)})
+    if rank and ranks and rank not in ranks:
+        raise ValueError(f"lora_rank is {rank}, {name} has rank {', '.join(map(str, ranks))}: leave lora_rank at 0")
+    own = None
+    if any(n.startswith('transformer.') for n in shapes): own = 'transformer'
+    if any(map(UNET_BLOCK.search, shapes)): own = 'UNet'
+    wanted = {True: 'UNet', False: 'transformer', None: own}[unet]
+    if own in (wanted, None): return
+    raise ValueError(f"{what} is the LoRA of a {own}, and the model has a {wanted}: name the model it was trained on")

@@ -125,6 +125,7 @@ def read_prompts(
     if not text.strip(): raise ValueError(f"{named} is empty: write one prompt a line")
     try: entries = _entries(text, kind)
     except ValueError as e: raise ValueError(f"{named} is no {kind[1:]} file of prompts: {e}") from e
+    if not entries: raise ValueError(f"{named} is empty: write one prompt a line")
     prompts = []
     for place, entry in entries:
         found = f'{name}: {place} of {quote(path)}'
