@@ -1,7 +1,9 @@
 """Every claim of the paper has a judge, and verdicts follow the records."""
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,7 +151,39 @@ def test_the_papers_numbers_are_scaled_to_our_gain():
     for name, table in claims.PAPER.items(): assert next(iter(table)) == load_record(name)['data']['best']
 
 
+def test_only_rivals_that_leave_a_claim_open_ask_for_seeds():
+    "A rival that is beaten already, however little is known of it, asks for none."
+    leads = {name: claims.Estimate(**e['preference']) for name, e in load_record('methods_clip')['data']['comparisons']['end'].items()}
+    chosen = {name: leads[name] for name in claims.RIVALS}
+    v = claims.judge(chosen, claims.TABLE_1_MARGINS['preference'])
+    alone = claims.judge(dict(mix_grpo=leads['mix_grpo']), claims.TABLE_1_MARGINS['preference'])
+    assert (v.word, v.seeds_needed, v.times_prompts) == ('open', alone.seeds_needed, 1)
+
+
+def test_peaks_are_judged_by_aegpos_kernel():
+    data = load_record('peaks')['data']
+    found = claims.pays(data, 'variance')
+    data['kernels']['flow']['statistics']['variance']['lead']['mean'] *= -1
+    same = claims.pays(data, 'variance')
+    assert found.rival == 'dance' and (same.word, same.p) == (found.word, found.p) and same.seen != found.seen
+
+
+def test_a_gain_without_the_verifier_has_no_p_value(table):
+    row = table[table.claim.str.startswith('trained on HPS alone')].iloc[0]
+    assert row.found.p is None and not row.survives and 'a low estimate' in row.ours
+
+
 # ---- as text
+
+
+def test_front_page_names_the_margin_and_the_other_verdict():
+    equal = claims.Finding('', 'open')
+    def line(mean, same):
+        found = claims.Finding('a; a minus b', 'holds', interval=(mean, 0, 1), margin=.005, equal=same)
+        return claims._headline(SimpleNamespace(word='holds', place='Table 0', claim='a is best', ours=found.seen, found=found))
+    assert line(.004, equal) == '✓ holds (Table 0): a is best. Ours: a minus b, below the margin of .005. At equal iterations: open.'
+    assert line(.006, replace(equal, word='holds')) == '✓ holds (Table 0): a is best. Ours: a minus b.'
+
 
 def test_command_prints_every_claim(capsys, table):
     assert main(['claims']) == 0

@@ -178,7 +178,7 @@ def test_dry_run_writes_nothing(here, capsys):
 
 def test_a_dry_run_says_what_a_method_was_published_with(here, capsys):
     assert main(shlex.split('train --dry-run --method flow_grpo --beta 0 --scale smoke')) == 0
-    assert 'published  advantage_std batch, clip_range 0.0001, beta 0 in place of 0.04\n' in capsys.readouterr().out
+    assert 'published  advantage_std batch, clip_range 0.0001, beta 0.04 (here 0), kl_weights delta\n' in capsys.readouterr().out
     (here/'own.py').write_text('from egrpo.methods.baselines import dance_grpo\ndef mine(num_steps=4): return dance_grpo(num_steps)\n')
     assert main(shlex.split('train --dry-run --method own.py:mine --scale smoke')) == 0
     assert 'published' not in capsys.readouterr().out

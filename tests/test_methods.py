@@ -20,13 +20,14 @@ from egrpo.core.advantage import group_advantages, keep_extremes, transition_val
 from egrpo.core.loss import guard_logratio
 from egrpo.core.plan import Branch, Plan, SDEStep, count_leaves, describe, gradient_nfe, kept_count, preference_nfe, rollout_nfe
 from egrpo.core.rollout import prune, rollout
-from egrpo.core.sde import log_prob, ode_step, sde_sample, sde_step, step_std
+from egrpo.core.sde import gaussian_kl, log_prob, ode_step, sde_sample, sde_step, step_std
 from egrpo.core.sigmas import flow_sigmas
-from egrpo.methods.baselines import branch_grpo, chain, dance_grpo, flow_grpo_fast, g2rpo, grpo_guard, mix_grpo, tempflow_grpo
+from egrpo.methods.baselines import branch_grpo, chain, dance_grpo, flow_grpo, flow_grpo_fast, g2rpo, grpo_guard, mix_grpo, tempflow_grpo
 from egrpo.methods.registry import METHODS, PAPERS, PUBLISHED, describe_method, egrpo, make_plan
 from egrpo.models.policy import load_policy
 from egrpo.train import objective as objective_module
 from egrpo.train import trainer as trainer_module
+from egrpo.train.config import PLAN_FIELDS
 from egrpo.train.prepare import training_nfe
 from egrpo.train.trainer import TrainConfig, Trainer
 
@@ -37,7 +38,7 @@ SETTINGS = {name: {} for name in METHODS} | dict(
 VARIANTS = {name: dict(method=name, **settings) for name, settings in SETTINGS.items() if name != 'aegpo'} | { # see test_allocation
     'branch_grpo, pruned': dict(method='branch_grpo', keep=.5, pruned_steps=1, num_generations=8, num_steps=10),
     'egrpo, merged to 3': dict(method='egrpo', active_steps=3, merge_length=3, stride=2),
-    'tempflow_grpo, with KL': dict(method='tempflow_grpo', beta=.004)}
+    'tempflow_grpo, with KL': dict(method='tempflow_grpo', beta=.004, seed_groups=True)}
 every_method = pytest.mark.parametrize('name', METHODS)
 
 
@@ -302,6 +303,34 @@ def test_tempflow_has_noises_for_every_size_of_group(samples, noises):
     assert {b.noises for b in plan.branches} == {noises} and count_leaves(plan) == 2 * samples
 
 
+def test_seed_groups_compare_samples_of_one_initial_noise(policy):
+    "As scripts/train_flux_pr.py of Shredded-Pork/TempFlow-GRPO does; the group of a step is else all its samples."
+    def groups(seed_groups):
+        plan = tempflow_grpo(num_steps=4, num_generations=6, noises=2, seed_groups=seed_groups)
+        return rollout(policy, policy.encode(PROMPTS), plan, 0)
+    apart, together = groups(True), groups(False)
+    assert torch.equal(apart.children, together.children) and torch.equal(apart.row, together.row)
+    assert apart.group.tolist() == apart.row.tolist() # a node has a group of its own
+    sizes = apart.group.unique(return_counts=True)[1]
+    assert set(sizes.tolist()) == {3} and together.group.unique(return_counts=True)[1].tolist() == [6] * 6
+    with pytest.raises(ValueError, match='is trained but has a group of 1'): tempflow_grpo(num_generations=4, noises=4, seed_groups=True)
+    with pytest.raises(ValueError, match='keep must be 1'):
+        Plan(flow_sigmas(4), (Branch((SDEStep(0, 1, 4, keep=.5, siblings=True),)),))
+
+
+def test_flow_grpo_has_the_kl_of_its_code():
+    "yifan123/flow_grpo ac4c86e, scripts/train_sd3.py: the squared distance of the means over 2 s², where the step's variance is s²Δ."
+    plan = flow_grpo(num_steps=6, kl_weights='delta')
+    generator = torch.Generator().manual_seed(0)
+    for step in plan.steps:
+        x, v, reference = torch.randn(3, 1, 4, 2, 2, generator=generator, dtype=torch.float64)
+        sigma, sigma_next = plan.sigmas[step.start].double(), plan.sigmas[step.end].double()
+        (mean, std), (other, _) = [sde_step(o, x, sigma, sigma_next, plan.noise_level, 'flow', plan.sigma_max) for o in (v, reference)]
+        s = (sigma / (1 - min(sigma, plan.sigmas[1]))).sqrt() * plan.noise_level
+        assert_close(step.kl_weight * gaussian_kl(mean, other, std), (mean - other).square().mean((1, 2, 3)) / (2 * s**2),
+                     check_dtype=False, rtol=1e-5, atol=0)
+
+
 def test_tempflow_weights_are_the_released():
     "Shredded-Pork/TempFlow-GRPO 28a9b9b, scripts/train_flux_pr.py: 1.73 std, mean 1 within 1 % at its noise level for FLUX."
     p, sigmas = tempflow_grpo(noise_level=.9), flow_sigmas(10)
@@ -332,7 +361,7 @@ def test_g2rpo_advantages_are_the_released(policy):
 @every_method
 def test_published_settings(name):
     "Every method has a paper, published settings that are fields of the configuration, a row, and a plan by defaults alone."
-    assert PAPERS[name] in METHODS[name].__doc__ and set(PUBLISHED[name]) <= {f.name for f in fields(TrainConfig)}
+    assert PAPERS[name] in METHODS[name].__doc__ and set(PUBLISHED[name]) <= {f.name for f in fields(TrainConfig)} | set(PLAN_FIELDS)
     row = describe_method(name)
     assert int(row['nfe rollout']) == rollout_nfe(METHODS[name]()) and row['arXiv'] == PAPERS[name]
     assert len(inspect.getsource(METHODS[name]).split('"""')[0].splitlines()) <= 31 # signature and docments included

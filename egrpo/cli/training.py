@@ -179,7 +179,8 @@ def train_config(
     check_plan(method, given_plan(args, base))
     plan = fitting(method, chosen.plan)
     own = published(method, base)
-    shared = {k: v for k, v in own.items() if k not in begun and k not in scale and k not in named}
+    chosen_here = begun | scale | named | plan
+    shared = {k: v for k, v in own.items() if k not in chosen_here}
     return replace(chosen, plan=plan, **shared)
 
 def prompts_text(
@@ -221,10 +222,11 @@ def published_text(
     "Line with what a method was published with, and what differs from it here."
     from egrpo.methods.registry import published
     parts = []
+    here = config.flat()
     for name, value in published(config.method, config.plan.get('base')).items():
-        own = getattr(config, name)
-        part = f'{name} {show_default(own)}'
-        parts.append(part if own == value else f'{part} in place of {show_default(value)}')
+        own = here[name]
+        part = f'{name} {show_default(value)}'
+        parts.append(part if own == value else f'{part} (here {show_default(own)})')
     return f"published  {', '.join(parts)}" if parts else ''
 
 def served_text(

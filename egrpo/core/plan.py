@@ -63,6 +63,7 @@ class SDEStep:
     keep:float=1. # Share of its transitions that is trained, in (0, 1]: those with the highest and the lowest advantage
     noise_level:float|None=None # Noise level of its own, > 0; None = the plan's
     kl_weight:float=1. # Weight of its KL to the reference policy, times the run's `beta`, >= 0
+    siblings:bool=False # Is a sample compared with its siblings alone, the children of one node, instead of with all of the step?
 
     def __post_init__(self): _check_counts(self, 'start', 'length', 'children')
 
@@ -70,6 +71,12 @@ class SDEStep:
     def end(self)->int: # Index of the noise level at which the step arrives: the ODE continues there
         "Index of the noise level at which the step ends."
         return self.start + self.length
+
+    def group_size(self,
+        width:int, # Live nodes after the step
+    )->int: # Samples
+        "Number of samples that are compared with each other."
+        return self.children if self.siblings else width
 
 # %% ../../nbs/core/03_plan.ipynb #2fa5a78a
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class Forward:
 # %% ../../nbs/core/03_plan.ipynb #0f151f1a
 def _check_step(
     step:SDEStep, # The step to check
-    width:int, # Its transitions: live nodes after it
+    width:int, # Its group: live nodes after it, or siblings
     free:int, # First index it may leave from: where the step before it ends
     last:int, # Last index at which it may arrive, T-1
 ):
@@ -133,6 +140,8 @@ def _check_step(
         raise ValueError(f"{step}: length and children must be >= 1, weight and kl_weight finite and >= 0")
     if not 0 < step.keep <= 1:
         raise ValueError(f"{step}: keep must be above 0 and at most 1: it is the share of samples that is trained")
+    if step.siblings and step.keep < 1:
+        raise ValueError(f"{step}: keep must be 1 where siblings are a group: their best and worst are few")
     if step.start < free:
         raise ValueError(f"{step} starts before {free}, the first step that is free: order the steps, with no overlap")
     if step.end > last:
@@ -140,14 +149,14 @@ def _check_step(
         raise ValueError(f"{step} arrives at {step.end} of {last + 1}: {remedy}")
     if step.weight and width < 2:
         remedy = "a group needs at least 2, raise children or noises"
-        raise ValueError(f"{step} is trained but has {width} transition: {remedy}")
+        raise ValueError(f"{step} is trained but has a group of {width}: {remedy}")
 
 def _check_branch(branch, last):
     "Refuse a branch without noise, or with a step that cannot be; `last` is T-1."
     if branch.noises < 1: raise ValueError(f"noises must be >= 1, got {branch.noises}: a branch needs an initial noise")
     free = 0
     for step, width in zip(branch.steps, branch.widths[1:]):
-        _check_step(step, width, free, last)
+        _check_step(step, step.group_size(width), free, last)
         free = step.end
 
 # %% ../../nbs/core/03_plan.ipynb #dac4820a
@@ -330,13 +339,14 @@ def _run_text(steps):
     text = f"{step.start}→{steps[-1].end}"
     if len(steps) > 1: text += f" in {len(steps)}"
     if step.children > 1: text += f" ×{step.children}"
+    if step.siblings: text += " siblings"
     if step.keep < 1: text += f" keep {step.keep:g}"
     if step.noise_level is not None: text += f" noise {step.noise_level:g}"
     return text if step.weight else f"({text})"
 
 def _continues(before, step):
     "Return whether a step is of the same kind as the one before, and follows it without a gap."
-    def kind(s): return s.length, s.children, s.keep, s.weight > 0, s.noise_level
+    def kind(s): return s.length, s.children, s.keep, s.weight > 0, s.noise_level, s.siblings
     return kind(before) == kind(step) and before.end == step.start
 
 def _branch_text(branch):

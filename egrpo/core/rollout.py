@@ -30,7 +30,7 @@ class Rollout:
     children:Tensor # (M,C,H,W) sampled latents
     row:Tensor # (M,) the row a transition leaves from
     log_prob:Tensor # (M,) log-prob under the policy that sampled, nats per element
-    group:Tensor # (M,) transitions of the same prompt, branch and step
+    group:Tensor # (M,) transitions of the same prompt, branch and step, and of one node where siblings are compared
     weight:Tensor # (M,) weight in the loss; 0 = not trained
     keep:Tensor # (M,) share of the transition's group that is trained, in (0, 1]
     kl_weight:Tensor # (M,) weight of its KL to the reference policy
@@ -146,6 +146,7 @@ class _Trace:
     leaves:dict = field(default_factory=dict) # (stride, prompt, branch) -> clean latents
     probes:dict = field(default_factory=dict) # First probe -> (clean latents, prompt)
     num_rows:int = 0 # Rows so far
+    num_groups:int = 0 # Groups so far
 
     def add(self,
         rows:tuple, # (N,C,H,W) parents, (N,C,H,W) mean, (N,) prompt, start, end and level
@@ -155,10 +156,11 @@ class _Trace:
         below:int, # Leaves below each child
         probes:tuple=(None, None), # First probe of the parents and of the children; None = there is none
     ):
-        "Add a stochastic step: its rows, and its samples as a group of their own."
+        "Add a stochastic step: its rows, and its samples as a group of their own, or as one for each node that they left."
         children, row, logp = samples
         place = torch.arange(len(children), device=children.device)
-        group = torch.full_like(place, len(self.transitions))
+        family = row if step.siblings else torch.zeros_like(place)
+        group = family + self.num_groups
         fixed = [torch.full_like(logp, o) for o in (step.weight, step.keep, step.kl_weight)]
         leaves = first + below * place, torch.full_like(place, below)
         before, after = probes
@@ -169,6 +171,7 @@ class _Trace:
         self.transitions.append((*sampled, *fixed, *leaves, before, after))
         self.rows.append(rows)
         self.num_rows += len(rows[0])
+        self.num_groups += len(rows[0]) if step.siblings else 1
 
 # %% ../../nbs/core/09_rollout.ipynb #212d2365
 def _sample(

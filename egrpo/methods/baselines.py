@@ -6,7 +6,9 @@
 __all__ = ['flow_grpo', 'grpo_guard', 'dance_grpo', 'mix_grpo', 'flow_grpo_fast', 'tempflow_grpo', 'branch_grpo', 'g2rpo']
 
 # %% ../../nbs/methods/00_baselines.ipynb #ff0edb26
-from ..base.inputs import SettingError, at_least, check_integral
+from dataclasses import replace
+
+from ..base.inputs import SettingError, at_least, check_integral, one_of
 from ..core.noise import random_order
 from ..core.plan import Branch, Plan, SDEStep, check_noise
 from ..core.sde import step_std
@@ -62,11 +64,17 @@ def flow_grpo(
     num_generations:int=24, # G, samples per group, >= 2
     noise_level:float=0.7, # a of the kernel, > 0
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
+    kl_weights:str='plain', # Weights of the steps' KL: plain (the paper's, 1 each) or delta (the code's, Δ)
 )->Plan: # The plan of one prompt
     "Flow-GRPO (arXiv 2505.05470): chains from as many initial noises, stochastic in every step but the last."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    branch = Branch(chain(range(num_steps - 1)), noises=num_generations)
-    return Plan(flow_sigmas(num_steps, shift), (branch,), noise_level, kernel)
+    one_of('kl_weights', kl_weights, ('plain', 'delta'))
+    sigmas = flow_sigmas(num_steps, shift)
+    steps = chain(range(num_steps - 1))
+    if kl_weights == 'delta':
+        deltas = (sigmas[:-1] - sigmas[1:]).tolist()
+        steps = tuple(replace(s, kl_weight=deltas[s.start]) for s in steps)
+    return Plan(sigmas, (Branch(steps, noises=num_generations),), noise_level, kernel)
 
 # %% ../../nbs/methods/00_baselines.ipynb #bb020606
 def grpo_guard(
@@ -148,9 +156,10 @@ def tempflow_grpo(
     num_steps:int=10, # T, denoising steps, >= 2
     shift:float=3.0, # Shift of the schedule, > 0, or its noise levels
     num_generations:int=24, # G, samples per group and step, >= 2
-    noise_level:float=0.7, # a of the kernel, > 0
+    noise_level:float=0.7, # a of the kernel, > 0 (the code's on SD3.5; on FLUX it has 0.9)
     kernel:str='flow', # Kernel of the stochastic steps: flow, dance or cps
     noises:int|None=None, # Initial noises, a divisor of G; None = as many as leave each six samples or more
+    seed_groups:bool=False, # Compare samples of one initial noise only (the paper's later version), not all of a step (its first)?
     stride:int=1, # Schedule steps per ODE step after the stochastic one, >= 1; 1 is exact
     solver:str='euler', # Solver of that ODE: euler or ab2, of second order
 )->Plan: # The plan of one prompt
@@ -167,7 +176,8 @@ def tempflow_grpo(
     stds = step_std(sigmas[:-2], sigmas[1:-1], noise_level, kernel, sigmas[1])
     weights = (stds / stds.mean()).tolist()
     children = num_generations // noises
-    branches = [Branch((SDEStep(k, 1, children, weight),), noises) for k, weight in enumerate(weights)]
+    steps = [SDEStep(k, 1, children, weight, siblings=seed_groups) for k, weight in enumerate(weights)]
+    branches = [Branch((step,), noises) for step in steps]
     return Plan(sigmas, tuple(branches), noise_level, kernel, (stride,), solver)
 
 # %% ../../nbs/methods/00_baselines.ipynb #dd76ad70

@@ -297,11 +297,11 @@ PAPERS = dict(flow_grpo='2505.05470', dance_grpo='2505.07818', mix_grpo='2507.21
               v_grpo='2604.23380', dgpo='2510.08425') # arXiv
 
 # %% ../../nbs/methods/03_registry.ipynb #a9ec719b
-PUBLISHED = dict( # fields of `TrainConfig`
-    flow_grpo=dict(advantage_std='batch', clip_range=1e-4, beta=.04),
+PUBLISHED = dict( # fields of `TrainConfig`, and settings of the method that came after its first version
+    flow_grpo=dict(advantage_std='batch', clip_range=1e-4, beta=.04, kl_weights='delta'),
     dance_grpo=dict(advantage_std='group', clip_range=1e-4, beta=0.),
     mix_grpo=dict(advantage_std='group', clip_range=1e-4, beta=0.),
-    tempflow_grpo=dict(advantage_std='group', clip_range=1e-4, beta=.004),
+    tempflow_grpo=dict(advantage_std='group', clip_range=1e-4, beta=.004, seed_groups=True),
     branch_grpo=dict(advantage_std='group', clip_range=1e-3, beta=0.),
     g2rpo=dict(advantage_std='group', clip_range=1e-4, beta=0.),
     grpo_guard=dict(advantage_std='group', clip_range=2e-6, beta=0.),
@@ -315,7 +315,7 @@ PUBLISHED = dict( # fields of `TrainConfig`
     stepwise_flow_grpo=dict(advantage_std='group', clip_range=1e-4, beta=.04), # our choice: DenseGRPO's
     turningpoint_grpo=dict(advantage_std='group', clip_range=1e-5, beta=1e-4),
     awm=dict(advantage_std='batch', clip_range=1., beta=1e-4),
-    nft=dict(advantage_std='batch', clip_range=1e-4, beta=1e-4, sample_with='average'), # no ratio, no clip
+    nft=dict(advantage_std='batch', clip_range=1e-4, beta=1e-4, sample_with='average', ema_decay=.5), # no ratio, no clip; the decay that the code grows to
     v_grpo=dict(advantage_std='group', clip_range=6e-3, beta=0.),
     dgpo=dict(advantage_std='batch', clip_range=5e-2, beta=1e-3), # as it trains on PickScore
 )
@@ -325,7 +325,7 @@ def published(
     method, # A name in `METHODS`, or another method
     base=None, # What AEGPO is put upon, where it was chosen
 )->dict: # Fields of `TrainConfig`; none for a method of your own
-    "Clip range, KL weight and scale of the advantages as a method was published; of AEGPO those of its base."
+    "What a method was published with besides its plan, to begin a configuration from: `TrainConfig(**published(m), method=m)`; of AEGPO its base's."
     return PUBLISHED.get(base if base and takes(method, 'base') else method, {})
 
 # %% ../../nbs/methods/03_registry.ipynb #cc6ccf57
@@ -349,7 +349,7 @@ def _group_sizes(
     sizes = []
     for branch in plan.branches:
         for width, step in zip(branch.widths[1:], branch.steps):
-            if step.weight: sizes.append(width)
+            if step.weight: sizes.append(step.group_size(width))
     return sizes or [count_leaves(plan)]
 
 def describe_method(

@@ -7,6 +7,7 @@ __all__ = ['CLAIMS']
 
 # %% ../../nbs/paper/23_claims.ipynb #98ab00bc
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,7 +39,9 @@ class Finding:
     margin:float|None=None # Difference that does not matter; None = judged by intervals alone
     paper:float|None=None # The paper's own difference from the rival, scaled to our gain
     seeds:int|None=None # Fewest seeds of a setting; None = no training runs
-    seeds_needed:int|None=None # If open: seeds that would find the margin; None = more prompts are needed
+    seeds_needed:int|None=None # If open: seeds that would find the margin
+    times_prompts:int=1 # If open: with how many times as many held-out prompts
+    times_data:int=1 # If open by intervals alone: how many times as much data would find the effect that is asked for
     equal:'Finding|None'=None # The same at equal iterations
     logarithm:bool=False # Is the interval that of the logarithm of a ratio?
 
@@ -48,8 +51,11 @@ class Finding:
         if self.word != 'open': return self.word
         few_seeds = self.seeds is not None and self.seeds < SEEDS_NEEDED
         if few_seeds: return f'open ({self.seeds} of {SEEDS_NEEDED} seeds)'
-        if self.margin is None: return 'open'
-        return f'open (about {self.seeds_needed} seeds would tell)' if self.seeds_needed else 'open (more prompts are needed)'
+        needed = []
+        if self.seeds_needed: needed.append(f'{self.seeds_needed} seeds')
+        if self.times_prompts > 1: needed.append(f'{self.times_prompts} times the prompts')
+        if self.times_data > 1: needed.append(f'{self.times_data} times the data')
+        return f"open (about {' and '.join(needed)} would tell)" if needed else 'open'
 
 NOTHING = Finding('', 'open', seeds=0) # no run of what is claimed
 NOT_MEASURED = 'not measured'
@@ -72,16 +78,19 @@ def _exploratory(
     seeds = record['seeds'] or record['data'].get('seeds')
     return bool(seeds) and max(seeds) < CONFIRMING
 
+def registered_records(
+    name:str, # Name of an experiment
+)->list: # Of scale `confirm`, then `gpu`
+    "Load the registered records of an experiment that are complete."
+    paths = [known_record(f'{scale}/{name}') for scale in ('confirm', 'gpu')]
+    records = [load_record(path) for path in paths if path.exists()]
+    return [record for record in records if record['data']['complete']]
+
 def records_of(
     claim:Claim, # A claim
 )->list: # The first one decides; empty where nothing is measured
     "Load the records that judge a claim: registered ones that are complete, then the exploratory one."
-    found = []
-    for scale in ('confirm', 'gpu'):
-        path = known_record(f'{scale}/{claim.record}')
-        if not claim.registered or not path.exists(): continue
-        record = load_record(path)
-        if record['data']['complete']: found.append(record)
+    found = registered_records(claim.record) if claim.registered else []
     own = known_record(claim.record)
     if own.exists(): found.append(load_record(own))
     return found
@@ -245,10 +254,20 @@ def _p_value(
 
 def _interval(lead)->tuple: return lead.interval() if isinstance(lead, Estimate) else tuple(lead)
 
+def _times_data(
+    intervals, # (mean, low, high) of what is claimed to be positive
+    effect:float, # To be found, > 0
+)->int: # 1 where the data would have found it
+    "Times as much data as finds an effect with a power of 90 % in every comparison that leaves a claim open."
+    widest = max((high - low) / 2 for _, low, high in intervals if low <= 0)
+    factor = 1 + stats.norm.ppf(.9) / stats.norm.ppf(.975)
+    return math.ceil((factor * widest / effect)**2)
+
 def _by_intervals(
     seen:str, # Our numbers, in words
     leads:dict, # Rival or comparison -> `Estimate`, or (mean, low, high), of what is claimed to be positive
     seeds:int|None=None, # How many they rest on; None = no training runs
+    effect:float|None=None, # Of which an open claim says how much data would find it; None = nothing is said
 )->Finding: # With the one that speaks most against the claim
     "Judge by 95 % intervals alone."
     few_seeds = seeds is not None and seeds < SEEDS_NEEDED
@@ -263,7 +282,8 @@ def _by_intervals(
         return min(high, 0), low
     rival = min(intervals, key=against)
     p = _p_value(word, list(leads.values()))
-    return Finding(seen, word, p, rival, intervals[rival], seeds=seeds)
+    times = _times_data(intervals.values(), effect) if effect and word == 'open' else 1
+    return Finding(seen, word, p, rival, intervals[rival], seeds=seeds, times_data=times)
 
 def _estimates(
     known:dict, # setting -> reward -> fields of an `Estimate`
@@ -285,7 +305,7 @@ def _by_margin(
     interval = leads[v.rival].interval()
     found = Finding('', 'open', None, v.rival, interval, margin, paper.get(v.rival), seeds)
     if seeds < SEEDS_NEEDED: return found
-    return replace(found, word=v.word, p=v.p, seeds_needed=v.seeds_needed)
+    return replace(found, word=v.word, p=v.p, seeds_needed=v.seeds_needed, times_prompts=v.times_prompts)
 
 def _lead_text(own:str, found:Finding)->str:
     lead = show_interval(found.interval, '+')
@@ -345,24 +365,28 @@ def _rise_lead(
     data:dict, # A record's data
     kind:str, # A comparison: rise, or rise_equal at equal iterations
     over:tuple, # Which other settings
+    margin:float, # Difference that matters
 )->tuple: # `Finding`, how many settings it compares
     "Judge the lead of the best setting in the rise of the training reward, unless a setting is missing."
     own = data['best']
     rises = data['comparisons'].get(kind, {})
     leads = {setting: Estimate(**rises[setting]) for setting in rises if setting in over}
     if not leads: return NOTHING, 0
-    found = _by_intervals('', leads, seeds_of(data, (own, *over)))
+    found = _by_intervals('', leads, seeds_of(data, (own, *over)), margin)
     if found.rival: found = replace(found, seen=_lead_text(own, found))
     return found, len(leads)
 
 def training_best(
     data:dict, # A record's data
     over:tuple, # Which other settings
+    record:str='', # Name of the record, for its margins
 )->Finding: # Rise of the best setting, and its lead over the rival that decides
     "The training reward of the setting claimed to be best rises most."
     own = data['best']
-    found, rivals = _rise_lead(data, 'rise', over)
-    equal, shared = _rise_lead(data, 'rise_equal', over)
+    if not data['comparisons']['end']: return NOTHING
+    margin = margins_of(record)[rewards_of(data)[0]]
+    found, rivals = _rise_lead(data, 'rise', over, margin)
+    equal, shared = _rise_lead(data, 'rise_equal', over, margin)
     if not rivals: return NOTHING
     if shared != rivals: equal = None
     rise = f"{method_name(own)} rises by {show_interval(data['training_rise'][own], '+')}"
@@ -370,6 +394,8 @@ def training_best(
     return replace(found, seen=f'{rise}; {found.seen}', equal=equal)
 
 # %% ../../nbs/paper/23_claims.ipynb #d92846b4
+DOUBLED = math.log(2) # the logarithm of a ratio
+
 def _ratio_text(ratio): return 'variance × {:.2f} [{:.2f}, {:.2f}] (geometric mean)'.format(*ratio)
 
 def explores(
@@ -379,7 +405,7 @@ def explores(
     "The CLIP score varies more after one kind of step than after another."
     pair = data['contrasts']['clip'][name]
     log_ratio = Estimate(**pair['log_ratio'])
-    found = _by_intervals(f"{name}: {_ratio_text(pair['ratio'])}", {name: log_ratio})
+    found = _by_intervals(f"{name}: {_ratio_text(pair['ratio'])}", {name: log_ratio}, effect=DOUBLED)
     return replace(found, logarithm=True)
 
 def _below(level:float, interval:tuple)->tuple:
@@ -423,16 +449,16 @@ def merging_raises(
 
 def hacked(
     data:dict, # Data of the record of Fig. 8
-)->Finding: # On the share that is not real
-    "Of what training on a learned reward alone gains in it, a part comes without a gain in truth."
+)->Finding: # On the share that is not real; without a p-value, since noise in the verifier alone makes such a share
+    "Of what training on a learned reward alone gains in it, a part comes without a gain by the verifier."
     found = data['settings']['egrpo']
     real = found['real_share']
     if real is None: return replace(NOTHING, seen='no gain')
-    seen = f'{show_interval(real)} of the gain is real; '
+    seen = f'{show_interval(real)} of the gain is real, a low estimate (noise in the verifier flattens it); '
     seen += f"{show_interval(found['hacked'])} of the samples gain in it and get worse, "
     seen += f"{show_interval(found['beyond_chance'], '+')} beyond chance"
     seeds = len(data['seeds_finished']['egrpo'])
-    return _by_intervals(seen, dict(unreal=_below(1, real)), seeds)
+    return replace(_by_intervals(seen, dict(unreal=_below(1, real)), seeds), p=None)
 
 def predicts(
     data:dict, # Data of the record of learning values
@@ -440,21 +466,24 @@ def predicts(
     "ΔEntropy is correlated with a prompt's later gain, and with its gradient's norm."
     ranks = {value: data['correlation'][value]['delta_entropy'] for value in ('gain to the last', 'gradient norm')}
     shown = [f'{value}: ρ {show_interval(rank, "+")}' for value, rank in ranks.items()]
-    return _by_intervals('; '.join(shown), ranks, len(data['seeds']))
+    return _by_intervals('; '.join(shown), ranks, len(data['seeds']), effect=.3)
 
 def pays(
     data:dict, # Data of the record of AEGPO's peaks
     value:str, # variance or gain
-)->Finding: # On the lead of the peaks under each kernel
-    "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which AEGPO builds on, and E-GRPO's."
-    leads, shown, logarithm = {}, [], value == 'variance'
+)->Finding: # On the lead of the peaks under DanceGRPO's kernel
+    "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which is AEGPO's; E-GRPO's is shown beside it."
+    leads, shown = {}, []
+    logarithm = value == 'variance'
     for name in ('dance', 'flow'):
         statistics = data['kernels'][name]['statistics']
         leads[name] = Estimate(**statistics[value]['lead'])
         interval = leads[name].interval()
         text = _ratio_text(np.exp(interval)) if logarithm else '{:+.5f} [{:+.5f}, {:+.5f}]'.format(*interval)
         shown.append(f'{name}: {text}')
-    found = _by_intervals(f"peaks against other steps, kernel {'; '.join(shown)}", leads)
+    usual = np.mean([mean for mean, *_ in data['kernels']['dance']['statistics'][value]['mean']])
+    effect = DOUBLED if logarithm else usual
+    found = _by_intervals(f"peaks against other steps, kernel {'; '.join(shown)}", dict(dance=leads['dance']), effect=effect)
     return replace(found, logarithm=logarithm)
 
 def _speed_text(by:str, ratio:tuple)->str:
@@ -474,9 +503,9 @@ def faster(
     found, shown = {}, []
     for cost in sorted(ratios, key=lambda cost: cost != by):
         over = tuple(value - factor for value in ratios[cost])
-        found[cost] = _by_intervals('', {setting: over}, seeds)
+        found[cost] = _by_intervals('', {setting: over}, seeds, effect=factor)
         text = _speed_text(cost, ratios[cost])
-        shown.append(text if cost == by else f'{text}, {found[cost].verdict}')
+        shown.append(text if cost == by else f'{text}, {found[cost].word}')
     return replace(found[by], seen=f"times as fast {'; '.join(shown)}")
 
 def overhead(
@@ -502,7 +531,7 @@ def joint_prevents(
     if joint is None or joint['real_share'] is None: return NOTHING
     share, hacked, truth = [show_interval(joint[name], '+') for name in ('real_share', 'hacked', 'verifier')]
     seen = f'with CLIP {share} more of it is real; hacked samples {hacked}; verifier {truth}'
-    return _by_intervals(seen, dict(joint=joint['real_share']), seeds_of(data, ('egrpo', 'egrpo, clip')))
+    return _by_intervals(seen, dict(joint=joint['real_share']), seeds_of(data, ('egrpo', 'egrpo, clip')), effect=.2)
 
 # %% ../../nbs/paper/23_claims.ipynb #6a121db7
 ALONE = 'trained on HPS' # the column of Table 1
@@ -544,9 +573,9 @@ CLAIMS = (
           'active_steps', partial(training_best, over=('second 8', 'all'))),
     Claim('Fig. 3', 'several consecutive stochastic steps make credit ambiguous', 'an argument', 'credit',
           ambiguous),
-    Claim('Fig. 4', "E-GRPO's training reward rises most", 'a picture', 'methods', partial(training_best, over=RIVALS)),
+    Claim('Fig. 4', "E-GRPO's training reward rises most", 'a picture', 'methods', partial(training_best, over=RIVALS, record='methods')),
     Claim('Fig. 8',
-          'training on HPS alone is hacked: a part of what is gained in it comes without a gain in truth',
+          'trained on HPS alone, a part of what is gained in it comes without a gain by the verifier',
           'pictures', 'reward_hacking', hacked),
     Claim('Fig. 8', 'a second reward, CLIP, lessens the hacking', 'pictures', 'reward_hacking',
           joint_prevents),
@@ -665,7 +694,8 @@ def _numbers(
     mean, low, high = found.interval or (None, None, None)
     numbers = dict(mean=mean, low=low, high=high, p=found.p, logarithm=found.logarithm)
     return dict(verdict=found.word, numbers=numbers, rival=found.rival or None, margin=found.margin,
-                paper_effect_scaled=found.paper, seeds=found.seeds, seeds_needed=found.seeds_needed)
+                paper_effect_scaled=found.paper, seeds=found.seeds, seeds_needed=found.seeds_needed,
+                times_prompts=found.times_prompts, times_data=found.times_data)
 
 def _json_row(
     row, # A row of `claims_table`
@@ -714,18 +744,24 @@ def claims_markdown()->str: # A table in Markdown, with links as they work from 
 HEADLINES = (
     ('Table 4', 'merging helps'),
     ('Table 1', 'E-GRPO has the best HPS, trained on HPS and CLIP'),
-    ('Fig. 8', 'training on HPS alone is hacked'),
+    ('Fig. 8', 'trained on HPS alone'),
     ('AEGPO 6', 'it reaches that score in a fifth of the iterations'),
     ('Table 3', 'the first 8 are better than the second 8'),
 )
 
+def _margin(margin:float): return f'{margin:g}'.lstrip('0') # .005
+
 def _headline(
     row, # A row of `claims_table`
-)->str: # e.g. '✓ holds, Fig. 1a: …'
-    "A claim in a line: verdict, claim, and our first number."
+)->str: # e.g. '✓ holds (Fig. 1a): …'
+    "A claim in a line: verdict, claim, our first number, and the verdict at equal iterations where it differs."
     numbers = row.ours.split('; ')
-    ours = numbers[0] if row.found.equal is None else numbers[-1]
-    return f'{MARKS[row.word]} {row.word} ({row.place}): {row.claim}. Ours: {ours}.'
+    found, equal = row.found, row.found.equal
+    ours = numbers[-1] if equal else numbers[0]
+    if found.margin and abs(found.interval[0]) < found.margin: ours += f', below the margin of {_margin(found.margin)}'
+    line = f'{MARKS[row.word]} {row.word} ({row.place}): {row.claim}. Ours: {ours}.'
+    if equal and equal.word != row.word: line += f' At equal iterations: {equal.word}.'
+    return line
 
 def claims_summary()->str: # Six items of a list in Markdown, with links as they work from nbs/
     "The claims in six lines: the count of each verdict, and five of the claims."
@@ -748,8 +784,9 @@ Every verdict is computed from the records in [figures](../figures) by `egrpo cl
 - Training runs are compared at equal network evaluations, and at equal iterations, as the papers do.
 - With fewer than five seeds nothing is decided. Runs with seeds below {confirming} are exploratory.
 - p is corrected over the rivals of a claim; *survives* says that the verdict stands when all claims are corrected together (Holm).
-- An open claim says how many seeds per setting would tell. "More prompts" means that no number of seeds would, with as many prompts as its
-  record has.
+- An open claim says how many seeds per setting would find the margin, and with how many times the held-out prompts where no number of seeds
+  would with those there are. One that is judged without a margin says how many times the data would find the margin of a training reward, twice
+  the variance, gain or speed, a rank correlation of .3, or a fifth of the gain in Fig. 8: runs and prompts of training, or prompts of a measurement.
 - The paper's numbers are HPS-v2.1 where no other score is named. *Scaled to our gain* is its lead over the rival that decides here.
 - Ours are the miniature's stand-ins: `preference` for HPS, `clip` for CLIP, the verifier's graded and strict scores for PickScore and
   ImageReward. Of AEGPO only the abstract and a reader's notes could be read.
@@ -773,6 +810,11 @@ def _counts_by_paper(
     tested = known + sum(table.word.isin(UNDECIDED))
     lines.append(f'Corrected over all {tested} tested claims (Holm), {sum(table.survives)} of the {known} verdicts with a p-value stand.')
     lines.append(f'{sum(table.exploratory)} claims rest on exploratory training runs (seeds below {CONFIRMING}).')
+    decided = table[~table.word.isin((*UNDECIDED, NOT_MEASURED))]
+    untrained = sum(found.seeds is None for found in decided.found)
+    explored = sum(decided.exploratory)
+    lines.append(f'Of the {len(decided)} decided claims {untrained} need no training run, {explored} were decided by exploratory runs, '
+                 f'and {len(decided) - untrained - explored} by new, registered ones.')
     return '\n'.join(f'- {line}' for line in lines)
 
 def papers_markdown()->str: # Markdown, with links as they work from nbs/

@@ -54,6 +54,22 @@ def hacking(
     intervals = {name: bootstrap_interval(values) for name, values in shares.items()}
     return dict(real_share=real_share(rise, truth)) | intervals
 
+# %% ../../nbs/paper/18_hacking.ipynb #5e0a31c2
+def most_real(
+    learned, # (S,P) change of the learned reward
+    truth, # (S,P) change of the verifier's score, the same seeds and prompts
+)->tuple: # (share, low, high)
+    "Share of the gain that can be real whatever the noise in the verifier, which errs independently of the learned reward."
+    learned = np.asarray(learned, dtype=float)
+    truth = np.asarray(truth, dtype=float)
+    def bound(mean):
+        "The share with the line of the verifier on the learned reward."
+        x, y = mean(truth), mean(learned)
+        covariance = mean(truth * learned) - x * y
+        variance = mean(learned**2) - y**2
+        return variance / covariance * x / y
+    return means_interval(bound)
+
 # %% ../../nbs/paper/18_hacking.ipynb #d45d233c
 def contrast_hacking(
     alone:list, # Results of a method trained on the learned reward alone

@@ -191,6 +191,19 @@ def seeds_needed(
         if n > 100 and factor * rest > effect: return None
     return None
 
+def runs_needed(
+    estimates:list, # Each an `Estimate` that leaves a claim open
+    effect:float, # Difference to be found in each, > 0
+)->tuple: # Seeds per setting, with how many times as many held-out texts
+    "Seeds that find a difference in all of them; only where no number would, with more prompts too."
+    factor = stats.norm.ppf(.975) + stats.norm.ppf(.9)
+    allowed = (effect / factor)**2 / 2 # a half of the variance
+    times = 1
+    for e in estimates:
+        if seeds_needed(e, effect) is None: times = max(times, math.ceil(e.rest / allowed))
+    seeds = [seeds_needed(replace(e, rest=e.rest / times), effect) for e in estimates]
+    return max(seeds), times
+
 # %% ../../nbs/paper/02_intervals.ipynb #89741b3b
 FLOOR = .01 # share of the median positive variance: a group with less counts as having so much
 
@@ -308,7 +321,8 @@ class Verdict:
     word:str # One of `VERDICTS`
     p:float|None # p-value of it, corrected over the rivals; None for open and too small
     rival:str # The rival that decides
-    seeds_needed:int|None=None # Of an open one: seeds that would find the margin; None = more prompts
+    seeds_needed:int|None=None # Of an open one: seeds that would find the margin
+    times_prompts:int=1 # With how many times as many prompts; 1 = those that there are
 
 VERDICTS = ('holds', 'does not hold', "paper's effect too small", 'equivalent', 'not better', 'open')
 
@@ -341,9 +355,8 @@ def judge(
     if not large: return Verdict("paper's effect too small", None, worst)
     if max(within.values()) < level: return decide('equivalent', within, max)
     if min(excluded.values()) < level: return decide('not better', excluded, min)
-    needed = [seeds_needed(leads[k], margin) for k in large]
-    most = None if None in needed else max(needed)
-    return Verdict('open', None, worst, most)
+    undecided = [leads[k] for k in leads if above[k] >= level]
+    return Verdict('open', None, worst, *runs_needed(undecided, margin))
 
 # %% ../../nbs/paper/02_intervals.ipynb #3f304216
 def holm(

@@ -14,7 +14,7 @@ from html import escape
 import numpy as np
 
 from .cells import load_cell, store_dir
-from .claims import CLAIMS, MARKS, NAMES, PAPER, PAPER_BEFORE, SCORES, best, judged, method_name
+from .claims import CLAIMS, MARKS, NAMES, PAPER, PAPER_BEFORE, SCORES, best, judged, method_name, registered_records
 from .comparisons import evaluation_texts, rewards_of
 from .experiments import EXPERIMENTS, cells_of, reproduce
 from .intervals import difference
@@ -228,15 +228,28 @@ def _time(
     if minutes < 60: return f'{minutes:.0f} minutes of one core'
     return f'{minutes / 60:.1f} hours of one core'
 
+def _seeds_text(
+    record:dict, # A record of a grid
+)->str: # e.g. 5 of 5 seeds of every setting
+    "Seeds that are finished, of those planned; where settings have different plans and some lack runs, the runs."
+    data = record['data']
+    finished = {setting: len(seeds) for setting, seeds in data['seeds_finished'].items()}
+    planned = dict.fromkeys(finished, data['seeds_planned'])
+    for grid in DESIGN:
+        if grid.experiment != record['name'] or 'commits' not in data: continue # not registered
+        planned = dict.fromkeys(grid.rivals, grid.seeds) | {grid.best: grid.best_seeds}
+    least, most = min(planned.values()), max(planned.values())
+    if least == most: return f'{min(finished.values())} of {most} seeds of every setting'
+    if finished == planned: return f'{least} to {most} seeds of every setting'
+    return f'{sum(finished.values())} of {sum(planned.values())} runs'
+
 def record_line(
     record:dict, # A record
 )->str: # A line
     "Scale, seeds, cost and device of a record."
     data = record['data']
     parts = [f"Scale {record['scale']}"]
-    seeds = [len(finished) for finished in data.get('seeds_finished', {}).values()]
-    if seeds:
-        parts.append(f"{min(seeds)} of {data['seeds_planned']} seeds of every setting")
+    if data.get('seeds_finished'): parts.append(_seeds_text(record))
     parts.append(_time(record['wall_time']))
     if record['nfe']: parts.append(f"{record['nfe']:,} network evaluations")
     return ', '.join([*parts, record['device']]) + '.'
@@ -368,6 +381,18 @@ def report(
         if data['equal_iterations']: tables.append(difference_rows(record, equal_iterations=True))
     if 'speed_up' in data: tables.append(speed_rows(data))
     return Page([line for line in lines if line], tables)
+
+# %% ../../nbs/paper/30_report.ipynb #7d1e40b3
+def registered_runs(
+    name:str, # A name in `EXPERIMENTS`
+)->Page: # Empty where none are complete
+    "Differences in the registered runs of a grid, which decide its claims."
+    lines, tables = [], []
+    for record in registered_records(name):
+        lines.append(record_line(record))
+        tables.append(difference_rows(record))
+        if record['data']['equal_iterations']: tables.append(difference_rows(record, equal_iterations=True))
+    return Page(lines, tables)
 
 # %% ../../nbs/paper/30_report.ipynb #dad3e4a1
 def with_names(

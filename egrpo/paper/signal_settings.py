@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from ..base.files import digest, read_object, write_text
 from ..base.inputs import one_of
-from ..methods.registry import PUBLISHED, fitting
+from ..methods.registry import fitting
 from .cells import CHECKPOINT_EVERY, one_thread_on_cpu, store_dir
-from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, RACE, TABLE_1, TAU, _base
+from .grids import ACTIVE_STEPS, AEGPO, ALLOCATION, EXPLORED, KERNELS, MERGE_LENGTH, ON_EGRPO, RACE, TABLE_1, TAU, _base, as_run
 from .intervals import rank_correlation
 from .pool import alone, is_first_process
 from .records import SCALES, device_name, get_scale, known_record, load_record
@@ -41,7 +41,7 @@ AFTER = ('egrpo', 'g2rpo', 'tempflow_grpo', 'mix_grpo') # measured after trainin
 BEST = dict(methods='egrpo', tau='2.2', merge_length='adaptive', active_steps='first 8', kernels='flow', aegpo='both',
             allocation='16/8 by ΔEntropy', explored='4 peaks', on_egrpo='AEGPO on E-GRPO') # as the papers have it
 
-def _methods(names): return {name: dict(PUBLISHED[name], method=name) for name in names}
+def _methods(names): return {name: dict(as_run(name), method=name) for name in names}
 
 def _signal_tables()->dict: # Group -> record -> setting -> fields of `TrainConfig`
     "Every setting whose signal is measured, by the record of its runs, where it has some."

@@ -51,6 +51,8 @@ class PlanSettings:
     noise_level:float|None = option(None, 'Noise level of the stochastic steps')
     kernel:str|None = option(None, 'Stochastic step: flow, dance, cps or flash')
     noises:int|None = option(None, 'Initial noises that the samples of a step leave from (TempFlow-GRPO)')
+    seed_groups:bool|None = option(None, 'Compare samples of one initial noise only (TempFlow-GRPO)')
+    kl_weights:str|None = option(None, "Weights of the steps' KL: plain, or delta (Δ) (Flow-GRPO)")
     window:int|None = option(None, 'Stochastic steps in a row (MixGRPO, Flow-GRPO-Fast)')
     slide_every:int|None = option(None, 'Iterations after which window or pruned steps move on (MixGRPO, BranchGRPO)')
     train_share:float|None = option(None, 'Share of the steps that is trained, drawn anew in every iteration (DanceGRPO)')
