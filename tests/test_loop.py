@@ -208,6 +208,14 @@ def test_training_cost_is_predicted(tmp_path):
     assert sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics) == training_nfe(trainer.config)
 
 
+@pytest.mark.parametrize('steps', [None, 9])
+def test_an_evaluation_may_take_more_steps(tmp_path, steps):
+    "Its scores are those of the same images drawn with that many."
+    trainer = Trainer(TrainConfig(**SMALL, eval_steps=steps, out=str(tmp_path/'run')), reward=darkness)
+    expected = evaluate(trainer.policy, trainer.eval_prompts, trainer.eval_reward, num_steps=steps or 6)
+    assert trainer.evaluate().iloc[:, 1].tolist() == pytest.approx(expected.iloc[:, 1].tolist(), abs=1e-5)
+
+
 def darkness(images, prompts):
     "A reward: minus the mean brightness."
     return -images.mean((1, 2, 3))

@@ -46,7 +46,7 @@ def one_line(
     return f'{text[:half]} … {text[-half:]}'
 
 # %% ../../nbs/base/00_inputs.ipynb #a08f1c0d
-LARGEST = dict(num_steps=10_000, num_generations=10_000, prompts_per_iteration=100_000, eval_size=1_000_000,
+LARGEST = dict(num_steps=10_000, eval_steps=10_000, num_generations=10_000, prompts_per_iteration=100_000, eval_size=1_000_000,
                size=1_000_000, images=10_000, iterations=1_000_000, inner_epochs=10_000, lora_rank=65_536,
                resolution=65_536, processes=1_000_000, workers=1_000, seed=2**64 - 1, budget=2**53)
 

@@ -134,6 +134,8 @@ class TrainConfig:
     eval_prompts:str|None = option(None, 'As prompts, shapes_tuning or hpd_tuning; None = held-out shapes or hpd prompts, '
                                          "or the training file's")
     eval_size:int = option(256, 'Prompts of an evaluation', least=1)
+    eval_steps:int|None = option(None, 'Denoising steps of an evaluation, such as the 28 to 50 that the model is used with; '
+                                       'None = num_steps', least=1)
     eval_every:int = option(50, 'Iterations between evaluations; 0 = before and after only', free=True, least=0)
     eval_at:str|None = option(None, "Iterations after which is evaluated, too, such as '59 100'", free=True)
     eval_rewards:str|None = option(None, 'What an evaluation measures; None = verifier + verifier_strict '

@@ -315,6 +315,15 @@ class Trainer:
         return over or is_stale(self.history, c.patience)
 
 # %% ../../nbs/train/09_trainer.ipynb #e11a647c
+def evaluation_schedule(
+    trainer:Trainer, # The run
+    size, # 'HEIGHTxWIDTH', or None for the run's resolution
+)->dict: # Arguments of `sample_latents`
+    "Steps and shift of an evaluation: the training's, or those of `eval_steps`."
+    c = trainer.config
+    if c.eval_steps is None: return dict(num_steps=c.num_steps, shift=trainer.sizes[size]['shift'])
+    return dict(num_steps=c.eval_steps, shift=c.shift)
+
 def evaluate_shares(
     trainer:Trainer, # The run
 )->pd.DataFrame: # A row per prompt, a column per reward; of all processes
@@ -325,7 +334,7 @@ def evaluate_shares(
     latents = {}
     with t.weights.averaged(), t.policy.together():
         for size, _, some, own in parts_by_size(t.policy, prompts, places):
-            latents[size] = sample_latents(t.policy, some, t.config.num_steps, t.sizes[size]['shift'], ids=own)
+            latents[size] = sample_latents(t.policy, some, ids=own, **evaluation_schedule(t, size))
             t.samples.keep(own, latents[size], size)
     def scored():
         "A table for each size."
