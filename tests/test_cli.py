@@ -201,7 +201,8 @@ def test_evaluations_that_guidance_doubles_are_said_to_be(here, capsys):
     (here/'p.txt').write_text('a fox\n')
     twice, perhaps = 'twice the evaluations above', 'times two where guidance takes two evaluations'
     sd3 = 'stabilityai/stable-diffusion-3.5-medium'
-    for model, guidance, says in ((sd3, '4.5', f'4.5: {twice}'), (sd3, '1', ''), ('Tongyi-MAI/Z-Image-Turbo', '0', ''), ('black-forest-labs/FLUX.1-dev', '3.5', ''),
+    for model, guidance, says in ((sd3, '4.5', f'4.5: {twice}'), (sd3, '1', ''), ('Tongyi-MAI/Z-Image-Turbo', '0', ''),
+                                  ('black-forest-labs/FLUX.1-dev', '3.5', ''),
                                   ('someone/unknown', '4', f'4: {perhaps}'), ('miniature', '3.5', '')):
         for command in (f'train --dry-run {own}', 'plan --processes 2 --shift 3'):
             assert main(shlex.split(f'{command} --scale smoke --model {model} --guidance {guidance}')) == 0
