@@ -147,7 +147,8 @@ GROUPS = {
     'device and memory': 'device dtype micro_batch gradient_checkpointing compiled attention vae_tiling text_encoders '
                          'embeddings quantize',
     'method': 'method num_steps shift num_generations noise_level kernel stride solver tau active_steps first_step merge_length '
-              'step_weights kl_weights noises seed_groups window slide_every train_share split_every keep pruned_steps draws preference growth',
+              'step_weights kl_weights noises seed_groups window slide_every train_share split_every keep pruned_steps '
+              'draws preference growth',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
     'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr lr_schedule lr_warmup '

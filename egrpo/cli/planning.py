@@ -250,7 +250,8 @@ def run_text(
     seconds = entered_seconds(args, config)
     prompts = config.prompts_per_iteration
     devices = f'{args.processes} device' + 's' * (args.processes > 1)
-    nfe = f'an iteration of {prompts} prompts on {devices} takes {iteration_nfe(config):,} network evaluations, those with gradient included'
+    nfe = f'an iteration of {prompts} prompts on {devices} takes {iteration_nfe(config):,} network evaluations'
+    nfe += ', those with gradient included'
     if guided := guidance_text(config): nfe += f'\nguidance {guided}'
     time = 'for seconds add --seconds-forward and --seconds-backward as measured on the device, or --probe on it'
     if seconds: time = time_text(config, seconds, args.processes)

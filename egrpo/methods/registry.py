@@ -315,7 +315,7 @@ PUBLISHED = dict( # fields of `TrainConfig`, and settings of the method that cam
     stepwise_flow_grpo=dict(advantage_std='group', clip_range=1e-4, beta=.04), # our choice: DenseGRPO's
     turningpoint_grpo=dict(advantage_std='group', clip_range=1e-5, beta=1e-4),
     awm=dict(advantage_std='batch', clip_range=1., beta=1e-4),
-    nft=dict(advantage_std='batch', clip_range=1e-4, beta=1e-4, sample_with='average', ema_decay=.5), # no ratio, no clip; the decay that the code grows to
+    nft=dict(advantage_std='batch', clip_range=1e-4, beta=1e-4, sample_with='average', ema_decay=.5), # no clip; the code's last decay
     v_grpo=dict(advantage_std='group', clip_range=6e-3, beta=0.),
     dgpo=dict(advantage_std='batch', clip_range=5e-2, beta=1e-3), # as it trains on PickScore
 )
@@ -325,7 +325,7 @@ def published(
     method, # A name in `METHODS`, or another method
     base=None, # What AEGPO is put upon, where it was chosen
 )->dict: # Fields of `TrainConfig`; none for a method of your own
-    "What a method was published with besides its plan, to begin a configuration from: `TrainConfig(**published(m), method=m)`; of AEGPO its base's."
+    "Settings a method was published with besides its plan, for `TrainConfig(**published(m), method=m)`; of AEGPO its base's."
     return PUBLISHED.get(base if base and takes(method, 'base') else method, {})
 
 # %% ../../nbs/methods/03_registry.ipynb #cc6ccf57

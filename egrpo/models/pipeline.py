@@ -123,7 +123,7 @@ def check_form(
         remedy = "name one in diffusers' usual layout"
         raise Refused(f"{what} is a modular pipeline, which has no call of its own to enter: {remedy}")
     if path.is_dir() and not (path/'model_index.json').exists():
-        raise Refused(f"{what} is a folder without a model_index.json: name one in diffusers' layout, or a .safetensors file of all weights")
+        raise Refused(f"{what} is a folder without a model_index.json: name one in diffusers' layout, or a .safetensors file of a model")
     pickled = _pickled_weights(path) if path.is_dir() else []
     if pickled:
         call = f"DiffusionPipeline.from_pretrained({str(model)!r}, use_safetensors=False)"

@@ -472,7 +472,7 @@ def pays(
     data:dict, # Data of the record of AEGPO's peaks
     value:str, # variance or gain
 )->Finding: # On the lead of the peaks under DanceGRPO's kernel
-    "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which is AEGPO's; E-GRPO's is shown beside it."
+    "At its own four peaks a prompt's value is above that at its other steps, with DanceGRPO's kernel, which is AEGPO's."
     leads, shown = {}, []
     logarithm = value == 'variance'
     for name in ('dance', 'flow'):
@@ -784,9 +784,10 @@ Every verdict is computed from the records in [figures](../figures) by `egrpo cl
 - Training runs are compared at equal network evaluations, and at equal iterations, as the papers do.
 - With fewer than five seeds nothing is decided. Runs with seeds below {confirming} are exploratory.
 - p is corrected over the rivals of a claim; *survives* says that the verdict stands when all claims are corrected together (Holm).
-- An open claim says how many seeds per setting would find the margin, and with how many times the held-out prompts where no number of seeds
-  would with those there are. One that is judged without a margin says how many times the data would find the margin of a training reward, twice
-  the variance, gain or speed, a rank correlation of .3, or a fifth of the gain in Fig. 8: runs and prompts of training, or prompts of a measurement.
+- An open claim says how many seeds per setting would find the margin, and with how many times the held-out prompts where no number of
+  seeds would with those there are. One that is judged without a margin says how many times the data (runs and prompts of training, or
+  prompts of a measurement) would find the margin of a training reward, twice the variance, gain or speed, a rank correlation of .3,
+  or a fifth of the gain in Fig. 8.
 - The paper's numbers are HPS-v2.1 where no other score is named. *Scaled to our gain* is its lead over the rival that decides here.
 - Ours are the miniature's stand-ins: `preference` for HPS, `clip` for CLIP, the verifier's graded and strict scores for PickScore and
   ImageReward. Of AEGPO only the abstract and a reader's notes could be read.
