@@ -304,7 +304,7 @@ def test_plan_of_devices_that_share(capsys):
 def test_plan_says_what_a_run_costs(capsys):
     assert main(shlex.split(f'{COST} --device-memory 80')) == 0
     out = capsys.readouterr().out
-    assert 'fits in 80 GiB' in out and 'takes 8,096 velocities' in out
+    assert 'fits in 80 GiB' in out and 'takes 8,096 network evaluations' in out
     plan = 1004 * .25 + 8 * 1.
     assert f'an iteration takes {plan:.3g} s' in out and f'300 iterations {300 * plan / 3600:.3g} h' in out
     assert main(shlex.split(f'{COST} --device-memory 20')) == 0

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from egrpo.rewards.reward import BUILT_IN, RewardError, RewardSet, get_reward, score
 
@@ -222,6 +223,7 @@ def test_every_name_is_described():
 def test_a_path_may_hold_what_a_sum_may_not(tmp_path):
     place = tmp_path/'a + 2*b, c'
     place.mkdir()
+    save_file(dict(weight=torch.zeros(1)), place/'model.safetensors')
     assert get_reward(f'0.5*pickscore({place}) + clip').weights == dict(pickscore=.5, clip=1.)
 
 
