@@ -76,6 +76,7 @@ def page_path(
 )->str|None: # Its page, from the top of the site; None = it has none
     "Find the page of a file of the repository."
     if path == root/'nbs': return 'index.md'
+    if path == root/'figures': return 'figures/index.md'
     if path.is_relative_to(root/'nbs'):
         inside = path.relative_to(root/'nbs')
         if path.suffix == '.ipynb': return inside.with_suffix('.md').as_posix()

@@ -205,10 +205,10 @@ def test_samples_go_where_rewards_are_uncertain(tmp_path):
 
 
 def test_a_model_trained_in_place_has_new_profiles(tmp_path):
-    "Runs of a model share its profiles; after it was trained on under the same name they are measured again."
+    "Runs of a model share its profiles; told something else, or trained on under the same name, it is measured again."
     model, shared = tmp_path/'model', tmp_path/'profiles'
-    def fit(out):
-        policy = load_policy(str(model), device='cpu')
+    def fit(out, **call):
+        policy = load_policy(str(model), device='cpu', call=call)
         trainer = trainer_of(policy, tmp_path/out, model=str(model), profile_cache=str(shared), iterations=1, num_generations=3)
         trainer.fit()
         return trainer.policy, len(list(shared.iterdir()))
@@ -216,6 +216,7 @@ def test_a_model_trained_in_place_has_new_profiles(tmp_path):
     (trained, first), (_, again) = fit('a'), fit('b')
     trained.save(model)
     assert first == again == SMALL['prompts_per_iteration'] and fit('c')[1] == 2 * first
+    assert [fit(f'd{n}', max_sequence_length=n)[1] for n in (12, 8)] == [3 * first, 4 * first]
 
 
 def test_budget_ends_a_run(policy, tmp_path):

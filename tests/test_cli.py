@@ -401,6 +401,8 @@ def test_the_command_that_samples_again():
     args = entry.make_parser().parse_args(shlex.split(words := training.sample_command(config))[1:])
     assert all(getattr(args, k, getattr(TrainConfig, k)) == getattr(config, k) for k in sampling.SAMPLE_OPTIONS if k != 'seed'), words
     assert training.sample_command(TrainConfig(out='runs/k')) == 'egrpo sample --model runs/k/model'
+    evaluated_finer = TrainConfig(out='runs/k', num_steps=4, eval_steps=40)
+    assert training.sample_command(evaluated_finer) == 'egrpo sample --model runs/k/model --num-steps 40'
 
 
 def test_evaluate_puts_the_lora_in(folder):

@@ -1,14 +1,17 @@
 "On a GPU that nobody has here (`fake_device`): in a process of its own for each kind, where there is a compiler."
+import os
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from egrpo.cli.entry import explain
+from egrpo.cli.shared import check_device
 from egrpo.models.policy import load_policy
 from egrpo.models.precision import DTYPES, default_dtype
 from egrpo.paper.pool import own_gpu
@@ -54,6 +57,8 @@ def tuned(fake, count, **settings):
 def on_cuda(fake, out):
     "A whole network in bf16 on the second GPU, a LoRA in fp32 on the first, and too little memory."
     states = torch.cuda.get_rng_state_all()
+    with patch.dict(os.environ, LOCAL_RANK='1'): check_device(None)
+    assert torch.cuda.current_device() == 1, "a reward that is tried early is on another process's GPU"
     trainer = train(out/'whole', device='cuda:1', reward='clip', text_encoders='offload', beta=.1)
     assert trainer.policy.dtype == torch.bfloat16 and fake.fake_peak(1) > 0
     assert fake.fake_peak(0) == 0, 'something is on the first GPU that belongs on the second'

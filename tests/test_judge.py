@@ -161,3 +161,12 @@ def test_a_judge_is_named_in_a_sum(server):
     with pytest.raises(ValueError, match='takes no user:password@'): get_reward('judge(http://me:secret@host/v1, m)')
     with pytest.raises(ValueError, match='read must be one of'): get_reward(f'judge({url}, m, words)')
     with pytest.raises(ValueError, match='needs an address and a model'): get_reward(f'judge({url})')
+
+
+def test_another_question_is_another_reward():
+    "Its name says so, by which a run that goes on is compared."
+    atoms = {'a dog': [('a dog?', 'yes')]}
+    ways = [dict(), dict(read='levels'), dict(ask='Is "{prompt}" here?'), dict(ask='Is "{prompt}" there?'), dict(atoms=atoms),
+            dict(atoms=atoms, geometric=True), dict(atoms='questions')]
+    names = [judge('http://127.0.0.1:8000/v1', 'm', **way).spec for way in ways]
+    assert len(set(names)) == len(names) and names[0] == 'judge(http://127.0.0.1:8000/v1, m)'

@@ -16,7 +16,7 @@ from egrpo.methods.registry import egrpo
 from egrpo.models.policy import load_policy
 from egrpo.train.evaluate import evaluate
 from egrpo.train.gains import evaluation_metrics
-from egrpo.train.prepare import training_nfe
+from egrpo.train.prepare import describe_run, training_nfe
 from egrpo.train.prompts import load_prompts
 from egrpo.train.trainer import TrainConfig, Trainer
 
@@ -206,6 +206,27 @@ def test_training_cost_is_predicted(tmp_path):
     "What a run evaluates is what `training_nfe` says, inner epochs included."
     trainer, metrics = trained(tmp_path, 'cost', iterations=2, inner_epochs=3, updates_per_iteration=2)
     assert sum(m['nfe_rollout'] + m['nfe_gradient'] for m in metrics) == training_nfe(trainer.config)
+
+
+@pytest.mark.parametrize('method', [dict(), dict(method='awm', active_steps=None, tau=None, draws=2)])
+def test_an_optimiser_step_for_each_step_of_the_sampler(tmp_path, method):
+    "By hand: the mean loss of each step's samples alone, first the noisiest, at the weights that the one before left."
+    settings = {**SMALL, 'active_steps': 3, 'tau': 0, 'lr': 1e-3, **method}
+    whole, each = (Trainer(TrainConfig(**settings, update_each_step=by_step, out=str(tmp_path/str(by_step))), reward=darkness)
+                   for by_step in (False, True))
+    plans, _ = whole.plan(0)
+    _, cond, out, rewards = whole.sample(0, plans)
+    advantages, _ = whole.advantages(out, rewards)
+    starts = out.start.unique().tolist()
+    places = len(starts)
+    assert places == (2 if method else 3) and f'{places} optimiser step(s)' in describe_run(each.config)
+    metrics = each.update(cond, out, advantages)
+    assert metrics['ratio_error'] < 1e-5 < metrics['approx_kl']
+    for k in starts:
+        whole.optimizer.zero_grad()
+        whole.objective.gradient(cond, out, (out.start == k).nonzero()[:, 0], advantages)
+        whole.weights.step(whole.processes, 0)
+    for ours, by_hand in zip(each.parameters.values(), whole.parameters.values()): assert torch.equal(ours, by_hand)
 
 
 @pytest.mark.parametrize('steps', [None, 9])

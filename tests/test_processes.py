@@ -38,7 +38,7 @@ SMALL = dict(num_steps=6, num_generations=4, active_steps=2, tau=0, prompts_per_
 METHODS = {
     'egrpo, two updates': dict(updates_per_iteration=2, inner_epochs=2, ema_decay=.5),
     'aegpo, unequal groups by prompt': dict(method='aegpo', active_steps=None, tau=None, num_generations=6, top=2, weigh='prompt',
-                                            prompts_per_iteration=5),
+                                            prompts_per_iteration=5, update_each_step=True),
 }
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 ACCELERATE = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_machines', '1', '--mixed_precision', 'no',

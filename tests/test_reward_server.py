@@ -26,6 +26,9 @@ from egrpo.cli.commands import main
 from egrpo.rewards import server as reward_server
 from egrpo.rewards.reward import RewardError, get_reward
 from egrpo.rewards.server import RewardClient, bare_png, from_png, make_server, pack, public_address, to_png, unpack
+from egrpo.train.checkpoint import check_same_run
+from egrpo.train.config import TrainConfig
+from egrpo.train.prepare import describe_run
 
 IMAGES = (torch.rand(5, 3, 12, 20, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
 PROMPTS = ['a', 'b', 'a “c”', '', 'ü\n']
@@ -571,7 +574,10 @@ def test_secrets_of_an_address_are_not_shown(no_waiting):
     with serving(brightness) as url: pass
     two = get_reward(f'server({url}/?key=secret) + server(http://b/?key=secret)')
     with pytest.raises(RewardError, match='is not there') as e: two(IMAGES, PROMPTS)
-    assert 'secret' not in f"{a.value}{b.value}{c.value}{d.value}{e.value}{two}{two.names}"
+    planned = describe_run(TrainConfig(reward='server(http://b/?key=secret)'))
+    saved = dict(reward='server(http://a/?key=secret)')
+    with pytest.raises(ValueError, match='reward was') as f: check_same_run(saved, dict(reward='clip'))
+    assert 'secret' not in f"{a.value}{b.value}{c.value}{d.value}{e.value}{f.value}{two}{two.names}{planned}"
     assert public_address('.5*server(http://me:secret@a/b?key=secret, 3) + clip') == '.5*server(http://...@a/b?..., 3) + clip'
 
 
@@ -599,8 +605,9 @@ def test_servers_are_asked_before_a_model_is_loaded(monkeypatch, tmp_path, capsy
         with answering((status, body)) as url: assert main(train_words(f'preference + server({url})', more)) == 2
         out, err = capsys.readouterr()
         assert not out and err.count('\n') == 1 and says in err, err
-    for words in ([f'server({url})'], [f'judge({url}/v1, some-model)'], ['preference', '--eval-rewards', f'server({url})']):
-        assert main(train_words(words[0], more) + words[1:]) == 2
+    for words in (train_words(f'server({url})', more), train_words(f'judge({url}/v1, some-model)', more),
+                  train_words('preference', more) + ['--eval-rewards', f'server({url})'], ['evaluate', '--rewards', f'server({url})']):
+        assert main(words) == 2
         assert 'is not there' in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
 

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +32,11 @@ def short(images, prompts): return [1.]
 def infinite(images, prompts): return [float('inf')] * len(images)
 number = 3
 def longest(images, prompts, rows): return [len(row['source']) for row in rows]
+def slow(images, prompts):
+    import pathlib, time
+    with pathlib.Path('calls').open('a') as f: f.write(prompts[0] + ' ')
+    time.sleep(1)
+    return [0.] * len(images)
 def scaled(images, prompts, factor=2.): return [factor] * len(images)
 '''
 SMALL = ''' # the package's own code on a small model: its weights and words are written, then it is served
@@ -99,6 +106,19 @@ def test_a_function_in_a_file_gets_rows(tmp_path):
         assert reward.total(torch.rand(2, 3, 8, 8), prompts).tolist() == [3, 4]
     with served(sys.executable, [SERVICE, 'own/mine.py:scaled', '--port', '0'], tmp_path) as url:
         assert RewardClient(url, retries=0)(torch.rand(2, 3, 8, 8), prompts).tolist() == [2, 2] # a default is no place for rows
+
+
+def test_who_has_left_is_not_scored(tmp_path):
+    "Its turn comes after it gave up."
+    (tmp_path/'mine.py').write_text(REWARDS)
+    with served(sys.executable, [SERVICE, 'mine:slow', '--port', '0'], tmp_path) as url, ThreadPoolExecutor() as pool:
+        stays = RewardClient(url, retries=0)
+        first = pool.submit(stays, torch.rand(1, 3, 8, 8), ['first'])
+        while not (tmp_path/'calls').exists(): time.sleep(.01)
+        with pytest.raises(RewardError): RewardClient(url, timeout=.2, retries=0)(torch.rand(1, 3, 8, 8), ['gone'])
+        first.result()
+        stays(torch.rand(1, 3, 8, 8), ['last'])
+    assert (tmp_path/'calls').read_text() == 'first last '
 
 
 @pytest.mark.parametrize('name, said', [('breaks', 'no such'), ('short', '1 numbers for 3 images'), ('infinite', 'not finite')])

@@ -151,8 +151,8 @@ GROUPS = {
               'draws preference growth',
     'attention entropy': 'base allocation explore explore_per top profile_cache',
     'prompts and rewards': 'prompts prompts_per_iteration reward combine advantage_std advantage_clip',
-    'optimisation': 'iterations budget updates_per_iteration inner_epochs clip_range beta weigh lr lr_schedule lr_warmup '
-                    'optimizer weight_decay adam_beta1 adam_beta2 max_grad_norm ema_decay sample_with',
+    'optimisation': 'iterations budget updates_per_iteration update_each_step inner_epochs clip_range beta weigh lr '
+                    'lr_schedule lr_warmup optimizer weight_decay adam_beta1 adam_beta2 max_grad_norm ema_decay sample_with',
     'evaluation': 'eval_prompts eval_size eval_steps eval_every eval_at eval_rewards patience',
     'run': 'out resume resume_from checkpoint_every keep_checkpoints keep_best samples tracker seed',
 }

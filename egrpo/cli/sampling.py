@@ -12,7 +12,7 @@ from pathlib import Path
 from ..base.rows import size_of
 from .entry import COMMANDS, Command
 from .options import Option
-from .shared import check_device, check_file, check_picture, given, save_picture, say, try_reward
+from .shared import check_device, check_file, check_picture, given, likely_side, save_picture, say, try_reward
 from .tables import category_table
 from ..train.config import TrainConfig
 
@@ -101,7 +101,7 @@ SAMPLE = MODEL | {
     'images': [
         Option('prompt', 'str', None, 'What to draw; may be repeated (default: a held-out shapes prompt of each category)', 'TEXT',
                repeated=True),
-        Option('prompts', 'str', None, "Text file with one prompt a line, 'shapes' or 'hpd'", 'FILE'),
+        Option('prompts', 'str', None, "A prompt file, 'shapes' or 'hpd'", 'FILE'),
         Option('size', 'int', 48, 'Most prompts to draw'),
         Option('images', 'int', 1, 'Images per prompt, each from its own noise'),
         Option('out', 'str', 'samples.png', 'Picture to write, a grid', 'FILE'),
@@ -125,8 +125,9 @@ def run_evaluate(
     if args.size < 1: raise ValueError(f"size must be >= 1 prompt, got {args.size}")
     prompts = load_prompts(args.prompts, 'held_out', args.size)[:args.size]
     reward.check(prompts)
+    try_reward(reward, prompts, likely_side(config), early=True)
     policy = load_sampler(config, args.lora)
-    try_reward(reward, prompts, policy.resolution)
+    try_reward(reward, prompts, policy.resolution, early=False)
     frame = evaluate(policy, prompts, reward, num_steps=config.num_steps, shift=config.shift, seed=config.seed)
     say(category_table(frame))
     if out: save_scores(frame, out)

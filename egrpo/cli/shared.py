@@ -71,25 +71,45 @@ def save_picture(
     return path
 
 # %% ../../nbs/cli/03_shared.ipynb #51a12893
+def _is_early(name, reward):
+    "Return whether a reward is the user's own or a server's: it needs nothing of the device that is not there yet."
+    return ':' in name.partition('(')[0] or hasattr(reward, 'url')
+
+def likely_side(
+    config, # A `TrainConfig`
+)->int|str: # Side of the images in pixels, or 'HEIGHTxWIDTH'
+    "The size of the images, as far as it is known before the model is loaded."
+    return config.resolution or (64 if config.model == 'miniature' else 512)
+
 def try_reward(
     reward, # A `RewardSet`
     prompts:list, # Prompts; two are used
     resolution:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
+    early:bool|None=None, # Its members of the user's own and of servers, before a model is loaded? False = the others, None = all
 ):
     "Score images of noise: a reward that cannot says so now."
     import torch
-    reward(torch.rand(2, 3, *height_width(resolution), generator=torch.Generator().manual_seed(0)), (prompts * 2)[:2])
+
+    from egrpo.rewards.reward import RewardSet
+    some = {name: function for name, function in reward.rewards.items() if early in (None, _is_early(name, function))}
+    if not some: return
+    images = torch.rand(2, 3, *height_width(resolution), generator=torch.Generator().manual_seed(0))
+    RewardSet(some)(images, (prompts * 2)[:2])
 
 def check_device(
     name, # cuda, mps, cpu, cuda:1, …; None is fine
 ):
-    "Refuse a device that is not there."
+    "Refuse a device that is not there. A process's own GPU is `cuda` from here on, for rewards that are tried before a model is loaded."
     import torch
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == 'cuda' else name # of several processes each looks at its own
-    try: torch.empty(1, device=own)
+    is_gpu = name == 'cuda' or name is None and torch.cuda.is_available()
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if is_gpu else name
+    try:
+        torch.empty(1, device=own)
+        if is_gpu: torch.cuda.set_device(own)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         why = str(e).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used ({why}): name cpu, cuda or mps, or leave it out for the best there is") from e
+        remedy = "name cpu, cuda or mps, or leave it out for the best there is"
+        raise ValueError(f"device {name or own!r} cannot be used ({why}): {remedy}") from e
 
 # %% ../../nbs/cli/03_shared.ipynb #7db11132
 def say(

@@ -22,7 +22,7 @@ from .lists import RECIPE
 from .options import Option, config_options, option_groups, show_default
 from .planning import SCALE, guidance_text, known_evaluations, schedule_text, starting_point
 from .sampling import SAMPLE_OPTIONS
-from .shared import check_device, check_file, fold, given, given_plan, say, try_reward
+from .shared import check_device, check_file, fold, given, given_plan, likely_side, say, try_reward
 from .tables import change_tables, overlap_text, table
 from ..train.config import SETTINGS, TrainConfig, kind_of
 
@@ -138,8 +138,7 @@ def check_run(
     check_device(config.device)
     check_out(config.out, config.resume or again)
     if config.resume: check_resumed(prepared)
-    side = config.resolution or (64 if config.model == 'miniature' else 512)
-    try_rewards(prepared, side, early=True)
+    try_rewards(prepared, likely_side(config), early=True)
     return prepared
 
 def check_fields(
@@ -242,20 +241,14 @@ def served_text(
             lines[f'   reward  {server} {says}'] = None
     return '\n'.join(lines)
 
-def _is_early(name, reward):
-    "Return whether a reward is the user's own or a server's: it needs nothing of the device that is not there yet."
-    return ':' in name.partition('(')[0] or hasattr(reward, 'url')
-
 def try_rewards(
     run, # From `egrpo.train.prepare.prepare`, or a `Trainer`
     side:int|str, # Side of the images in pixels, or 'HEIGHTxWIDTH'
     early:bool, # Those of the user's own and of servers, before a model is loaded? Else the others
 ):
     "Score noise by some of a run's rewards."
-    from egrpo.rewards.reward import RewardSet
-    for rewards, prompts in ((run.reward, run.prompts), (run.eval_reward, run.eval_prompts)):
-        some = {k: f for k, f in rewards.rewards.items() if _is_early(k, f) == early}
-        if some: try_reward(RewardSet(some), prompts, side)
+    try_reward(run.reward, run.prompts, side, early)
+    try_reward(run.eval_reward, run.eval_prompts, side, early)
 
 def run_train(
     args, # Parsed arguments
@@ -345,6 +338,7 @@ def sample_command(
     silent = {'shift'} if is_own_schedule(c) else set()
     for name in (o for o in SAMPLE_OPTIONS[1:-1] if o not in silent): # evaluations are on the noise of seed 0
         value = getattr(c, name)
+        if name == 'num_steps': value = c.eval_steps or value
         if value != default[name].default: words += option_words(name, value)
     source = c.eval_prompts or c.prompts
     return shlex.join(words + (['--prompts', source] if source != 'shapes' else []))

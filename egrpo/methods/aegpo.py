@@ -335,7 +335,9 @@ class AttentionPlanner:
         if p.resolution not in self.known:
             levels = shift.tolist() if isinstance(shift, Tensor) else shift
             schedule = self.settings['num_steps'], levels, p.guidance
-            self.known[p.resolution] = ProfileCache((p.fingerprint, *schedule, str(p.dtype), p.resolution), self.folder)
+            call = sorted(getattr(p, 'call', {}).items()) # what the pipeline is told besides
+            address = p.fingerprint, *schedule, str(p.dtype), p.resolution, *map(repr, call)
+            self.known[p.resolution] = ProfileCache(address, self.folder)
         return self.known[p.resolution]
 
     def _joined(self, measure, prompts):

@@ -27,6 +27,17 @@ def chain(
         steps.append(SDEStep(k, 1, 1 if steps else children, weight))
     return tuple(steps)
 
+def kl_weighted(
+    steps:tuple, # `SDEStep`s of length 1
+    sigmas, # (T+1,) noise levels
+    kl_weights:str, # plain or delta
+)->tuple: # `SDEStep`s
+    "Steps with the weights of their KL: 1 each, or the length of each."
+    one_of('kl_weights', kl_weights, ('plain', 'delta'))
+    if kl_weights == 'plain': return steps
+    deltas = (sigmas[:-1] - sigmas[1:]).tolist()
+    return tuple(replace(s, kl_weight=deltas[s.start]) for s in steps)
+
 # %% ../../nbs/methods/00_baselines.ipynb #fbafd256
 def check_counts(
     num_steps:int, # T, denoising steps
@@ -68,12 +79,8 @@ def flow_grpo(
 )->Plan: # The plan of one prompt
     "Flow-GRPO (arXiv 2505.05470): chains from as many initial noises, stochastic in every step but the last."
     check_counts(num_steps, num_steps - 1, num_generations, name='num_steps')
-    one_of('kl_weights', kl_weights, ('plain', 'delta'))
     sigmas = flow_sigmas(num_steps, shift)
-    steps = chain(range(num_steps - 1))
-    if kl_weights == 'delta':
-        deltas = (sigmas[:-1] - sigmas[1:]).tolist()
-        steps = tuple(replace(s, kl_weight=deltas[s.start]) for s in steps)
+    steps = kl_weighted(chain(range(num_steps - 1)), sigmas, kl_weights)
     return Plan(sigmas, (Branch(steps, noises=num_generations),), noise_level, kernel)
 
 # %% ../../nbs/methods/00_baselines.ipynb #bb020606

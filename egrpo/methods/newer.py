@@ -13,7 +13,7 @@ from ..core.noise import random_order
 from ..core.plan import Branch, Plan, SDEStep, check_noise
 from ..core.sde import step_std
 from ..core.sigmas import flow_sigmas
-from .baselines import chain, check_counts, first_half, prime_factors
+from .baselines import chain, check_counts, first_half, kl_weighted, prime_factors
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00007
 def _flash_weight(sigmas, k, noise_level, kernel='flash'):
@@ -115,6 +115,7 @@ def dense_grpo(
     kernel:str='dance', # Kernel of the stochastic steps: dance, flow, cps or flash
     noise_levels:tuple=(), # Noise level of each stochastic step, T-1 of them; () = `noise_level`
     stride:int=1, # Schedule steps per ODE step of the probes, >= 1; 1 is exact
+    kl_weights:str='plain', # Weights of the steps' KL: plain (1 each) or delta (Flow-GRPO's code, Δ)
 )->Plan: # The plan of one prompt
     "DenseGRPO (arXiv 2601.20218): chains in which every step is judged by its gain in the reward of the ODE's image."
     branch = _probed_chain(num_steps, num_generations)
@@ -125,6 +126,7 @@ def dense_grpo(
         steps = [replace(step, noise_level=level) for step, level in zip(branch.steps, noise_levels)]
         branch = replace(branch, steps=tuple(steps))
     sigmas = flow_sigmas(num_steps, shift)
+    branch = replace(branch, steps=kl_weighted(branch.steps, sigmas, kl_weights))
     return Plan(sigmas, (branch,), noise_level, kernel, (stride,), credit='gain', probe='ode')
 
 # %% ../../nbs/methods/01_newer.ipynb #e1f00013

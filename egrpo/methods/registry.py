@@ -311,12 +311,12 @@ PUBLISHED = dict( # fields of `TrainConfig`, and settings of the method that cam
     flash_grpo=dict(advantage_std='batch', clip_range=1e-3, beta=0.),
     flow_dppo=dict(advantage_std='batch', clip_range=1e-5, beta=0.), # the KL from which a transition is dropped
     dynamic_tree_rpo=dict(advantage_std='group', clip_range=1e-4, beta=0.), # our choice
-    dense_grpo=dict(advantage_std='group', clip_range=1e-4, beta=.04), # Flow-GRPO's clip range
+    dense_grpo=dict(advantage_std='group', clip_range=1e-4, beta=.04, kl_weights='delta'), # Flow-GRPO's
     stepwise_flow_grpo=dict(advantage_std='group', clip_range=1e-4, beta=.04), # our choice: DenseGRPO's
     turningpoint_grpo=dict(advantage_std='group', clip_range=1e-5, beta=1e-4),
     awm=dict(advantage_std='batch', clip_range=1., beta=1e-4),
     nft=dict(advantage_std='batch', clip_range=1e-4, beta=1e-4, sample_with='average', ema_decay=.5), # no clip; the code's last decay
-    v_grpo=dict(advantage_std='group', clip_range=6e-3, beta=0.),
+    v_grpo=dict(advantage_std='group', clip_range=6e-3, beta=0.), # our choice
     dgpo=dict(advantage_std='batch', clip_range=5e-2, beta=1e-3), # as it trains on PickScore
 )
 

@@ -46,8 +46,8 @@ SCALES = {o.name: o for o in (
           dict(num_generations=16, eval_size=2048), registered=True),
     Scale('flux', (0,), dict(model='black-forest-labs/FLUX.1-dev', prompts='hpd', reward='hpsv2.1',
                              eval_rewards='hpsv2.1 + clip_score + pickscore + imagereward', eval_size=400, resolution=720, guidance=3.5,
-                             shift=3., iterations=300, checkpoint_every=10, prompts_per_iteration=8, lr=2e-6, ema_decay=0., micro_batch=4,
-                             gradient_checkpointing=True, text_encoders='offload')),
+                             shift=3., iterations=300, checkpoint_every=10, prompts_per_iteration=8, lr=2e-6, ema_decay=0.,
+                             update_each_step=True, micro_batch=4, gradient_checkpointing=True, text_encoders='offload')),
 )}
 
 # %% ../../nbs/paper/00_records.ipynb #abb055c4

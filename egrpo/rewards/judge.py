@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base.files import digest
 from ..base.inputs import from_json, quote
 from ..base.rows import rows_of
 from .published import RewardError
@@ -90,6 +91,7 @@ class Judge:
     max_tokens:int # Longest answer
     atoms:dict|str|None # As in `judge`
     geometric:bool # As in `judge`
+    reading:str # What of its questions and answers is not as usual
     workers:int # As in `judge`
     client:RewardClient # Asks the server
 
@@ -98,7 +100,7 @@ class Judge:
         self.lock = threading.Lock()
         self.__name__ = 'judge'
         column = f', atoms={self.atoms}' if isinstance(self.atoms, str) else ''
-        self.spec = f'judge({public_address(self.url)}, {self.model}{column})'
+        self.spec = f'judge({public_address(self.url)}, {self.model}{column}{self.reading})'
         self.client.spec = self.spec
         self.client.remedy = "start its server, or check the address"
 
@@ -196,7 +198,7 @@ def judge(
     atoms:dict|str|None=None, # In place of `ask`: prompt -> [(question, expected word), …], or their column; 'two|2' = either
     geometric:bool=False, # Geometric mean over atoms, which one wrong answer pulls down, in place of the arithmetic
     workers:int=8, # Requests at a time, >= 1
-    timeout:float=120, # Seconds that a server may be silent, > 0
+    timeout:float=120, # Seconds that an answer may take, > 0
     retries:int=3, # How often to ask again, >= 0
     token:str|None=None, # Sent as a bearer token; None = what EGRPO_TOKEN holds, '' = none
 )->Judge: # A reward: (images, prompts) -> scores
@@ -208,7 +210,10 @@ def judge(
     if read == 'number' and ask is None: raise ValueError("read='number' needs ask: a rubric with {prompt} and scores after a colon")
     if workers < 1 or timeout <= 0 or retries < 0:
         raise ValueError(f"workers must be >= 1, timeout > 0 and retries >= 0, got {workers}, {timeout} and {retries}")
+    reading = '' if read == 'yes' else f', {read}'
+    own = [o for o in (ask, atoms if isinstance(atoms, dict) else None, geometric) if o]
+    if own: reading += f', questions {digest(repr(own).encode())[:8]}'
     ask = ask or (QUALITY if read == 'levels' else QUESTION)
     max_tokens = 512 if read == 'number' else 1
     client = RewardClient(url.rstrip('/') + '/chat/completions', timeout, retries, token)
-    return Judge(url, model, ask, READERS[read], max_tokens, atoms, geometric, workers, client)
+    return Judge(url, model, ask, READERS[read], max_tokens, atoms, geometric, reading, workers, client)

@@ -14,6 +14,8 @@ import io
 import json
 import math
 import os
+import select
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -95,6 +97,9 @@ def one_line(
     "An error in a line."
     return ' '.join((str(error) or type(error).__name__).split())[:300]
 
+class ClientLeft(Exception):
+    "Who asked is gone before its turn has come: it asks again, and would be scored twice."
+
 class Handler(BaseHTTPRequestHandler):
     "Answers with scores; one request at a time is scored."
     timeout = 60 # seconds without a byte
@@ -122,6 +127,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(400, error=f'the request cannot be read: {one_line(e)}')
             return
         try: scores = self.score(*asked)
+        except ClientLeft: pass
         except Exception as e: self.answer(500, error=f'{self.server.reward_name} failed: {one_line(e)}') # a reward may raise anything
         else: self.answer(200, scores=scores)
 
@@ -137,6 +143,12 @@ class Handler(BaseHTTPRequestHandler):
         rows = asked.get('rows') or [dict(prompt=prompt) for prompt in prompts]
         return [Image.open(file, formats=['PNG']).convert('RGB') for file in files], prompts, rows
 
+    def is_left(self):
+        "Return whether the client has gone while it waited for its turn."
+        there = select.select([self.connection], [], [], 0)[0]
+        try: return bool(there) and not self.connection.recv(1, socket.MSG_PEEK)
+        except ConnectionError: return True
+
     def score(self,
         images, # PIL images, RGB
         prompts, # A text for each
@@ -144,7 +156,9 @@ class Handler(BaseHTTPRequestHandler):
     )->list:
         "A finite number per image."
         asked = (images, prompts, rows) if self.server.takes_rows else (images, prompts)
-        with self.server.turn: scores = [float(score) for score in self.server.reward(*asked)]
+        with self.server.turn:
+            if self.is_left(): raise ClientLeft
+            scores = [float(score) for score in self.server.reward(*asked)]
         if len(scores) != len(images): raise ValueError(f'it gave {len(scores)} numbers for {len(images)} images')
         if not all(map(math.isfinite, scores)): raise ValueError(f'it gave a number that is not finite: {scores}')
         return scores

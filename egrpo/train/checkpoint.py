@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..base.files import digest, file_digest, find_whole, read_object, write_whole
+from ..rewards.server import public_address
 
 # %% ../../nbs/train/04_checkpoint.ipynb #6ca325d7
 def _entries(state):
@@ -197,6 +198,11 @@ def read_log(
     return lines
 
 # %% ../../nbs/train/04_checkpoint.ipynb #1d03267c
+def _shown(name, value):
+    "A setting's value in quotes, without what may be secret in a reward's address."
+    is_reward = name in ('reward', 'eval_rewards') and isinstance(value, str)
+    return repr(public_address(value) if is_reward else value)
+
 def check_same_run(
     saved:dict, # The checkpoint's configuration
     current:dict, # This run's
@@ -206,7 +212,7 @@ def check_same_run(
     differ = []
     for name in {**saved, **current}:
         was, now = saved.get(name), current.get(name)
-        if name not in free and was != now: differ.append(f"{name} was {was!r}, is {now!r}")
+        if name not in free and was != now: differ.append(f"{name} was {_shown(name, was)}, is {_shown(name, now)}")
     if not differ: return
     remedy = "use its settings, or another `out`"
     raise ValueError(f"resume: the checkpoint is of another configuration ({'; '.join(differ)}): {remedy}")

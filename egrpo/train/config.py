@@ -104,6 +104,8 @@ class TrainConfig:
     clip_range:float = option(1e-4, 'Clip range of the ratio (log-probs are means over elements, hence so small)', above=0)
     beta:float = option(0.0, 'Weight of the KL to the policy before training', least=0)
     updates_per_iteration:int = option(1, "Optimiser steps an iteration's prompts are split into", least=1)
+    update_each_step:bool = option(False, "An optimiser step for each stochastic step, one after the other, as in the code of "
+                                          'E-GRPO and G²RPO')
     inner_epochs:int = option(1, "Passes over an iteration's samples; more than 1 leaves the policy that sampled, "
                                  'within the clip range', least=1)
     lr:float = option(1e-4, 'Learning rate', free=True, above=0)

@@ -20,6 +20,7 @@ from ..methods.aegpo import allocated_plans, signal_needed
 from ..methods.registry import check_plan, make_plan, method_name, method_settings
 from ..models.policy import check_sizes, model_sigmas
 from ..rewards.reward import RewardSet, get_reward
+from ..rewards.server import public_address
 from .config import EVAL_REWARDS, TrainConfig, check_config
 from .prompts import load_prompts, set_name
 
@@ -207,6 +208,11 @@ def training_nfe(
     return round(n * total / len(spread))
 
 # %% ../../nbs/train/03_prepare.ipynb #d0504cc3
+def _places(config, plan):
+    "Steps of the sampler, or noise levels, that have an optimiser step of their own."
+    if not config.update_each_step: return 1
+    return len(plan.forward.sigmas if plan.forward else {s.start for s in plan.steps if s.weight})
+
 def _describe_iteration(
     config:TrainConfig, # The configuration
     plan:Plan, # Its plan
@@ -217,7 +223,7 @@ def _describe_iteration(
     transitions = P * count_transitions(plan)
     sampling = P * rollout_nfe(plan)
     gradient = P * gradient_nfe(plan) * epochs
-    steps = config.updates_per_iteration * epochs
+    steps = config.updates_per_iteration * epochs * _places(config, plan)
     before = P * reference_nfe(config, plan)
     sizes = f"{P} prompts, {images} images, {transitions} transitions"
     evaluations = f"{sampling:,} network evaluations + {gradient} with gradient"
@@ -243,6 +249,6 @@ def describe_run(
     rows = dict(plan=describe(plan))
     rows['iteration'] = _describe_iteration(c, plan)
     rows['run'] = f"{c.iterations} iterations, {images:,} images, {training_nfe(run):,} network evaluations"
-    rows['training'] = f"{c.reward} on {c.prompts} prompts · {_trained_weights(c)} · lr {c.lr:g} · seed {c.seed}"
+    rows['training'] = f"{public_address(c.reward)} on {c.prompts} prompts · {_trained_weights(c)} · lr {c.lr:g} · seed {c.seed}"
     lines = [f'{name:>9}  {text}' for name, text in rows.items()]
     return '\n'.join(lines)

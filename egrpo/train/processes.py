@@ -148,7 +148,7 @@ class Processes:
 
 # %% ../../nbs/train/08_processes.ipynb #40fc592a
 class stop_on_interrupt:
-    "Inside: the first Ctrl-C, or a request to end (SIGTERM, as clusters send it), sets `asked`, the second interrupts at once."
+    "Inside: the first Ctrl-C, or a request to end (SIGTERM, as clusters send it), sets `asked`; a second Ctrl-C interrupts at once."
     def __enter__(self):
         "Catch both."
         self.asked = False
@@ -156,9 +156,10 @@ class stop_on_interrupt:
         except ValueError: self.old = {} # not the main thread: nothing to catch
         return self
 
-    def _ask(self, *_):
-        "Set `asked`; interrupt at the second signal."
-        if self.asked: raise KeyboardInterrupt
+    def _ask(self, number, _):
+        "Set `asked`; interrupt at the second Ctrl-C. A second SIGTERM is the first, passed on by a launcher."
+        if self.asked and number == signal.SIGINT: raise KeyboardInterrupt
+        if self.asked: return
         self.asked = True
         again = 'press ■ again' if in_notebook() else 'Ctrl-C again'
         tqdm.write(f'stopping after this iteration, with a checkpoint; {again} to stop at once')

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/train/08_report.ipynb #925ef5dc
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +38,9 @@ def _own_settings(config):
     own = {name: value for name, value in config.items() if value != defaults.get(name) and name not in silent}
     return own, defaults
 
-def _public(settings):
+def public_settings(
+    settings:dict, # Field -> value
+)->dict: # The same, with rewards that may be shown
     "Settings whose addresses hold no password or key."
     shown = dict(settings)
     for name in ('reward', 'eval_rewards'):
@@ -50,7 +53,7 @@ def is_held_out(
     "Return whether evaluation prompts are others than the training ones."
     prompts = config.get('prompts', SETTINGS['prompts'].default)
     source = config.get('eval_prompts') or prompts
-    return source != prompts or set_name(source) in ('shapes', 'hpd')
+    return os.path.normpath(source) != os.path.normpath(prompts) or set_name(source) in ('shapes', 'hpd')
 
 def score_curves(
     evaluations:pd.DataFrame, # Columns iteration, prompt, rewards
@@ -80,7 +83,7 @@ def load_run(
     if not run.evaluations.exists():
         raise ValueError(f"report: {str(folder)!r} holds no evaluations.csv: name the folder of a run that has been evaluated")
     config = run.read_config() if run.config.exists() else {}
-    settings, defaults = _own_settings(_public(config))
+    settings, defaults = _own_settings(public_settings(config))
     evaluations = pd.read_csv(run.evaluations, keep_default_na=False)
     metrics = _metrics(run)
     trained = [name.removeprefix('reward/') for name in (metrics[-1] if metrics else ()) if name.startswith('reward/')]

@@ -38,7 +38,7 @@ from .objective import Objective, Weights, loss_weights
 from .prepare import Prepared, chooses_steps, looks_back, plan_settings, prepare
 from .processes import Processes, own_device, sharing_asked, start_accelerator, stop_on_interrupt
 from .prompts import prompt_batch
-from .report import write_report
+from .report import public_settings, write_report
 from .run import Identity, Run, model_properties, run_sources
 from .samples import Samples
 from .timing import Laps
@@ -206,7 +206,8 @@ class Trainer:
         "The plans of an iteration, for whose size the policy is set; attention entropy that chooses them is measured first."
         prompts = self._prompts_of(iteration)
         settings = at_size_of(self, prompts)
-        if self.planner: return self.planner(prompts, iteration, settings)
+        if self.planner:
+            with self.weights.sampling(): return self.planner(prompts, iteration, settings)
         return make_plans(self.method, iteration, range(len(prompts)), **settings), {}
 
     def sample(self,
@@ -242,25 +243,31 @@ class Trainer:
         "A transition's value is the mean reward of the leaves below it; its advantage is that value, normalised in its group."
         return self.objective.advantages(out, rewards, self.reward.weights)
 
+    def _parts(self, out, ids):
+        "Trained rows of each optimiser step; there are as many in every process, though some may be empty."
+        c = self.config
+        rows = torch.unique(out.row[out.weight > 0])
+        shares = torch.arange(c.prompts_per_iteration).tensor_split(c.updates_per_iteration)
+        share_of = torch.cat([torch.full_like(share, i) for i, share in enumerate(shares)])
+        share = share_of[torch.tensor(ids, dtype=torch.long)].to(rows.device)[out.prompt[rows]]
+        if not c.update_each_step: return [rows[share == i] for i in range(len(shares))]
+        place = share * len(out.plan.start_sigmas) + out.start[rows] # in the order of the shares, then of the steps
+        (every,), _ = self.processes.gather(place)
+        return [rows[place == k] for k in every.unique().tolist()]
+
     def update(self,
         cond, # Conditions, a row per prompt
         out:Rollout, # The rollout
         advantages:Tensor, # (M,) advantages, 0 = as good as its group
         ids=None, # The prompts' numbers among the iteration's, for a share of them; None = 0, 1, …
     )->dict: # Metrics of the update, see the table below
-        "Train on a rollout: an optimiser step for each share of the prompts, `inner_epochs` times over."
-        c = self.config
+        "Train on a rollout: an optimiser step for each share of the prompts, or of its steps, `inner_epochs` times over."
         out = self.objective.weighed(cond, out, advantages)
-        weights = loss_weights(out, c)
-        trained = torch.unique(out.row[out.weight > 0])
-        numbers = torch.tensor(ids or range(len(cond)), device=trained.device)
-        number = numbers[out.prompt[trained]] # of each row's prompt
-        batch = torch.arange(c.prompts_per_iteration, device=trained.device)
-        shares = batch.tensor_split(c.updates_per_iteration)
+        weights = loss_weights(out, self.config)
+        parts = self._parts(out, ids or range(len(cond)))
         updates, norms = [], []
-        for share in shares * c.inner_epochs:
+        for rows in parts * self.config.inner_epochs:
             self.optimizer.zero_grad()
-            rows = trained[torch.isin(number, share)]
             updates.append(self.objective.gradient(cond, out, rows, advantages, weights))
             norms.append(self.weights.step(self.processes, self.iteration))
         rate = self.weights.schedule(self.iteration)
@@ -391,7 +398,7 @@ class Loop:
         self.folder.check_writable(elements * (copies * state + 4)) # and the model
         settings = self.config.flat() | dict(resume_from=None) # once
         if self.processes.is_main: self.folder.write_config(settings | t.prepared.names)
-        shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str))}
+        shown = {k: v for k, v in public_settings(settings).items() if isinstance(v, (int, float, str))}
         if self.config.tracker: t.accelerator.init_trackers('egrpo', shown)
         self.visits = first_visits(t)
         self.evaluated = evaluation_metrics(t.history) if t.history else {}
