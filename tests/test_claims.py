@@ -215,3 +215,11 @@ def test_counts_of_the_page_and_of_its_table(table):
 def test_markdown_has_a_row_per_claim():
     lines = claims.claims_markdown().split('\n')
     assert len(lines) == len(claims.CLAIMS) + 2 and len({len(re.findall(r'(?<!\\)\|', line)) for line in lines}) == 1
+
+
+@pytest.mark.parametrize('seeds, needed, times, says', [(5, 9, 1, 'open (about 9 seeds would tell)'),
+                                                        (10, 9, 2, 'open (about 9 seeds and 2 times the prompts would tell)'),
+                                                        (10, 9, 1, 'open (10 seeds would have shown a lead of .0075)')])
+def test_an_open_claim_asks_for_no_seeds_that_were_there(seeds, needed, times, says):
+    found = claims.Finding('', 'open', margin=.0075, seeds=seeds, seeds_needed=needed, times_prompts=times)
+    assert found.verdict == says
