@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from egrpo.core.plan import count_leaves, gradient_nfe, rollout_nfe
 from egrpo.core.rollout import rollout
-from egrpo.methods.aegpo import ALLOCATIONS, allocate, entropy_profiles, share_work
+from egrpo.methods.aegpo import ALLOCATIONS, AttentionPlanner, allocate, entropy_profiles, share_work
 from egrpo.methods.registry import METHODS, explored, make_plan, stochastic_steps
 from egrpo.models.policy import load_policy
 from egrpo.train import objective as objective_module
@@ -217,6 +217,25 @@ def test_a_model_trained_in_place_has_new_profiles(tmp_path):
     trained.save(model)
     assert first == again == SMALL['prompts_per_iteration'] and fit('c')[1] == 2 * first
     assert [fit(f'd{n}', max_sequence_length=n)[1] for n in (12, 8)] == [3 * first, 4 * first]
+
+
+def test_probes_look_at_the_weights_that_sample(tmp_path, monkeypatch):
+    "With `sample_with: average` both see the average, which differs from the weights once there was an update."
+    trainer = trainer_of(load_policy(device='cpu'), tmp_path, sample_with='average', ema_decay=.5, iterations=2, num_generations=3, lr=1e-3)
+    seen = []
+    def note(function):
+        "Note the first weights at a call."
+        def noted(*args, **kwargs):
+            seen.append(next(iter(trainer.parameters.values())).detach().clone())
+            return function(*args, **kwargs)
+        return noted
+    trainer.step(0)
+    trained = next(iter(trainer.parameters.values())).detach().clone()
+    monkeypatch.setattr(AttentionPlanner, '__call__', note(AttentionPlanner.__call__))
+    monkeypatch.setattr('egrpo.train.trainer.rollout', note(rollout))
+    trainer.step(1)
+    probed, sampled = seen
+    assert torch.equal(probed, sampled) and not torch.equal(probed, trained)
 
 
 def test_budget_ends_a_run(policy, tmp_path):
